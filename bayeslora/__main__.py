@@ -1,0 +1,7 @@
+"""``python -m bayeslora``."""
+
+import sys
+
+from bayeslora.cli import main
+
+sys.exit(main())

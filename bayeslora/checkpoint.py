@@ -1,0 +1,286 @@
+"""The folder on disk: PEFT's two files, the posterior's tensors, and one JSON that ties them together.
+
+``adapter_config.json`` and ``adapter_model.safetensors`` open in plain ``peft.PeftModel.from_pretrained`` as the
+posterior mean. ``posterior.safetensors`` holds the guide (and the likelihood's parameters); ``bayeslora.json`` the
+configuration, versions, a fingerprint of the base network and the other files' SHA-256. Nothing is pickled.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from bayeslora._version import __version__
+from bayeslora.adapters import active_adapter
+from bayeslora.config import MonteCLoRAConfig
+from bayeslora.errors import InputError
+
+if TYPE_CHECKING:
+    from bayeslora.module import BayesLoRA
+
+MANIFEST = "bayeslora.json"
+POSTERIOR = "posterior.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, POSTERIOR)
+FORMAT = 1
+
+
+def version_info() -> dict[str, str]:
+    """Installed versions of bayeslora and of what its numbers depend on."""
+    versions = {"bayeslora": __version__}
+    for package in ("torch", "pyro-ppl", "peft", "transformers", "arviz"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+def save_pretrained(bayes: "BayesLoRA", folder: str | Path) -> None:
+    """Write the adapter and its posterior; the folder appears complete or not at all.
+
+    An existing adapter folder is replaced; anything else in the way is refused.
+
+    Raises:
+        InputError: if ``folder`` exists and holds something other than an adapter.
+    """
+    folder = Path(folder)
+    if folder.exists() and not is_adapter_folder(folder) and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} exists and holds something other than an adapter; choose another folder")
+    foreign = sorted({p.name for p in folder.iterdir()} - {MANIFEST, *FILES}) if folder.is_dir() else []
+    if foreign:
+        raise InputError(
+            f"{folder} also holds {foreign[0]!r}, which saving would delete; choose another folder"
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+        new, old = Path(scratch) / "new", Path(scratch) / "old"
+        new.mkdir()
+        write_adapter(bayes, new)
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+
+
+def write_adapter(bayes: "BayesLoRA", folder: Path) -> None:
+    """Write the four files into ``folder``; the manifest comes last, and names the others' hashes."""
+    with tempfile.TemporaryDirectory(prefix=".adapter-", dir=folder) as scratch:
+        written = Path(scratch)
+        key = active_adapter(bayes.network)
+        bayes.network.save_pretrained(written, selected_adapters=[key], save_embedding_layers=False)
+        if key != "default":  # PEFT puts adapters of other names into a folder of that name
+            for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+                os.replace(written / key / name, written / name)
+        state = {f"guide.{name}": value for name, value in bayes.guide.state_dict().items()}
+        state |= {f"model.{name}": value for name, value in bayes.model.state_dict().items()}
+        save_file(
+            {name: value.detach().cpu().contiguous() for name, value in state.items()}, written / POSTERIOR
+        )
+        (written / MANIFEST).write_text(
+            json.dumps(_manifest(bayes, written), indent=2) + "\n", encoding="utf-8"
+        )
+        for name in (*FILES, MANIFEST):
+            _sync(written / name)
+            os.replace(written / name, folder / name)
+
+
+def _manifest(bayes: "BayesLoRA", folder: Path) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "config": bayes.monteclora_config.to_dict(),
+        "guide": type(bayes.guide).__name__,
+        "num_examples": bayes.num_examples,
+        "versions": version_info(),
+        "base": fingerprint(bayes.network),
+        "adapters": {a.name: [a.rank, a.columns] for g in bayes.model.groups for a in g.adapters},
+        "sha256": {name: _sha256(folder / name) for name in FILES},
+    }
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def is_adapter_folder(folder: Path) -> bool:
+    """Whether ``folder`` holds what :func:`save_pretrained` writes."""
+    return (folder / MANIFEST).is_file()
+
+
+def from_pretrained(
+    folder: str | Path, network: nn.Module, *, guide: Any = None, likelihood: Any = None
+) -> "BayesLoRA":
+    """Open an adapter folder on a freshly loaded base network.
+
+    Args:
+        folder: What :func:`save_pretrained` wrote.
+        network: The same base model the adapter was fitted to, without an adapter.
+        guide, likelihood: The classes used when fitting, where they were not the configured ones.
+
+    Raises:
+        InputError: for a folder that is missing, incomplete or damaged, or that belongs to another network.
+    """
+    from bayeslora.module import BayesLoRA
+
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    _check_base(folder, manifest, network)
+    peft_network = _load_peft(folder, network)
+    bayes = BayesLoRA(
+        peft_network, MonteCLoRAConfig.from_dict(manifest["config"]), guide=guide, likelihood=likelihood
+    )
+    if guide is None and type(bayes.guide).__name__ != manifest["guide"]:
+        raise InputError(f"{folder} was fitted with the guide {manifest['guide']}; pass its class as guide=")
+    bayes.num_examples = manifest["num_examples"]
+    load_posterior(bayes, folder)
+    return bayes.eval()
+
+
+def load_adapter(bayes: "BayesLoRA", folder: Path) -> None:
+    """Read μ, B, the head and the posterior of ``folder`` into an existing module of the same shape."""
+    read_manifest(folder)
+    _load_adapter_weights(bayes.network, folder)
+    load_posterior(bayes, folder)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest, after checking that every file it names is there and whole."""
+    if not folder.is_dir():
+        raise InputError(f"no adapter folder at {folder}: give the folder that save_pretrained wrote")
+    if not is_adapter_folder(folder):
+        if (folder / ADAPTER_CONFIG).is_file():
+            raise InputError(
+                f"{folder} is a plain PEFT adapter without a posterior: open it with peft.PeftModel.from_pretrained "
+                "and pass the result to BayesLoRA to put one on it"
+            )
+        raise InputError(f"{folder} holds no {MANIFEST}: it is not a folder that save_pretrained wrote")
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        hashes, known = manifest["sha256"], manifest["format"]
+        missing = {"config", "guide", "num_examples", "base", "adapters"} - set(manifest)
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{folder / MANIFEST} is damaged ({error}): use another copy of the folder"
+        ) from error
+    if missing or set(hashes) != set(FILES):
+        raise InputError(f"{folder / MANIFEST} is damaged: it lacks an entry; use another copy of the folder")
+    if known != FORMAT:
+        raise InputError(
+            f"{folder} has format {known}, this bayeslora reads {FORMAT}: use a matching version"
+        )
+    for name, expected in hashes.items():
+        if not (folder / name).is_file():
+            raise InputError(f"{folder} is incomplete: {name} is missing")
+        if _sha256(folder / name) != expected:
+            raise InputError(
+                f"{folder / name} is truncated or was changed since it was saved: use another copy"
+            )
+    return manifest
+
+
+def load_posterior(bayes: "BayesLoRA", folder: Path) -> None:
+    """Read the guide's and the likelihood's parameters."""
+    state = _load_tensors(folder / POSTERIOR)
+    for prefix, module in (("guide.", bayes.guide), ("model.", bayes.model)):
+        own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        expected = module.state_dict()
+        if {n: tuple(v.shape) for n, v in own.items()} != {n: tuple(v.shape) for n, v in expected.items()}:
+            raise InputError(
+                f"{folder / POSTERIOR} does not fit this network: it belongs to another model or guide"
+            )
+        module.load_state_dict(own)
+
+
+def _load_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def _load_peft(folder: Path, network: nn.Module) -> PeftModel:
+    if isinstance(network, PeftModel):
+        raise InputError("pass the plain base network: this one carries an adapter already")
+    try:
+        lora = LoraConfig.from_pretrained(str(folder))
+        lora.inference_mode = False  # PEFT saves it as True; the adapter can be trained further
+        peft_network = get_peft_model(network, lora)
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(
+            f"{folder / ADAPTER_CONFIG} does not fit {type(network).__name__}: {error}"
+        ) from error
+    _load_adapter_weights(peft_network, folder)
+    return peft_network
+
+
+def _load_adapter_weights(network: PeftModel, folder: Path) -> None:
+    tensors = _load_tensors(folder / ADAPTER_WEIGHTS)
+    expected = get_peft_model_state_dict(network, save_embedding_layers=False)
+    for name in [*expected, *tensors]:
+        ours, theirs = expected.get(name), tensors.get(name)
+        if ours is None or theirs is None or ours.shape != theirs.shape:
+            shapes = [None if t is None else tuple(t.shape) for t in (ours, theirs)]
+            raise InputError(
+                f"{folder} does not fit this network: {name!r} has shape {shapes[0]} here, {shapes[1]} in the file"
+            )
+    set_peft_model_state_dict(network, tensors)
+
+
+def _check_base(folder: Path, manifest: dict[str, Any], network: nn.Module) -> None:
+    """Refuse a base network other than the one the adapter was fitted to."""
+    modules = dict(network.named_modules())
+    for name, (_, columns) in manifest["adapters"].items():
+        module: Any = modules.get(name)
+        if module is None:
+            raise InputError(
+                f"{folder} is for another base model: {type(network).__name__} has no layer {name!r}"
+            )
+        width = getattr(module, "in_features", None) or module.weight.shape[0]
+        if width != columns:
+            raise InputError(
+                f"{folder} is for another base model: layer {name!r} has {width} inputs, not {columns}"
+            )
+    for name, expected in manifest["base"]["weights"].items():
+        found = _probe(modules[name].weight)
+        scale = np.sqrt(np.mean(np.square(expected))) or 1.0
+        if np.max(np.abs(found - np.array(expected))) > 0.02 * scale:
+            raise InputError(
+                f"{folder} is for another base model: the frozen weight of {name!r} differs from the one it was "
+                f"fitted to ({manifest['base']['name']}); load that checkpoint"
+            )
+
+
+def fingerprint(network: PeftModel) -> dict[str, Any]:
+    """Name of the base model and a few entries of three adapted weights: enough to tell checkpoints apart."""
+    from bayeslora.adapters import find_groups
+
+    adapters = [adapter for group in find_groups(network) for adapter in group.adapters]
+    chosen = {a.name: a for a in (adapters[0], adapters[len(adapters) // 2], adapters[-1])}
+    return {
+        "class": type(network.get_base_model()).__name__,
+        "name": str(getattr(network.config, "name_or_path", "") or "unnamed"),
+        "weights": {n: _probe(a.layer.get_base_layer().weight).tolist() for n, a in chosen.items()},
+    }
+
+
+def _probe(weight: Tensor) -> np.ndarray:
+    """Sixteen evenly spaced entries of a weight, as float64."""
+    flat = weight.detach().flatten()
+    index = torch.linspace(0, flat.numel() - 1, 16, dtype=torch.float64, device=flat.device).long()
+    return flat[index].double().cpu().numpy()

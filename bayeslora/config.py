@@ -1,0 +1,204 @@
+"""Every choice of a MonteCLoRA run in one frozen, validated, JSON-able object."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from bayeslora.errors import InputError
+
+# What LoraConfig can ask for that reads or bypasses lora_A behind our back, with the reason for refusing it.
+_REFUSED_LORA_OPTIONS = {
+    "use_dora": "DoRA reads lora_A.weight directly to compute its magnitudes, so a draw would never reach it",
+    "target_parameters": "PEFT adapts bare parameters (mixture-of-experts) without calling a lora_A layer",
+    "monteclora_config": "this is PEFT's own MonteCLoRA; bayeslora replaces it",
+    "megatron_config": "Megatron's parallel layers do not use a plain lora_A linear layer",
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # The paper's settings (Tables 3 and 4): a small perturbation, for stability rather than for calibration.
+    "paper": {"sample_scaler": 5e-3, "kl_weight": 1e-5, "num_components": 4, "guide": "mean_field"},
+    # The defaults of this class.
+    "calibrated": {},
+}
+
+
+@dataclass(frozen=True)
+class MonteCLoRAConfig:
+    r"""Hyperparameters of a MonteCLoRA adapter.
+
+    The adapted matrix has columns :math:`A_i = \mu_i + \epsilon \sum_k \pi_k S_{k,i}` (paper, section 4), with
+    :math:`\pi \sim \mathrm{Dir}(\alpha)`, :math:`\Sigma \sim W_r(\mathrm{diag}(v), \nu)` and
+    :math:`S_{k,i} \sim N(0, \Sigma)` in the posterior.
+
+    Args:
+        r: Rank of the adapters, at least 1.
+        lora_alpha: LoRA's scaling numerator (PEFT's word; so are all up to ``lora_options``).
+        target_modules: Names of the layers to adapt, or ``"all-linear"``.
+        lora_dropout: Dropout on the input of ``lora_A``, in [0, 1).
+        use_rslora: Scale by ``alpha / sqrt(r)`` instead of ``alpha / r``.
+        modules_to_save: Layers trained whole and saved with the adapter; a classification head is added by PEFT.
+        layers_to_transform: Indices of the blocks to adapt; all of them when ``None``.
+        rank_pattern: Ranks that differ from ``r``, by layer name or pattern.
+        lora_options: Any further argument of :class:`peft.LoraConfig`.
+        num_components: N, Gaussian components of the mixture, at least 1.
+        sample_scaler: ε, the scale of the noise around μ; 0 trains plain LoRA.
+        kl_weight: η, the weight of the KL. ``None`` means 1e-5 (the paper's) for ``normalization="paper"``
+            and 1 (the evidence lower bound) for ``normalization="elbo"``.
+        cooperation: λ_C, weight of the cooperative loss Σ_k π_k².
+        normalization: ``"paper"`` averages KL and cooperative loss over adapters; ``"elbo"`` sums the KL over
+            adapters and columns and divides by the number of training examples.
+        num_particles: M, outer draws of (π, Σ) per step; each costs a forward and backward pass.
+        mixture: ``"dense"`` (all components) or ``"sparse"`` (only the component with the largest weight).
+        components: ``"collapsed"`` draws the mixture as one Gaussian with exactly its law, at a cost that does
+            not depend on N; ``"explicit"`` draws all N Gaussians, to look at them.
+        guide: ``"amortized"`` or ``"mean_field"``.
+        mode: ``"joint"`` trains everything; ``"post_hoc"`` freezes μ, B and the head, and trains only v and α.
+        prior_concentration: α0 of the prior Dir(α0·1_N).
+        degrees_of_freedom: ν of both Wishart distributions, at least r; the adapter's rank when ``None``.
+        alpha_init: ``"random"`` (log α uniform on [0, 1)) or ``"ones"``.
+        scale_init: Initial value of every entry of v; 1 starts at the prior.
+
+    Raises:
+        InputError: naming the first argument that is out of range.
+    """
+
+    r: int = 8
+    lora_alpha: float = 16
+    target_modules: str | tuple[str, ...] | None = "all-linear"
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    modules_to_save: tuple[str, ...] | None = None
+    layers_to_transform: tuple[int, ...] | None = None
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    lora_options: Mapping[str, Any] = field(default_factory=dict)
+
+    num_components: int = 4
+    sample_scaler: float = 2e-2
+    kl_weight: float | None = None
+    cooperation: float = 1.0
+    normalization: Literal["paper", "elbo"] = "paper"
+    num_particles: int = 1
+    mixture: Literal["dense", "sparse"] = "dense"
+    components: Literal["collapsed", "explicit"] = "collapsed"
+    guide: str = "amortized"
+    mode: Literal["joint", "post_hoc"] = "joint"
+    prior_concentration: float = 1.0
+    degrees_of_freedom: float | None = None
+    alpha_init: Literal["random", "ones"] = "random"
+    scale_init: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("target_modules", "modules_to_save", "layers_to_transform"):
+            value = getattr(self, name)
+            if isinstance(value, list | set):
+                object.__setattr__(self, name, tuple(value))
+            elif isinstance(value, int):
+                object.__setattr__(self, name, (value,))
+        if self.kl_weight is None:
+            object.__setattr__(self, "kl_weight", 1e-5 if self.normalization == "paper" else 1.0)
+        self._check_numbers()
+        self._check_choices()
+        self._check_lora_options()
+
+    def _check_numbers(self) -> None:
+        _require_integer("r", self.r, 1, "the rank of the adapters")
+        _require_integer("num_components", self.num_components, 1, "N, the number of mixture components")
+        _require_integer("num_particles", self.num_particles, 1, "M, draws per training step")
+        _require_number("sample_scaler", self.sample_scaler, "ε; 0 switches sampling off")
+        _require_number("kl_weight", self.kl_weight, "η, the weight of the KL")
+        _require_number("cooperation", self.cooperation, "λ_C, the weight of the cooperative loss")
+        _require_number("lora_alpha", self.lora_alpha, "LoRA's scaling numerator", positive=True)
+        _require_number(
+            "prior_concentration", self.prior_concentration, "α0 of the Dirichlet prior", positive=True
+        )
+        _require_number("scale_init", self.scale_init, "the initial v of the Wishart", positive=True)
+        if not 0 <= self.lora_dropout < 1:
+            raise InputError(f"lora_dropout must be in [0, 1), got {self.lora_dropout!r}")
+        for pattern, rank in self.rank_pattern.items():
+            _require_integer(f"rank_pattern[{pattern!r}]", rank, 1, "a rank")
+        largest = max([self.r, *self.rank_pattern.values()])
+        if self.degrees_of_freedom is not None and not self.degrees_of_freedom >= largest:
+            raise InputError(
+                f"degrees_of_freedom must be at least the rank ({largest}) or None for the rank itself, "
+                f"got {self.degrees_of_freedom!r}: a Wishart with fewer has no density"
+            )
+
+    def _check_choices(self) -> None:
+        choices = {
+            "normalization": ("paper", "elbo"),
+            "mixture": ("dense", "sparse"),
+            "components": ("collapsed", "explicit"),
+            "mode": ("joint", "post_hoc"),
+            "alpha_init": ("random", "ones"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise InputError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
+        if self.mode == "post_hoc" and self.sample_scaler == 0:
+            raise InputError(
+                "mode='post_hoc' trains only the posterior, but sample_scaler=0 leaves none to train"
+            )
+
+    def _check_lora_options(self) -> None:
+        own = {f.name for f in dataclasses.fields(self)}
+        for name, value in self.lora_options.items():
+            if name in own:
+                raise InputError(f"lora_options[{name!r}]: pass {name}= to MonteCLoRAConfig itself")
+            if name in _REFUSED_LORA_OPTIONS and value:
+                raise InputError(f"{name} cannot be combined with bayeslora: {_REFUSED_LORA_OPTIONS[name]}")
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> "MonteCLoRAConfig":
+        """A named set of hyperparameters, ``"paper"`` or ``"calibrated"``, with ``changes`` on top."""
+        if name not in PRESETS:
+            raise InputError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[name], **changes})
+
+    def replace(self, **changes: Any) -> "MonteCLoRAConfig":
+        """A copy with some fields changed, validated again."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; :meth:`from_dict` reads them back."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        try:
+            return json.loads(json.dumps(fields, default=_plain))
+        except TypeError as error:
+            raise InputError(f"lora_options must hold plain JSON values to be saved: {error}") from error
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "MonteCLoRAConfig":
+        """Rebuild from :meth:`to_dict`; unknown fields are an :class:`InputError`."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise InputError(
+                f"unknown configuration field {unknown[0]!r}; the file may come from a newer bayeslora"
+            )
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise InputError(f"configuration field of the wrong type: {error}") from error
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, set | tuple):
+        return sorted(value)
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"{type(value).__name__} {value!r}")
+
+
+def _require_integer(name: str, value: Any, least: int, meaning: str) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise InputError(f"{name} ({meaning}) must be an integer of at least {least}, got {value!r}")
+
+
+def _require_number(name: str, value: Any, meaning: str, *, positive: bool = False) -> None:
+    ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not ok or value < 0 or (positive and value == 0):
+        bound = "greater than 0" if positive else "0 or greater"
+        raise InputError(f"{name} ({meaning}) must be a finite number, {bound}; got {value!r}")

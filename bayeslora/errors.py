@@ -1,0 +1,12 @@
+"""The errors a user can do something about."""
+
+
+class InputError(ValueError):
+    """A mistake in what the user gave us: it names the thing, what was expected, and what to do.
+
+    The command line prints its message on one line and exits with code 2.
+    """
+
+
+class TrainingDivergedError(RuntimeError):
+    """The loss or a gradient became NaN or infinite; training stopped before the parameters were touched."""

@@ -1,0 +1,229 @@
+"""BayesLoRA: network, Pyro model and Pyro guide behind one forward that any training loop can drive."""
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+from peft import PeftModel
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from bayeslora.adapters import adapt, clear_draw
+from bayeslora.config import MonteCLoRAConfig
+from bayeslora.elbo import CooperativeELBO
+from bayeslora.errors import InputError
+from bayeslora.guides import GUIDES
+from bayeslora.models import MonteCLoRA
+from bayeslora.predict import PosteriorDraws, Prediction, posterior_draws, predict, sample_sites
+
+
+class BayesLoRA(nn.Module):
+    """A transformers network whose LoRA-A matrices are random variables.
+
+    Args:
+        network: Any transformers model PEFT can adapt, or a PeftModel with one active LoRA adapter (trained or
+            not), whose own LoRA settings are then kept.
+        config: Hyperparameters; the defaults when ``None``.
+        guide: A guide class (or any function of the model that returns a Pyro guide); ``config.guide`` names one
+            when ``None``.
+        likelihood: See :class:`bayeslora.models.MonteCLoRA`.
+
+    In training mode ``bayes(**batch)`` draws every adapter once and returns the objective per example as ``loss``,
+    with that draw's ``logits``; in eval mode it runs the posterior mean. It trains under any loop that steps on
+    ``loss``: :func:`bayeslora.fit`, a stock ``transformers.Trainer``, Accelerate, or plain PyTorch.
+
+    Raises:
+        InputError: naming what cannot be honoured, and why.
+    """
+
+    # Trainer must divide the loss by the accumulation steps itself: the objective is a mean over the micro-batch
+    accepts_loss_kwargs = False
+
+    def __init__(
+        self,
+        network: nn.Module,
+        config: MonteCLoRAConfig | None = None,
+        *,
+        guide: Callable[[MonteCLoRA], nn.Module] | None = None,
+        likelihood: PyroModule | None = None,
+    ):
+        super().__init__()
+        config = config or MonteCLoRAConfig()
+        if isinstance(network, PeftModel):
+            config = _with_lora_words(config, network)
+        self.monteclora_config = config
+        self.network = adapt(network, config)
+        self.model = MonteCLoRA(self.network, config, likelihood=likelihood)
+        self.guide = self._build_guide(guide)
+        self.elbo = CooperativeELBO.from_config(config)
+        self.sampling = config.sample_scaler > 0
+        self._freeze()
+
+    def _build_guide(self, guide: Callable[[MonteCLoRA], nn.Module] | None) -> nn.Module:
+        if guide is None:
+            if self.monteclora_config.guide not in GUIDES:
+                raise InputError(f"no guide {self.monteclora_config.guide!r}; there are {', '.join(GUIDES)}, "
+                                 "or pass a class as guide=")  # fmt: skip
+            guide = GUIDES[self.monteclora_config.guide]
+        if isinstance(guide, nn.Module):
+            raise InputError(
+                f"guide= takes a class or function of the model, not a finished {type(guide).__name__}: "
+                "a guide belongs to the model it was built from"
+            )
+        device = next(self.network.parameters()).device
+        return guide(self.model).to(device)
+
+    def _freeze(self) -> None:
+        """Only what the objective depends on is trained, so that every trained parameter gets a gradient."""
+        if self.monteclora_config.mode == "post_hoc":
+            self.network.requires_grad_(False)
+        if self.monteclora_config.sample_scaler == 0:
+            self.guide.requires_grad_(False)
+
+    @property
+    def config(self) -> Any:
+        """The network's own transformers configuration, where transformers looks for it."""
+        return self.network.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.device
+
+    @property
+    def num_examples(self) -> int | None:
+        """Size of the training set, which ``normalization="elbo"`` needs; :func:`fit` sets it."""
+        return self.model.num_examples
+
+    @num_examples.setter
+    def num_examples(self, value: int | None) -> None:
+        self.model.num_examples = value
+
+    @property
+    def adapter_names(self) -> list[str]:
+        """Names of the adapted layers, group by group: the order of every array over adapters."""
+        return [adapter.name for group in self.model.groups for adapter in group.adapters]
+
+    # The first arguments are spelled out for tools that match data set columns with forward's signature.
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        **inputs: Any,
+    ) -> SequenceClassifierOutput:
+        """Objective and logits in training mode; logits, and the loss at the mean, in eval mode.
+
+        ``loss`` is in nats per example; ``logits`` has shape ``(batch, classes)``.
+        """
+        named = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
+        inputs |= {name: value for name, value in named.items() if value is not None}
+        clear_draw(self.model.groups)
+        if labels is None:
+            return SequenceClassifierOutput(logits=self.network(**inputs).logits)
+        if self.training and self.sampling:
+            return self._objective(labels=labels, **inputs)
+        return self._loss_at_mean(labels=labels, **inputs)
+
+    def _objective(self, **batch: Any) -> SequenceClassifierOutput:
+        if self.monteclora_config.normalization == "elbo" and self.num_examples is None:
+            raise InputError(
+                "normalization='elbo' divides the KL by the number of training examples, which is not known: "
+                "set bayes.num_examples = len(train_dataset) (fit does), or use normalization='paper'"
+            )
+        logits: list[Tensor] = []
+
+        def model(**kwargs: Any) -> None:
+            logits.append(self.model.joint(**kwargs)[0])
+
+        with pyro.validation_enabled(False):  # forward, not call: parameters stay out of Pyro's global store
+            loss = self.elbo.differentiable_loss(model, self.guide.forward, **batch)
+        return SequenceClassifierOutput(loss=loss, logits=torch.stack(logits).mean(0).detach())
+
+    def _loss_at_mean(self, **batch: Any) -> SequenceClassifierOutput:
+        with pyro.validation_enabled(False):
+            trace = pyro.poutine.trace(self.model.mean_field).get_trace(**batch)
+        site = trace.nodes["labels"]
+        logits, _ = trace.nodes["_RETURN"]["value"]
+        return SequenceClassifierOutput(loss=-site["fn"].log_prob(site["value"]).mean(), logits=logits)
+
+    def train(self, mode: bool = True) -> "BayesLoRA":
+        clear_draw(self.model.groups)  # a checkpointed step leaves its draw for the backward pass
+        return super().train(mode)
+
+    @contextmanager
+    def without_sampling(self) -> Iterator[None]:
+        """Inside, training mode is plain LoRA at the mean."""
+        before, self.sampling = self.sampling, False
+        try:
+            yield
+        finally:
+            self.sampling = before
+
+    def disable_adapter(self):
+        """Context manager: inside, the network is the frozen base model (PEFT's own switch)."""
+        return self.network.disable_adapter()
+
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Recompute activations in the backward pass; the recomputed layers see the same draw."""
+        base = self.network.get_base_model()
+        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+        enable(*args, **kwargs)
+        base.enable_input_require_grads()
+
+    def sample(self, num_samples: int = 1, *, seed: int | None = None) -> dict[str, Tensor]:
+        """Draws from the guide: site name to values of shape ``(num_samples, *site shape)``; see
+        :mod:`bayeslora.models.monteclora` for sites and shapes."""
+        draws = list(sample_sites(self, num_samples, seed))
+        return {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
+
+    def posterior_draws(
+        self, *, num_samples: int = 64, seed: int | None = 0, adapters: Sequence[str] = ()
+    ) -> PosteriorDraws:
+        """Draws per adapter as numpy arrays, with A itself for the named ``adapters``."""
+        return posterior_draws(self, num_samples=num_samples, seed=seed, adapters=adapters)
+
+    def predict(self, dataset: Any, num_samples: int = 16, **options: Any) -> Prediction:
+        """Posterior predictive; see :func:`bayeslora.predict.predict`."""
+        return predict(self, dataset, num_samples=num_samples, **options)
+
+    def merge(self) -> nn.Module:
+        """A copy of the network with the posterior mean merged into its weights: a plain transformers model."""
+        clear_draw(self.model.groups)
+        return copy.deepcopy(self.network).merge_and_unload()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write PEFT's two files and the posterior; see :mod:`bayeslora.checkpoint`."""
+        from bayeslora.checkpoint import save_pretrained
+
+        save_pretrained(self, folder)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, network: nn.Module, **options: Any) -> "BayesLoRA":
+        """Read :meth:`save_pretrained`'s folder onto a fresh base ``network``; see :mod:`bayeslora.checkpoint`."""
+        from bayeslora.checkpoint import from_pretrained
+
+        return from_pretrained(folder, network, **options)
+
+    def version_info(self) -> dict[str, str]:
+        """Versions of everything the numbers depend on."""
+        from bayeslora.checkpoint import version_info
+
+        return version_info()
+
+
+def _with_lora_words(config: MonteCLoRAConfig, network: PeftModel) -> MonteCLoRAConfig:
+    """The configuration with PEFT's words as the network's adapter has them."""
+    lora = network.peft_config[network.active_adapters[0]]
+    words = {f.name for f in dataclasses.fields(config)} & {f.name for f in dataclasses.fields(lora)}
+    plain = {}
+    for word in words - {"mode"}:
+        value = getattr(lora, word)
+        plain[word] = tuple(sorted(value)) if isinstance(value, set) else value
+    return config.replace(**plain)

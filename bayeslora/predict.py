@@ -1,0 +1,290 @@
+"""Posterior predictive: average over whole networks, each one coherent draw of all adapters."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyro
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
+
+from bayeslora.adapters import AdapterGroup, clear_draw, using_draw
+from bayeslora.analysis.uncertainty import mutual_information, predictive_entropy
+from bayeslora.distributions import active_weights
+from bayeslora.errors import InputError
+
+if TYPE_CHECKING:
+    from bayeslora.module import BayesLoRA
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Posterior predictive of n examples; numpy arrays, float64 where they are averaged.
+
+    Classification (C classes): ``probs`` (n, C), the mean of the draws' probabilities; ``entropy`` (n,) of ``probs``
+    and ``mutual_information`` (n,) between label and draw, in nats; ``sample_log_probs`` (S, n, C).
+    Regression: ``mean`` (n,), ``std`` (n,) of the predictive including the noise; ``sample_means`` (S, n);
+    ``noise_scale``, the likelihood's σ. Fields of the other task, and draws that were not kept, are ``None``.
+    ``labels`` (n,) is ``None`` for unlabelled data. S is 1 at the mean (``num_samples=0``).
+    """
+
+    labels: np.ndarray | None
+    label_names: tuple[str, ...] | None = None
+    probs: np.ndarray | None = None
+    entropy: np.ndarray | None = None
+    mutual_information: np.ndarray | None = None
+    sample_log_probs: np.ndarray | None = field(default=None, repr=False)
+    mean: np.ndarray | None = None
+    std: np.ndarray | None = None
+    sample_means: np.ndarray | None = field(default=None, repr=False)
+    noise_scale: float | None = None
+
+    @property
+    def sample_probs(self) -> np.ndarray | None:
+        """Probabilities of every draw, (S, n, C)."""
+        return None if self.sample_log_probs is None else np.exp(self.sample_log_probs)
+
+    @property
+    def sample_log_likelihood(self) -> np.ndarray | None:
+        """log p(y_i | draw s) in nats, (S, n); ``None`` without labels or draws."""
+        if self.labels is None:
+            return None
+        if self.sample_log_probs is not None:
+            return self.sample_log_probs[:, np.arange(len(self.labels)), self.labels.astype(int)]
+        if self.sample_means is not None and self.noise_scale is not None:
+            standard = (self.labels - self.sample_means) / self.noise_scale
+            return -(standard**2) / 2 - np.log(self.noise_scale) - np.log(2 * np.pi) / 2
+        return None
+
+
+@dataclass(frozen=True)
+class PosteriorDraws:
+    """S draws of K adapters: ``mixture_weights`` (S, K, N), ``covariance`` Σ (S, K, r, r), padded with NaN where
+    ranks differ, ``noise_scale`` (S, K), the standard deviation of an entry of A around μ given (π, Σ),
+    ``mean_scale`` (K,), the root mean square of μ, and ``A``, by adapter name, each (S, r, n_in)."""
+
+    adapters: list[str]
+    mixture_weights: np.ndarray
+    covariance: np.ndarray
+    noise_scale: np.ndarray
+    mean_scale: np.ndarray
+    A: dict[str, np.ndarray]
+
+
+def predict(
+    bayes: "BayesLoRA",
+    dataset: Any,
+    *,
+    num_samples: int = 16,
+    batch_size: int = 32,
+    seed: int | None = 0,
+    keep_draws: bool = True,
+    progress: bool = True,
+) -> Prediction:
+    """Average the predictive over draws of the posterior.
+
+    Args:
+        bayes: The fitted module; its training mode is restored afterwards.
+        dataset: Encoded examples, a sequence of dicts such as a ``datasets.Dataset``; ``labels`` are optional.
+        num_samples: S; each draw is one network for all examples. 0 runs the posterior mean instead.
+        batch_size: Examples per forward pass; changes memory and speed, not the result beyond rounding.
+        seed: Draw s is the same for any S, batch size and data set with the same seed. ``None`` for fresh draws.
+        keep_draws: Keep every draw's output, ``S × n × C`` numbers.
+        progress: Show a progress bar.
+
+    Raises:
+        InputError: for an empty data set or a negative number of draws.
+    """
+    if num_samples < 0:
+        raise InputError(f"num_samples must be 0 (the mean network) or more, got {num_samples}")
+    if len(dataset) == 0:
+        raise InputError("the data set is empty: there is nothing to predict")
+    copies = 1
+    if bayes.monteclora_config.sample_scaler == 0:  # plain LoRA: every draw is the mean network
+        num_samples, copies = 0, max(num_samples, 1)
+    collate = Collator.for_network(bayes.network)
+    batches, order = _batches_by_length(dataset, batch_size)
+    outputs: list[np.ndarray] = []
+    labels: np.ndarray | None = None
+    with _evaluating(bayes), _progress(len(batches) * max(num_samples, 1), progress) as bar:
+        for use_draw in _networks(bayes, num_samples, seed):
+            rows, found = [], []
+            with use_draw:
+                for batch in batches:
+                    inputs = collate(batch).to(bayes.network.device)
+                    target = inputs.pop("labels", None)
+                    rows.append(bayes.network(**inputs).logits.float().cpu())
+                    found.append(target)
+                    bar.update()
+            outputs.append(torch.cat(rows).numpy()[order])
+            if labels is None and all(target is not None for target in found):
+                labels = torch.cat(found).cpu().numpy()[order]
+    return _summarize(bayes, outputs * copies, labels, keep_draws)
+
+
+def _summarize(
+    bayes: "BayesLoRA", outputs: list[np.ndarray], labels: np.ndarray | None, keep: bool
+) -> Prediction:
+    from bayeslora.models import GaussianLikelihood
+
+    logits = np.stack(outputs)  # (S, n, C)
+    likelihood = bayes.model.likelihood
+    if isinstance(likelihood, GaussianLikelihood):
+        means = logits.reshape(logits.shape[0], -1).astype(np.float64)
+        noise = float(likelihood.scale)
+        return Prediction(
+            labels,
+            mean=means.mean(0),
+            std=np.sqrt(means.var(0) + noise**2),
+            sample_means=means if keep else None,
+            noise_scale=noise,
+        )
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    log_probs = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    probs = np.exp(log_probs).mean(0)
+    id2label = getattr(bayes.network.config, "id2label", None) or {}
+    return Prediction(
+        labels,
+        tuple(str(id2label[i]) for i in sorted(id2label)) or None,
+        probs,
+        predictive_entropy(probs),
+        mutual_information(np.exp(log_probs)),
+        log_probs if keep else None,
+    )
+
+
+def sample_sites(bayes: "BayesLoRA", num_samples: int, seed: int | None) -> Iterator[dict[str, Tensor]]:
+    """Draws of the guide's sites, one at a time; draw s depends on (seed, s) alone."""
+    if num_samples < 1:
+        raise InputError(f"num_samples must be at least 1, got {num_samples}")
+    sites = {f"{kind}_{g.name}" for g in bayes.model.groups for kind in ("pi", "sigma_tril", "A", "S")}
+    for index in range(num_samples):
+        with torch.no_grad(), _seeded(seed, index), pyro.validation_enabled(False):
+            trace = pyro.poutine.trace(bayes.guide.forward).get_trace()
+            yield {name: site["value"] for name, site in trace.nodes.items() if name in sites}
+
+
+def posterior_draws(
+    bayes: "BayesLoRA", *, num_samples: int, seed: int | None, adapters: Sequence[str] = ()
+) -> PosteriorDraws:
+    """See :meth:`bayeslora.BayesLoRA.posterior_draws`."""
+    unknown = sorted(set(adapters) - set(bayes.adapter_names))
+    if unknown:
+        raise InputError(f"no adapter {unknown[0]!r}; there are {', '.join(bayes.adapter_names)}")
+    weights, covariances, scales = [], [], []
+    matrices: dict[str, list[np.ndarray]] = {name: [] for name in adapters}
+    rank = max(group.rank for group in bayes.model.groups)
+    for sites in sample_sites(bayes, num_samples, seed):
+        drawn = bayes.model.weights(sites)
+        per_group = [_group_arrays(bayes, group, sites, rank) for group in bayes.model.groups]
+        for collected, parts in zip(
+            (weights, covariances, scales), zip(*per_group, strict=True), strict=True
+        ):
+            collected.append(np.concatenate(parts))
+        for group in bayes.model.groups:
+            for adapter, matrix in zip(group.adapters, drawn[group.name], strict=True):
+                if adapter.name in matrices:
+                    matrices[adapter.name].append(matrix.mT.cpu().numpy())
+    means = [group.mean().detach().square().mean((-2, -1)).sqrt() for group in bayes.model.groups]
+    return PosteriorDraws(
+        bayes.adapter_names,
+        np.stack(weights),
+        np.stack(covariances),
+        np.stack(scales),
+        torch.cat(means).cpu().numpy(),
+        {name: np.stack(draws) for name, draws in matrices.items()},
+    )
+
+
+def _group_arrays(bayes: "BayesLoRA", group: AdapterGroup, sites: dict[str, Tensor], rank: int):
+    """π, Σ padded to ``rank`` and the noise scale ε·sqrt(Σ_k w_k² · tr Σ / r) of one group, adapters first."""
+    pi, factor = sites[f"pi_{group.name}"][:, 0], sites[f"sigma_tril_{group.name}"][:, 0]
+    covariance = factor @ factor.mT
+    active = active_weights(pi, bayes.monteclora_config.mixture).square().sum(-1)
+    mean_variance = covariance.diagonal(dim1=-2, dim2=-1).mean(-1)
+    noise = bayes.monteclora_config.sample_scaler * (active * mean_variance).sqrt()
+    missing = rank - group.rank
+    padded = torch.nn.functional.pad(covariance, (0, missing, 0, missing), value=float("nan"))
+    return pi.cpu().numpy(), padded.cpu().numpy(), noise.cpu().numpy()
+
+
+class Collator:
+    """Pads a list of encoded examples to the longest of them and stacks the rest; text columns are left out."""
+
+    def __init__(self, pad_token_id: int = 0):
+        self.padding = {"input_ids": pad_token_id}
+
+    @classmethod
+    def for_network(cls, network: Any) -> "Collator":
+        return cls(getattr(network.config, "pad_token_id", None) or 0)
+
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> "Batch":
+        batch = Batch()
+        for name in examples[0]:
+            if any(isinstance(example[name], str) or example[name] is None for example in examples):
+                continue
+            values = [torch.as_tensor(example[name]) for example in examples]
+            if name != "labels" and values[0].dim() == 1:
+                batch[name] = pad_sequence(values, batch_first=True, padding_value=self.padding.get(name, 0))
+            else:
+                batch[name] = torch.stack(values)
+        return batch
+
+
+class Batch(dict):
+    """Tensors by name, movable together."""
+
+    def to(self, device: Any) -> "Batch":
+        return Batch({name: value.to(device) for name, value in self.items()})
+
+
+def _batches_by_length(dataset: Any, batch_size: int) -> tuple[list[list[dict[str, Any]]], np.ndarray]:
+    """Batches of similar length, longest first, and the order that undoes the sorting."""
+    examples = [dataset[index] for index in range(len(dataset))]
+    lengths = [-len(example["input_ids"]) if "input_ids" in example else 0 for example in examples]
+    by_length = np.argsort(lengths, kind="stable")
+    batches = [
+        [examples[index] for index in by_length[start : start + batch_size]]
+        for start in range(0, len(examples), batch_size)
+    ]
+    return batches, np.argsort(by_length)
+
+
+def _networks(bayes: "BayesLoRA", num_samples: int, seed: int | None) -> Iterator[Any]:
+    """A context for every network to run: the mean, or one per draw."""
+    if num_samples == 0:
+        yield nullcontext()
+        return
+    for sites in sample_sites(bayes, num_samples, seed):
+        yield using_draw(bayes.model.groups, bayes.model.weights(sites))
+
+
+@contextmanager
+def _evaluating(bayes: "BayesLoRA") -> Iterator[None]:
+    was_training = bayes.training
+    bayes.eval()
+    clear_draw(bayes.model.groups)
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        bayes.train(was_training)
+
+
+@contextmanager
+def _seeded(seed: int | None, index: int) -> Iterator[None]:
+    """The generator of draw ``index`` inside, the caller's own outside."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed(int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0] >> 1))
+        yield
+
+
+def _progress(total: int, show: bool) -> Any:
+    return tqdm(total=total, desc="predict", unit="batch", disable=None if show else True, leave=False)

@@ -1,0 +1,70 @@
+"""One small shared network describes every adapter's posterior."""
+
+import math
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from bayeslora.adapters import Adapter, AdapterGroup
+from bayeslora.guides.base import Guide, initial_log_alpha
+from bayeslora.models import MonteCLoRA
+
+NUM_FEATURES = 6
+WIDTH = 32
+
+
+class AmortizedGuide(Guide):
+    """v and α of an adapter as a function of its description: O(1) parameters in the number of layers.
+
+    The description is the kind of projection (an embedding), its depth, log n_in, log n_out, the scale and the row
+    imbalance of the frozen weight, and the scale of μ. The last layer starts at zero, so every adapter starts with
+    the same v and α as in the mean-field guide.
+    """
+
+    def __init__(self, model: MonteCLoRA):
+        super().__init__(model)
+        adapters = [adapter for group in model.groups for adapter in group.adapters]
+        kinds = {kind: index for index, kind in enumerate(dict.fromkeys(a.kind for a in adapters))}
+        depth = max(adapter.block for adapter in adapters) or 1
+        self._rank = max(group.rank for group in model.groups)
+        for group in model.groups:
+            kind = torch.tensor([kinds[adapter.kind] for adapter in group.adapters])
+            fixed = torch.stack([_description(adapter, adapter.block / depth) for adapter in group.adapters])
+            self.register_buffer(f"kind_{group.name}", kind, persistent=False)  # follow from the network,
+            self.register_buffer(f"fixed_{group.name}", fixed, persistent=False)  # so never saved
+        outputs = self._rank + self.config.num_components
+        self.embedding = nn.Embedding(len(kinds), WIDTH)
+        self.hidden = nn.Linear(NUM_FEATURES, WIDTH)
+        self.output = nn.Linear(WIDTH, outputs)
+        with torch.no_grad():
+            self.output.weight.zero_()
+            self.output.bias[: self._rank] = math.log(self.config.scale_init)
+            self.output.bias[self._rank :] = initial_log_alpha(
+                self.config.alpha_init, self.config.num_components
+            )
+
+    def variational_parameters(self, group: AdapterGroup) -> tuple[Tensor, Tensor]:
+        kind, fixed = getattr(self, f"kind_{group.name}"), getattr(self, f"fixed_{group.name}")
+        mean = group.mean().detach()  # the guide describes the adapter; μ itself is trained by the task
+        scale_of_mean = mean.square().mean((-2, -1)).clamp(min=1e-12).log() / 2
+        features = torch.cat([fixed, scale_of_mean.unsqueeze(-1)], dim=-1)  # (adapters, features)
+        hidden = torch.tanh(self.hidden(features) + self.embedding(kind))
+        output = self.output(hidden)
+        return output[:, : group.rank], output[:, self._rank :]
+
+
+def _description(adapter: Adapter, depth: float) -> Tensor:
+    """What never changes in training: depth, sizes and the frozen weight's statistics, shape ``(features − 1,)``."""
+    layer = adapter.layer
+    weight = layer.get_base_layer().weight if isinstance(layer, BaseTunerLayer) else layer.weight
+    rows = weight.detach().float().square().mean(-1).clamp(min=1e-12)
+    return torch.tensor(
+        [
+            depth,
+            math.log(layer.in_features) / 10,
+            math.log(layer.out_features) / 10,
+            float(rows.mean().log()) / 2,
+            float(rows.log().std()),
+        ]
+    )

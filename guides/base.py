@@ -1,0 +1,69 @@
+"""What every MonteCLoRA guide shares: given v and α, the three sites of the posterior."""
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.nn import PyroModule
+from torch import Tensor
+
+from bayeslora.adapters import AdapterGroup
+from bayeslora.distributions import CollapsedMixture, WishartCholesky, active_weights, expected_column_kl
+from bayeslora.models import MonteCLoRA
+
+
+class Guide(PyroModule):
+    r"""q(π, Σ, A) = Dir(π; α) · W(Σ; diag(v), ν) · ∏_i N(A_i; μ_i, ε²·Σ_k π_k²·Σ) for every adapter.
+
+    A subclass says where v and α come from, in :meth:`variational_parameters`; it is called like the model and
+    ignores its arguments.
+
+    Args:
+        model: The model whose sites it approximates.
+    """
+
+    def __init__(self, model: MonteCLoRA):
+        super().__init__("guide")
+        self._model = (model,)  # in a tuple: the model's parameters are its own
+        self.config = model.config
+
+    @property
+    def model(self) -> MonteCLoRA:
+        return self._model[0]
+
+    def variational_parameters(self, group: AdapterGroup) -> tuple[Tensor, Tensor]:
+        """log v of shape ``(adapters, r)`` and log α of shape ``(adapters, N)``."""
+        raise NotImplementedError(f"{type(self).__name__} must define variational_parameters(group)")
+
+    def forward(self, *args, **kwargs) -> dict[str, Tensor]:
+        """Sample every site once; returns site name to value."""
+        draw: dict[str, Tensor] = {}
+        for group in self.model.groups:
+            draw |= self._sample_group(group)
+        return draw
+
+    def _sample_group(self, group: AdapterGroup) -> dict[str, Tensor]:
+        config, name = self.config, group.name
+        log_v, log_alpha = self.variational_parameters(group)
+        wishart = WishartCholesky(self.model.degrees_of_freedom(group), log_v.exp().unsqueeze(-2))
+        column_kl = {"expected_kl": expected_column_kl(wishart)}  # (adapters, 1), exact over Σ
+        columns = pyro.plate(f"columns_{name}", group.columns, dim=-1)
+        with pyro.plate(f"adapters_{name}", len(group), dim=-2):
+            pi = pyro.sample(f"pi_{name}", dist.Dirichlet(log_alpha.exp().unsqueeze(-2)))
+            factor = pyro.sample(f"sigma_tril_{name}", wishart)
+            if config.components == "explicit":
+                normal = dist.MultivariateNormal(factor.new_zeros(group.rank), scale_tril=factor)
+                with pyro.plate(f"components_{name}", config.num_components, dim=-3), columns:
+                    site, value = f"S_{name}", pyro.sample(f"S_{name}", normal, infer=column_kl)
+            else:
+                weights = active_weights(pi[..., 0, :], config.mixture)
+                posterior = CollapsedMixture(
+                    group.mean(), factor[..., 0, :, :], weights, config.sample_scaler
+                )
+                with columns:
+                    site, value = f"A_{name}", pyro.sample(f"A_{name}", posterior, infer=column_kl)
+        return {f"pi_{name}": pi, f"sigma_tril_{name}": factor, site: value}
+
+
+def initial_log_alpha(how: str, *shape: int) -> Tensor:
+    """Starting log α: zeros for ``"ones"``, uniform on [0, 1) for ``"random"`` (paper, ablation of α)."""
+    return torch.zeros(shape) if how == "ones" else torch.rand(shape)

@@ -1,0 +1,25 @@
+"""The paper's variational family: free v and α for every adapter."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from bayeslora.adapters import AdapterGroup
+from bayeslora.guides.base import Guide, initial_log_alpha
+from bayeslora.models import MonteCLoRA
+
+
+class MeanFieldGuide(Guide):
+    """r + N parameters for every adapter: log v and log α (paper, section 4.1)."""
+
+    def __init__(self, model: MonteCLoRA):
+        super().__init__(model)
+        for group in model.groups:
+            log_v = torch.full((len(group), group.rank), math.log(self.config.scale_init))
+            log_alpha = initial_log_alpha(self.config.alpha_init, len(group), self.config.num_components)
+            self.register_parameter(f"log_v_{group.name}", nn.Parameter(log_v))
+            self.register_parameter(f"log_alpha_{group.name}", nn.Parameter(log_alpha))
+
+    def variational_parameters(self, group: AdapterGroup) -> tuple[Tensor, Tensor]:
+        return getattr(self, f"log_v_{group.name}"), getattr(self, f"log_alpha_{group.name}")

@@ -1,0 +1,138 @@
+r"""MonteCLoRA as a Pyro model: three sites over the columns of every LoRA-A matrix, then the network, then the labels.
+
+========================  ===========================================  ===============================================
+site (one per group)      prior                                        shape (plates ``adapters``, ``columns``)
+========================  ===========================================  ===============================================
+``pi_{group}``            Dirichlet(α0·1_N)                            ``(adapters, 1, N)``
+``sigma_tril_{group}``    Cholesky factor of Wishart(I_r, ν)           ``(adapters, 1, r, r)``
+``A_{group}``             N(μ_i, ε²·Σ_k π_k²·I_r) for every column i   ``(adapters, columns, r)``
+========================  ===========================================  ===============================================
+
+A group holds all adapters of one shape (r, n_in). With ``components="explicit"`` the third site is the N Gaussians
+``S_{group}``, of shape ``(N, adapters, columns, r)``, and A is computed from them.
+
+Reference: Sengupta et al., *Robust and Efficient Fine-tuning of LLMs with Bayesian Reparameterization of Low-Rank
+Adaptation* (TMLR 2025), section 4.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+
+from bayeslora.adapters import AdapterGroup, adapt, find_groups, using_draw
+from bayeslora.config import MonteCLoRAConfig
+from bayeslora.distributions import CollapsedMixture, WishartCholesky, active_weights
+from bayeslora.models.likelihoods import likelihood_for
+
+
+class MonteCLoRA(PyroModule):
+    """Prior over (π, Σ, A) of every adapter, and the likelihood of the labels given the network with that A.
+
+    Args:
+        network: A transformers model, or a PeftModel with one active LoRA adapter.
+        config: Hyperparameters.
+        likelihood: A :class:`PyroModule` as in :mod:`bayeslora.models.likelihoods`; read off the network if ``None``.
+        num_examples: Size of the training set; scales the likelihood of a mini-batch up to it.
+
+    Called as a Pyro model, ``model(**batch)``, it registers the network's trainable parameters with Pyro, so
+    ``pyro.infer.SVI(model, guide, optim, CooperativeELBO())`` trains them all.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        config: MonteCLoRAConfig,
+        *,
+        likelihood: PyroModule | None = None,
+        num_examples: int | None = None,
+    ):
+        super().__init__("model")
+        network = adapt(network, config)
+        self._network = (network,)  # in a tuple: its parameters are its own, not this module's
+        self._checkpointable = tuple(m for m in network.modules() if hasattr(m, "gradient_checkpointing"))
+        self.config = config
+        self.groups = find_groups(network)
+        self.likelihood = likelihood if likelihood is not None else likelihood_for(network.get_base_model())
+        self.num_examples = num_examples
+
+    @property
+    def network(self) -> nn.Module:
+        return self._network[0]
+
+    def degrees_of_freedom(self, group: AdapterGroup) -> float:
+        """ν of a group: the configured value, or its rank."""
+        return float(self.config.degrees_of_freedom or group.rank)
+
+    def forward(self, labels: Tensor | None = None, **inputs: Any) -> Tensor:
+        self._register_parameters()
+        return self.joint(labels=labels, **inputs)[1]
+
+    def joint(self, labels: Tensor | None = None, **inputs: Any) -> tuple[Tensor, Tensor]:
+        """The joint density of latent sites and labels, without the bookkeeping of Pyro's parameter store.
+
+        Returns:
+            The network's logits under this draw, and the labels.
+        """
+        draw = {group.name: self._sample_group(group) for group in self.groups}
+        with using_draw(self.groups, draw, keep=self._recomputes()):
+            logits = self.network(**inputs).logits
+        return logits, self.likelihood(logits, labels, self.num_examples)
+
+    def mean_field(self, labels: Tensor | None = None, **inputs: Any) -> tuple[Tensor, Tensor]:
+        """The same with every A at its mean μ: no latent site, plain LoRA."""
+        logits = self.network(**inputs).logits
+        return logits, self.likelihood(logits, labels, self.num_examples)
+
+    def weights(self, sites: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A of every group from the values of its sites: group name to ``(adapters, columns, r)``."""
+        return {group.name: self._adapted_matrix(group, sites) for group in self.groups}
+
+    def _sample_group(self, group: AdapterGroup) -> Tensor:
+        config, name = self.config, group.name
+        like = {"dtype": torch.float32, "device": group.adapters[0].lora_A.weight.device}
+        concentration = torch.full((len(group), 1, config.num_components), config.prior_concentration, **like)
+        identity = torch.eye(group.rank, **like).expand(len(group), 1, group.rank, group.rank)
+        adapters = pyro.plate(f"adapters_{name}", len(group), dim=-2)
+        columns = pyro.plate(f"columns_{name}", group.columns, dim=-1)
+        with adapters:
+            pi = pyro.sample(f"pi_{name}", dist.Dirichlet(concentration))
+            scale = identity.diagonal(dim1=-2, dim2=-1)
+            pyro.sample(f"sigma_tril_{name}", WishartCholesky(self.degrees_of_freedom(group), scale))
+            if config.components == "explicit":
+                standard = dist.Normal(torch.zeros((), **like), 1).expand([group.rank]).to_event(1)
+                with pyro.plate(f"components_{name}", config.num_components, dim=-3), columns:
+                    components = pyro.sample(f"S_{name}", standard)
+                return self._adapted_matrix(group, {f"pi_{name}": pi, f"S_{name}": components})
+            weights = active_weights(pi[..., 0, :], config.mixture)
+            prior = CollapsedMixture(group.mean(), identity[..., 0, :, :], weights, config.sample_scaler)
+            with columns:
+                return pyro.sample(f"A_{name}", prior)
+
+    def _adapted_matrix(self, group: AdapterGroup, sites: Mapping[str, Tensor]) -> Tensor:
+        name = group.name
+        if f"A_{name}" in sites:
+            return sites[f"A_{name}"]
+        weights = active_weights(sites[f"pi_{name}"][..., 0, :], self.config.mixture)  # (adapters, N)
+        noise = torch.einsum("ak,kacr->acr", weights, sites[f"S_{name}"])
+        return group.mean() + self.config.sample_scaler * noise
+
+    def _recomputes(self) -> bool:
+        """Whether layers run again in the backward pass, and must then see the same draw."""
+        return torch.is_grad_enabled() and any(
+            module.gradient_checkpointing for module in self._checkpointable
+        )
+
+    def _register_parameters(self) -> None:
+        for name, parameter in self.network.named_parameters():
+            if parameter.requires_grad:
+                registered = pyro.param(f"network.{name}", parameter)
+                if registered is not parameter:
+                    raise RuntimeError(
+                        f"Pyro's parameter store already holds another network's 'network.{name}'; "
+                        "call pyro.clear_param_store() before fitting a second model"
+                    )

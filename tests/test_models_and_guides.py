@@ -1,0 +1,295 @@
+"""The Pyro model and its guides, on their own and under Pyro's own tools; one contract for every guide."""
+
+import math
+
+import pyro
+import pytest
+import torch
+from pyro.infer import SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer.autoguide import AutoNormal
+from torch.distributions import kl_divergence
+
+from bayeslora import BayesLoRA, CooperativeELBO, InputError, MonteCLoRAConfig
+from bayeslora.distributions import expected_column_kl
+from bayeslora.guides import GUIDES, AmortizedGuide, Guide, MeanFieldGuide
+from bayeslora.models import GaussianLikelihood, MonteCLoRA
+from tests.conftest import tiny_batch, tiny_network
+
+ALL_GUIDES = sorted(GUIDES)
+COMPONENTS = ["collapsed", "explicit"]
+TARGETS = ["query", "output.dense"]
+
+
+def small_model(**options):
+    layers, kind = options.pop("layers", 2), options.pop("kind", "bert")
+    options = {"r": 2, "num_components": 3, "target_modules": TARGETS, "sample_scaler": 0.1} | options
+    return MonteCLoRA(tiny_network(kind, layers=layers), MonteCLoRAConfig(**options))
+
+
+def trace(fn, *args, **kwargs):
+    return pyro.poutine.trace(fn).get_trace(*args, **kwargs)
+
+
+class TestModel:
+    def test_three_sites_a_group_in_plates(self):
+        model = small_model()
+        nodes = trace(model, **tiny_batch()).nodes
+        shapes = {
+            name: tuple(node["value"].shape) for name, node in nodes.items() if node["type"] == "sample"
+        }
+        plates = [name for name in shapes if name.split("_")[0] in ("adapters", "columns")]
+        assert len(plates) == 2 * len(model.groups) == 4
+        assert shapes["pi_r2_in16"] == (4, 1, 3)
+        assert shapes["sigma_tril_r2_in16"] == (4, 1, 2, 2)
+        assert shapes["A_r2_in16"] == (4, 16, 2)
+        assert shapes["A_r2_in24"] == (2, 24, 2)
+        frames = {f.name: f.size for f in nodes["A_r2_in16"]["cond_indep_stack"]}
+        assert frames == {"adapters_r2_in16": 4, "columns_r2_in16": 16}
+
+    def test_explicit_components_have_their_own_plate(self):
+        nodes = trace(small_model(components="explicit"), **tiny_batch()).nodes
+        assert tuple(nodes["S_r2_in16"]["value"].shape) == (3, 4, 16, 2)
+        frames = {f.name: f.size for f in nodes["S_r2_in16"]["cond_indep_stack"]}
+        assert frames == {"adapters_r2_in16": 4, "components_r2_in16": 3, "columns_r2_in16": 16}
+
+    def test_likelihood_is_scaled_to_the_training_set(self):
+        model = small_model()
+        model.num_examples = 600
+        node = trace(model, **tiny_batch(6)).nodes["labels"]
+        assert node["scale"] == pytest.approx(100)
+        assert node["is_observed"]
+
+    def test_prior_predictive_simulates_labels(self):
+        batch = tiny_batch(6)
+        batch.pop("labels")
+        labels = Predictive(small_model(), num_samples=40)(**batch)["labels"]
+        assert labels.shape[0] == 40
+        assert set(labels.unique().tolist()) == {0, 1}
+
+    def test_registered_parameters_are_the_trainable_ones(self):
+        model = small_model()
+        params = {n for n, node in trace(model, **tiny_batch()).nodes.items() if node["type"] == "param"}
+        expected = {f"network.{n}" for n, p in model.network.named_parameters() if p.requires_grad}
+        assert params == expected
+        assert any("lora_B" in name for name in params)
+
+    def test_a_second_model_in_a_used_parameter_store_is_an_error(self):
+        trace(small_model(), **tiny_batch())
+        with pytest.raises(RuntimeError, match="clear_param_store"):
+            trace(small_model(), **tiny_batch())
+
+    def test_regression_has_a_learned_noise(self):
+        network = tiny_network(num_labels=1)
+        model = MonteCLoRA(network, MonteCLoRAConfig(r=2, target_modules=TARGETS))
+        assert isinstance(model.likelihood, GaussianLikelihood)
+        batch = tiny_batch() | {"labels": torch.randn(6)}
+        node = trace(model, **batch).nodes["labels"]
+        assert node["fn"].scale.tolist() == pytest.approx([math.sqrt(0.5)] * 6)
+        names = {n for n, node in trace(model, **batch).nodes.items() if node["type"] == "param"}
+        assert any("scale" in name for name in names)
+
+    def test_a_network_without_a_likelihood_is_refused(self):
+        import transformers
+
+        config = transformers.GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2)
+        with pytest.raises(InputError, match="GPT2LMHeadModel"):
+            MonteCLoRA(transformers.GPT2LMHeadModel(config), MonteCLoRAConfig(r=2))
+
+    def test_degrees_of_freedom(self):
+        model = small_model()
+        assert model.degrees_of_freedom(model.groups[0]) == 2
+        model = small_model(degrees_of_freedom=7.5)
+        assert trace(model, **tiny_batch()).nodes["sigma_tril_r2_in16"]["fn"].df == 7.5
+
+
+@pytest.mark.parametrize("components", COMPONENTS)
+@pytest.mark.parametrize("name", ALL_GUIDES)
+class TestEveryGuide:
+    def make(self, name, components, **options):
+        model = small_model(components=components, guide=name, **options)
+        return model, GUIDES[name](model)
+
+    def test_sites_and_shapes_are_the_models(self, name, components):
+        model, guide = self.make(name, components)
+        ours, theirs = trace(guide, **tiny_batch()), trace(model, **tiny_batch())
+        latent = {
+            n for n, s in theirs.nodes.items() if s["type"] == "sample" and n[:2] in ("pi", "si", "A_", "S_")
+        }
+        assert latent == {n for n, s in ours.nodes.items() if s["type"] == "sample" and "_subsample" not in n
+                          and n.split("_")[0] not in ("adapters", "columns", "components")}  # fmt: skip
+        for site in latent:
+            assert ours.nodes[site]["value"].shape == theirs.nodes[site]["value"].shape
+
+    def test_seed_repeats_the_draw(self, name, components):
+        _, guide = self.make(name, components)
+        draws = []
+        for seed in (3, 3, 4):
+            pyro.set_rng_seed(seed)
+            draws.append(guide())
+        for site in draws[0]:
+            assert torch.equal(draws[0][site], draws[1][site])
+            assert not torch.equal(draws[0][site], draws[2][site])
+
+    def test_state_saves_and_loads(self, name, components):
+        model, guide = self.make(name, components)
+        with torch.no_grad():
+            for parameter in guide.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        twin = GUIDES[name](model)
+        twin.load_state_dict(guide.state_dict())
+        pyro.set_rng_seed(1)
+        first = guide()
+        pyro.set_rng_seed(1)
+        second = twin.forward()
+        assert all(torch.equal(first[site], second[site]) for site in first)
+
+    def test_expected_kl_is_the_mean_of_the_sampled_kl(self, name, components):
+        """Rao-Blackwellised against ½(tr Σ − log|Σ| − r) at the draws, within the draws' own error."""
+        _, guide = self.make(name, components)
+        traces = [trace(guide).nodes for _ in range(400)]
+        factor = torch.stack([nodes["sigma_tril_r2_in16"]["value"][:, 0] for nodes in traces])
+        log_det = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        sampled = (factor.square().sum((-2, -1)) - log_det - 2) / 2  # (draws, adapters)
+        site = "S_r2_in16" if components == "explicit" else "A_r2_in16"
+        expected = traces[0][site]["infer"]["expected_kl"][:, 0]
+        error = sampled.std(0) / math.sqrt(len(sampled))
+        assert ((sampled.mean(0) - expected).abs() <= 5 * error).all()
+
+    @pytest.mark.parametrize("normalization", ["paper", "elbo"])
+    def test_svi_drives_model_and_guide_as_they_are(self, name, components, normalization):
+        model, guide = self.make(name, components)
+        model.num_examples = 50
+        before = {
+            n: p.detach().clone() for n, p in [*model.network.named_parameters(), *guide.named_parameters()]
+        }
+        elbo = CooperativeELBO(kl_weight=1e-3, normalization=normalization)
+        svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), loss=elbo)
+        losses = [svi.step(**tiny_batch()) for _ in range(3)]
+        assert all(math.isfinite(loss) for loss in losses)
+        after = {n: p.detach() for n, p in [*model.network.named_parameters(), *guide.named_parameters()]}
+        moved = {n for n in before if not torch.equal(before[n], after[n])}
+        frozen = {n for n, p in model.network.named_parameters() if not p.requires_grad}
+        assert moved.isdisjoint(frozen)
+        assert any("lora_B" in n for n in moved)
+        assert any("log_v" in n or "output" in n for n in moved)
+        assert svi.evaluate_loss(**tiny_batch()) == pytest.approx(
+            elbo.loss(model, guide, **tiny_batch()), rel=0.5
+        )
+
+    def test_stock_pyro_elbos_agree_with_ours(self, name, components):
+        """Trace_ELBO, TraceMeanField_ELBO and ours (η = 1, λ_C = 0) estimate one number."""
+        model, guide = self.make(name, components)
+        model.num_examples = 60
+        batch, losses = tiny_batch(), {}
+        for elbo in (Trace_ELBO(), TraceMeanField_ELBO(), CooperativeELBO(1.0, 0.0, "elbo")):
+            scale = 60 if isinstance(elbo, CooperativeELBO) else 1
+            values = torch.tensor([elbo.loss(model, guide, **batch) * scale for _ in range(60)])
+            losses[type(elbo).__name__] = (values.mean(), values.std() / math.sqrt(len(values)))
+        ours, error = losses["CooperativeELBO"]
+        for mean, other_error in losses.values():
+            assert abs(mean - ours) <= 5 * (error**2 + other_error**2).sqrt()
+        assert error <= losses["Trace_ELBO"][1]  # closed forms take noise away
+
+
+@pytest.mark.parametrize("name", ALL_GUIDES)
+def test_registered_kl_of_the_column_site_is_the_conditional_one(name):
+    model = small_model(guide=name)
+    ours = trace(GUIDES[name](model))
+    prior = trace(pyro.poutine.replay(model.joint, trace=ours), **tiny_batch()).nodes["A_r2_in16"]["fn"]
+    factor = ours.nodes["sigma_tril_r2_in16"]["value"][:, 0]
+    log_det = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    expected = (factor.square().sum((-2, -1)) - log_det - 2) / 2
+    kl = kl_divergence(ours.nodes["A_r2_in16"]["fn"], prior)
+    torch.testing.assert_close(kl, expected.unsqueeze(-1).expand(4, 16), rtol=1e-3, atol=1e-3)
+
+
+class TestParameters:
+    @pytest.mark.parametrize("layers", [2, 5])
+    def test_mean_field_adds_r_plus_n_an_adapter(self, layers):
+        model = small_model(layers=layers, r=4, num_components=3)
+        adapters = sum(len(group) for group in model.groups)
+        assert sum(p.numel() for p in MeanFieldGuide(model).parameters()) == adapters * (4 + 3)
+
+    def test_amortized_parameters_do_not_grow_with_depth(self):
+        counts = {
+            layers: sum(p.numel() for p in AmortizedGuide(small_model(layers=layers)).parameters())
+            for layers in (2, 24)
+        }
+        assert counts[2] == counts[24]
+
+    def test_amortized_starts_where_mean_field_does(self):
+        model = small_model(alpha_init="ones", scale_init=0.5)
+        for guide in (MeanFieldGuide(model), AmortizedGuide(model)):
+            for group in model.groups:
+                log_v, log_alpha = guide.variational_parameters(group)
+                torch.testing.assert_close(log_v.exp(), torch.full_like(log_v, 0.5))
+                torch.testing.assert_close(log_alpha.exp(), torch.ones_like(log_alpha))
+
+    def test_amortized_tells_adapters_apart(self):
+        model = small_model(layers=3)
+        guide = AmortizedGuide(model)
+        torch.nn.init.normal_(guide.output.weight)
+        log_v, _ = guide.variational_parameters(model.groups[0])
+        assert len({tuple(row.tolist()) for row in log_v.detach()}) == len(model.groups[0])
+
+    def test_random_alpha_is_between_one_and_e(self):
+        model = small_model(num_components=16)
+        _, log_alpha = MeanFieldGuide(model).variational_parameters(model.groups[0])
+        assert 0 <= log_alpha.min() < 0.2
+        assert 0.8 < log_alpha.max() < 1
+
+
+class TestPluggable:
+    def test_a_new_guide_is_one_class(self):
+        class OneScale(Guide):
+            def __init__(self, model):
+                super().__init__(model)
+                self.log_scale = torch.nn.Parameter(torch.zeros(()))
+
+            def variational_parameters(self, group):
+                log_v = self.log_scale.expand(len(group), group.rank)
+                return log_v, log_v.new_zeros(len(group), self.config.num_components)
+
+        bayes = BayesLoRA(tiny_network(), MonteCLoRAConfig(r=2), guide=OneScale)
+        bayes(**tiny_batch()).loss.backward()
+        assert bayes.guide.log_scale.grad.abs() > 0
+
+    def test_autonormal_fits_with_the_proper_elbo(self):
+        model = small_model()
+        guide = AutoNormal(model, init_scale=0.01)
+        svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), loss=CooperativeELBO(1.0, 0.0, "elbo"))
+        assert all(math.isfinite(svi.step(**tiny_batch())) for _ in range(2))
+
+    def test_autonormal_elbo_equals_pyros(self):
+        """Constrained sites keep their Jacobian: our estimate is Trace_ELBO's."""
+        model = small_model()
+        guide = AutoNormal(model, init_scale=0.1)
+        batch = tiny_batch(6)
+        values = {}
+        for elbo, scale in ((Trace_ELBO(), 1), (CooperativeELBO(1.0, 0.0, "elbo"), 6)):
+            losses = torch.tensor([elbo.loss(model, guide, **batch) * scale for _ in range(49)])
+            values[type(elbo)] = (losses.mean(), losses.std() / 10)
+        (ours, e1), (theirs, e2) = values[CooperativeELBO], values[Trace_ELBO]
+        assert abs(ours - theirs) <= 5 * (e1**2 + e2**2).sqrt()
+
+    def test_auxiliary_sites_have_no_share_per_adapter(self):
+        model = small_model()
+        guide = AutoNormal(model)
+        with pytest.raises(InputError, match="normalization='elbo'"):
+            CooperativeELBO().loss(model, guide, **tiny_batch())
+
+    def test_a_guide_of_another_model_is_refused(self):
+        model, other = small_model(), small_model(layers=3)
+        with pytest.raises(InputError, match="another model"):
+            CooperativeELBO().loss(model, MeanFieldGuide(other), **tiny_batch())
+        wider = small_model(target_modules=["key", "intermediate.dense"], r=3)
+        with pytest.raises(InputError, match="missing sites"):
+            CooperativeELBO().loss(model, MeanFieldGuide(wider), **tiny_batch())
+
+
+def test_expected_kl_uses_the_configured_degrees_of_freedom():
+    model = small_model(degrees_of_freedom=5.0, scale_init=0.2)
+    node = trace(MeanFieldGuide(model)).nodes["A_r2_in16"]
+    wishart = trace(MeanFieldGuide(model)).nodes["sigma_tril_r2_in16"]["fn"]
+    assert wishart.df == 5.0
+    torch.testing.assert_close(node["infer"]["expected_kl"], expected_column_kl(wishart))
