@@ -34,7 +34,7 @@ class ReliabilityCurve(NamedTuple):
     accuracy: np.ndarray
     lower: np.ndarray
     upper: np.ndarray
-    count: np.ndarray
+    count: np.ndarray  # type: ignore[assignment]  # the name hides tuple.count, which an array of bins can spare
 
 
 def accuracy(probs: ArrayLike, labels: ArrayLike) -> float:
@@ -187,14 +187,12 @@ def calibration_summary(probs: ArrayLike, labels: ArrayLike) -> dict[str, float]
 
 
 def _check(probs: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    probs = check_probs(probs)
-    num_examples, num_classes = probs.shape
-    return probs, check_labels(labels, num_examples=num_examples, num_classes=num_classes)
+    values = check_probs(probs)
+    num_examples, num_classes = values.shape
+    return values, check_labels(labels, num_examples=num_examples, num_classes=num_classes)
 
 
-def _bin_sums(
-    probs: ArrayLike, labels: ArrayLike, num_bins: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _bin_sums(probs: ArrayLike, labels: ArrayLike, num_bins: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Per bin: number of examples, sum of their confidences, number that are right; each ``(num_bins,)``.
 
     Bins are ``[lower, upper)``; the last includes 1.

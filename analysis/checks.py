@@ -8,7 +8,9 @@ from bayeslora.errors import InputError
 SUM_TOLERANCE = 1e-3  # float16 softmax rows are off by up to 5e-4; logits are off by far more
 
 
-def check_probs(probs: ArrayLike, *, name: str = "probs", axes: tuple[str, ...] = ("examples", "classes")):
+def check_probs(
+    probs: ArrayLike, *, name: str = "probs", axes: tuple[str, ...] = ("examples", "classes")
+) -> np.ndarray:
     """Probabilities as a float64 array, or an `InputError` that says what is wrong with them.
 
     Args:
@@ -49,9 +51,7 @@ def _check_sums(values: np.ndarray, name: str) -> None:
         )
 
 
-def check_labels(
-    labels: ArrayLike, *, num_examples: int, num_classes: int, name: str = "labels"
-) -> np.ndarray:
+def check_labels(labels: ArrayLike, *, num_examples: int, num_classes: int, name: str = "labels") -> np.ndarray:
     """Class indices as an integer array of shape ``(num_examples,)``, each in ``0 .. num_classes - 1``.
 
     Raises:
@@ -61,8 +61,7 @@ def check_labels(
     values = np.asarray(labels)
     if values.shape != (num_examples,):
         raise InputError(
-            f"{name} must have shape ({num_examples},), one per row of probabilities, "
-            f"but has shape {values.shape}"
+            f"{name} must have shape ({num_examples},), one per row of probabilities, but has shape {values.shape}"
         )
     if not np.issubdtype(values.dtype, np.integer) and not np.issubdtype(values.dtype, np.bool_):
         raise InputError(f"{name} must be class indices (integers), but their dtype is {values.dtype}")

@@ -126,7 +126,5 @@ def _layout(header: list[str], body: list[list[str]], *, num_text_columns: int) 
         ]
         return f"| {' | '.join(padded)} |"
 
-    rule = [
-        "-" * width if i < num_text_columns else "-" * (width - 1) + ":" for i, width in enumerate(widths)
-    ]
+    rule = ["-" * width if i < num_text_columns else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
     return "\n".join([line(header), line(rule), *map(line, body)])

@@ -125,8 +125,7 @@ def _matrices(by_adapter: Mapping[str, np.ndarray], *, rank: int) -> dict[str, n
     """
     columns = max((matrix.shape[-1] for matrix in by_adapter.values()), default=0)
     return {
-        f"A[{name.replace('/', '.')}]": _pad(np.asarray(matrix), rank, columns)
-        for name, matrix in by_adapter.items()
+        f"A[{name.replace('/', '.')}]": _pad(np.asarray(matrix), rank, columns) for name, matrix in by_adapter.items()
     }
 
 

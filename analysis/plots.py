@@ -37,9 +37,7 @@ QUANTITIES = {
 }
 
 
-def plot_posterior_spread(
-    idata: Any, ax: Any = None, *, variable: str = "noise_to_signal", level: float = 0.9
-) -> Any:
+def plot_posterior_spread(idata: Any, ax: Any = None, *, variable: str = "noise_to_signal", level: float = 0.9) -> Any:
     """Per adapter, the median and an equal-tailed interval of one number over the posterior draws.
 
     Adapters run from the top down in network order, coloured by kind of projection. Each row says its kind,
@@ -73,9 +71,7 @@ def plot_posterior_spread(
         ax.plot(median[rows], rows, marker, color=colour, markersize=3.6, label=kind)
     _name_rows(ax, short)
     quantity = QUANTITIES.get(variable, variable)
-    ax.set_xlabel(
-        f"{quantity}\nmedian and {100 * level:g} % interval of {len(draws)} draws", fontsize=SMALL_TEXT_SIZE
-    )
+    ax.set_xlabel(f"{quantity}\nmedian and {100 * level:g} % interval of {len(draws)} draws", fontsize=SMALL_TEXT_SIZE)
     return ax
 
 

@@ -12,9 +12,7 @@ def apply_temperature(probs: ArrayLike, temperature: float) -> np.ndarray:
     """softmax(log p / T): probabilities of shape ``(examples, classes)``; T above 1 makes them less certain."""
     if not temperature > 0:
         raise InputError(f"temperature must be greater than 0, got {temperature!r}")
-    logits = (
-        np.log(np.clip(np.asarray(probs, dtype=np.float64), np.finfo(np.float64).tiny, None)) / temperature
-    )
+    logits = np.log(np.clip(np.asarray(probs, dtype=np.float64), np.finfo(np.float64).tiny, None)) / temperature
     odds = np.exp(logits - logits.max(-1, keepdims=True))
     return odds / odds.sum(-1, keepdims=True)
 

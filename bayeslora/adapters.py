@@ -185,9 +185,7 @@ def make_samplable(network: PeftModel) -> None:
     for name, layer in _lora_layers(network):
         variant = getattr(layer, "lora_variant", {}).get(key)
         if variant is not None:
-            raise InputError(
-                f"layer {name!r} uses {type(variant).__name__}, which bypasses lora_A: not supported"
-            )
+            raise InputError(f"layer {name!r} uses {type(variant).__name__}, which bypasses lora_A: not supported")
         if key in layer.lora_embedding_A:
             raise InputError(f"layer {name!r} is an embedding: its lora_A has no input to multiply; "
                              "target linear layers")  # fmt: skip

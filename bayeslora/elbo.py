@@ -102,9 +102,7 @@ class CooperativeELBO(TraceMeanField_ELBO):
         for _ in range(self.num_particles):
             guide_trace = poutine.trace(guide, graph_type="flat").get_trace(*args, **kwargs)
             model_trace = _replay(model, guide_trace, args, kwargs)
-            loss, particle = self._particle(
-                prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
-            )
+            loss, particle = self._particle(prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace))
             total = loss if total is None else total + loss
             if parts is None:
                 parts = ELBOParts(torch.zeros_like(particle.task))
@@ -132,9 +130,7 @@ class CooperativeELBO(TraceMeanField_ELBO):
         counts = _Counts(num_examples, _total_adapters(latent.values()))
         kl = {name: self._site_kl(site, sampled[name], counts) for name, site in latent.items()}
         kl |= {n: self._auxiliary_kl(s, num_examples) for n, s in sampled.items() if n not in latent}
-        cooperative = [
-            self._cooperation(sampled[n]) for n, s in latent.items() if isinstance(s["fn"], Dirichlet)
-        ]
+        cooperative = [self._cooperation(sampled[n]) for n, s in latent.items() if isinstance(s["fn"], Dirichlet)]
         together = torch.zeros_like(task)
         if cooperative:
             flat = torch.cat([part.reshape(-1) for part in cooperative])  # one number an adapter
@@ -151,8 +147,8 @@ class CooperativeELBO(TraceMeanField_ELBO):
         if self.normalization == "elbo":
             return kl.sum() / counts.examples
         # the mean over columns is one column's KL, "once per layer"; components are counted N times
-        components = _plate_size(model_site, "components") or getattr(model_site["fn"], "num_components", 1)
-        return kl.mean() * (components * (_plate_size(model_site, "adapters") or 1) / counts.adapters)
+        components = _plate_size(model_site, "components", getattr(model_site["fn"], "num_components", 1))
+        return kl.mean() * (components * _plate_size(model_site, "adapters", 1) / counts.adapters)
 
     def _batched_kl(self, model_site: dict, guide_site: dict) -> Tensor:
         if self.exact and "expected_kl" in guide_site["infer"]:
@@ -211,17 +207,15 @@ def _check_sites(latent: dict[str, dict], sampled: dict[str, dict]) -> None:
 def _task_loss(observed: list[dict]) -> tuple[Tensor, float]:
     """Mean negative log-likelihood of the batch, and the number of training examples it stands for."""
     if len(observed) != 1:
-        raise InputError(
-            f"expected labels: one observed site, found {len(observed)}; pass labels= to the model"
-        )
+        raise InputError(f"expected labels: one observed site, found {len(observed)}; pass labels= to the model")
     site = observed[0]
     log_prob = site["fn"].log_prob(site["value"])
     return -log_prob.mean(), float(site["scale"]) * log_prob.numel()
 
 
-def _plate_size(site: dict, kind: str) -> int | None:
-    """Size of the site's plate over ``adapters``, ``columns`` or ``components``, if it is in one."""
-    return next((f.size for f in site["cond_indep_stack"] if f.name.startswith(kind)), None)
+def _plate_size(site: dict, kind: str, default: int) -> int:
+    """Size of the site's plate over ``adapters``, ``columns`` or ``components``, or ``default`` outside one."""
+    return next((f.size for f in site["cond_indep_stack"] if f.name.startswith(kind)), default)
 
 
 def _total_adapters(sites: Iterable[dict]) -> int:

@@ -74,9 +74,7 @@ def check_texts(name: str, splits: "dict[str, Dataset]", text_columns: Sequence[
                 raise InputError(f"{where}: text column {column!r} holds {kind}, expected strings")
             if data.data.column(column).null_count:
                 row = data[column][:].index(None)
-                raise InputError(
-                    f"{where}: text column {column!r} is null in row {row}; fill or drop that row"
-                )
+                raise InputError(f"{where}: text column {column!r} is null in row {row}; fill or drop that row")
 
 
 def require_column(where: str, data: "Dataset", column: str, argument: str) -> None:
@@ -130,9 +128,7 @@ def _read_file(path: Path, text_columns: Sequence[str]) -> "pyarrow.Table":
         return _read_csv(path, text_columns) if path.suffix == ".csv" else _read_json(path)
     except (ValueError, OSError, pyarrow.ArrowException) as error:
         kind = path.suffix.removeprefix(".")
-        raise InputError(
-            f"cannot read {path}: {first_line(error)}; expected a complete {kind} file"
-        ) from error
+        raise InputError(f"cannot read {path}: {first_line(error)}; expected a complete {kind} file") from error
 
 
 def _read_csv(path: Path, text_columns: Sequence[str]) -> "pyarrow.Table":

@@ -63,9 +63,7 @@ def _reference_split(splits: "dict[str, Dataset]", column: str) -> str | None:
     return next((split for split, data in splits.items() if is_labelled(data, column)), None)
 
 
-def _class_names(
-    where: str, data: "Dataset", column: str, label_names: Sequence[str] | None
-) -> tuple[str, ...]:
+def _class_names(where: str, data: "Dataset", column: str, label_names: Sequence[str] | None) -> tuple[str, ...]:
     """Names of the classes; empty for regression."""
     from datasets import ClassLabel, Value
 
@@ -99,9 +97,7 @@ def _names_from_values(where: str, values: Sequence[Any]) -> tuple[str, ...]:
     return tuple(str(value) for value in sorted(seen))
 
 
-def _prepare_split(
-    where: str, data: "Dataset", column: str, names: tuple[str, ...], is_reference: bool
-) -> "Dataset":
+def _prepare_split(where: str, data: "Dataset", column: str, names: tuple[str, ...], is_reference: bool) -> "Dataset":
     from datasets import Value
 
     values = data[column][:] if column in data.column_names else []

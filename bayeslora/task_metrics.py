@@ -9,9 +9,7 @@ from bayeslora.errors import InputError
 REGRESSION_METRICS = ("pearson", "rmse")
 
 
-def score(
-    metrics: Sequence[str], predictions: np.ndarray, labels: np.ndarray, num_classes: int
-) -> dict[str, float]:
+def score(metrics: Sequence[str], predictions: np.ndarray, labels: np.ndarray, num_classes: int) -> dict[str, float]:
     """Each metric by name.
 
     Args:

@@ -93,9 +93,7 @@ def _check_backbone(place: str, network: Any, missing: Sequence[str]) -> None:
     prefix = f"{network.base_model_prefix}."
     lost = sorted(key for key in missing if key.startswith(prefix) and "pooler" not in key)
     if lost:
-        raise InputError(
-            f"{place} lacks {len(lost)} weights of the network, such as {lost[0]}; get a full copy"
-        )
+        raise InputError(f"{place} lacks {len(lost)} weights of the network, such as {lost[0]}; get a full copy")
 
 
 def _set_padding(place: str, network: Any, tokenizer: Any) -> None:

@@ -90,13 +90,9 @@ def _read_domain(folder: Path, stem: str) -> list[dict[str, Any]]:
         try:
             rating, spread = float(mean), float(spreads[key])
         except (KeyError, ValueError) as error:
-            raise InputError(
-                f"{folder}: sentence {key!r} of {stem} has no readable ratings ({error})"
-            ) from error
+            raise InputError(f"{folder}: sentence {key!r} of {stem} has no readable ratings ({error})") from error
         if rating != 0:
-            rows.append(
-                {"text": _plain(text), "label": int(rating > 0), "rating": rating, "rating_sd": spread}
-            )
+            rows.append({"text": _plain(text), "label": int(rating > 0), "rating": rating, "rating_sd": spread})
     return rows
 
 

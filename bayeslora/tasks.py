@@ -44,18 +44,12 @@ class NamedTask:
 _ENTAILMENT = ("entailment", "not_entailment")
 
 NAMED_TASKS = {
-    "mrpc": NamedTask(
-        _GLUE, ("sentence1", "sentence2"), ("not_equivalent", "equivalent"), metrics=("accuracy", "f1")
-    ),
-    "cola": NamedTask(
-        _GLUE, ("sentence",), ("unacceptable", "acceptable"), metrics=("matthews_correlation",)
-    ),
+    "mrpc": NamedTask(_GLUE, ("sentence1", "sentence2"), ("not_equivalent", "equivalent"), metrics=("accuracy", "f1")),
+    "cola": NamedTask(_GLUE, ("sentence",), ("unacceptable", "acceptable"), metrics=("matthews_correlation",)),
     "rte": NamedTask(_GLUE, ("sentence1", "sentence2"), _ENTAILMENT),
     "sst2": NamedTask(_GLUE, ("sentence",), ("negative", "positive")),
     "qnli": NamedTask(_GLUE, ("question", "sentence"), _ENTAILMENT),
-    "qqp": NamedTask(
-        _GLUE, ("question1", "question2"), ("not_duplicate", "duplicate"), metrics=("accuracy", "f1")
-    ),
+    "qqp": NamedTask(_GLUE, ("question1", "question2"), ("not_duplicate", "duplicate"), metrics=("accuracy", "f1")),
     "mnli": NamedTask(
         _GLUE,
         ("premise", "hypothesis"),
@@ -176,9 +170,7 @@ class Task:
         """Whether the split has labels: the label column is there and not all -1."""
         return is_labelled(self.split(split), self.label_column)
 
-    def split(
-        self, name: str, *, labelled: bool = False, limit: int | None = None, seed: int = 0
-    ) -> "Dataset":
+    def split(self, name: str, *, labelled: bool = False, limit: int | None = None, seed: int = 0) -> "Dataset":
         """The data set of one split, or a random subset of it in the original order.
 
         Args:
@@ -308,9 +300,7 @@ def _text_columns(
     return columns
 
 
-def _read(
-    name: str, repository: str, data_dir: str | Path | None, columns: tuple[str, ...]
-) -> "dict[str, Dataset]":
+def _read(name: str, repository: str, data_dir: str | Path | None, columns: tuple[str, ...]) -> "dict[str, Dataset]":
     if name == "sentiment":
         return read_sentiment(data_dir)
     if data_dir is None:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from bayeslora.analysis.calibration import calibration_summary
-from bayeslora.checkpoint import MANIFEST, load_adapter, version_info, write_adapter
+from bayeslora.checkpoint import load_adapter, read_manifest, version_info, write_adapter
 from bayeslora.errors import InputError, TrainingDivergedError
 from bayeslora.models import CategoricalLikelihood
 from bayeslora.module import BayesLoRA
@@ -107,31 +108,34 @@ def fit(
         _check_data(bayes, eval_dataset, "eval_dataset")
     if (early_stopping is not None or evaluations is not None) and eval_dataset is None:
         raise InputError("early_stopping and evaluations need an eval_dataset to look at")
-    arguments = TrainingArguments(
-        **_schedule_arguments(
-            len(train_dataset), epochs, max_steps, batch_size, gradient_accumulation, evaluations
-        ),
-        **(_selection_arguments(best_metric) if eval_dataset is not None else {"eval_strategy": "no"}),
-        **{
-            "output_dir": str(output_dir / CHECKPOINT_FOLDER),
-            "per_device_train_batch_size": batch_size,
-            "per_device_eval_batch_size": 2 * batch_size,
-            "gradient_accumulation_steps": gradient_accumulation,
-            "learning_rate": learning_rate,
-            "warmup_steps": warmup,
-            "lr_scheduler_type": schedule,
-            "weight_decay": weight_decay,
-            "max_grad_norm": max_grad_norm,
-            "seed": seed,
-            "disable_tqdm": not progress,
-            "report_to": _loggers(),
-            "remove_unused_columns": False,
-            "logging_nan_inf_filter": False,
-            "save_total_limit": 2,
-            "dataloader_pin_memory": torch.cuda.is_available(),
-            **trainer_arguments,
-        },
-    )
+    _check_counts(batch_size=batch_size, gradient_accumulation=gradient_accumulation, max_steps=max_steps,
+                  evaluations=evaluations, early_stopping=early_stopping)  # fmt: skip
+    settings = {
+        **_schedule_arguments(len(train_dataset), epochs, max_steps, batch_size, gradient_accumulation, evaluations),
+        **(_selection_arguments(bayes, best_metric) if eval_dataset is not None else {"eval_strategy": "no"}),
+        "output_dir": str(output_dir / CHECKPOINT_FOLDER),
+        "per_device_train_batch_size": batch_size,
+        "per_device_eval_batch_size": 2 * batch_size,
+        "gradient_accumulation_steps": gradient_accumulation,
+        "learning_rate": learning_rate,
+        "warmup_steps": warmup,
+        "lr_scheduler_type": schedule,
+        "weight_decay": weight_decay,
+        "max_grad_norm": max_grad_norm,
+        "seed": seed,
+        "disable_tqdm": not progress,
+        "report_to": _loggers(),
+        "remove_unused_columns": False,
+        "logging_nan_inf_filter": False,
+        "save_total_limit": 2,
+        "restore_callback_states_from_checkpoint": True,  # early stopping goes on counting after a resume
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        **trainer_arguments,
+    }
+    try:
+        arguments = TrainingArguments(**settings)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"transformers.TrainingArguments refuses an argument: {error}") from error
     checkpoint = _prepare_folder(output_dir, resume)
     set_seed(seed)
     if bayes.num_examples is None:
@@ -139,11 +143,13 @@ def fit(
     trainer = BayesTrainer(
         model=bayes,
         args=arguments,
-        variational_learning_rate=variational_learning_rate or 10 * learning_rate,
+        variational_learning_rate=10 * learning_rate
+        if variational_learning_rate is None
+        else variational_learning_rate,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         data_collator=Collator.for_network(bayes.network),
-        compute_metrics=_metrics if isinstance(bayes.model.likelihood, CategoricalLikelihood) else None,
+        compute_metrics=_metrics if _metric_names(bayes) else None,
         callbacks=[*callbacks, *([EarlyStoppingCallback(early_stopping)] if early_stopping else [])],
     )
     trainer.remove_callback(PrinterCallback)
@@ -166,9 +172,7 @@ def fit(
 class BriefProgress(ProgressCallback):
     """Trainer's progress bar, with one short line per log instead of every term of the ELBO."""
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any
-    ):
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any):
         if not state.is_world_process_zero or self.training_bar is None or not logs:
             return
         shown = {name: value for name, value in logs.items() if name in _SHOWN}
@@ -191,6 +195,8 @@ _SHOWN = {
 
 class BayesTrainer(Trainer):
     """Trainer with a learning rate for the posterior, a guard against NaN, and checkpoints without pickled models."""
+
+    optimizer: Any
 
     def __init__(self, *args: Any, variational_learning_rate: float, **kwargs: Any):
         self.variational_learning_rate = variational_learning_rate
@@ -218,7 +224,7 @@ class BayesTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(model, inputs, *args, **kwargs)
         if not torch.isfinite(loss):
-            raise self._diverged("the loss", float(loss))
+            raise self._diverged(f"the loss became {float(loss)}", self.state.global_step + 1)
         parts = self.bayes.elbo.parts
         if parts is not None and self.bayes.sampling:
             for name, value in parts.to_floats().items():
@@ -233,15 +239,20 @@ class BayesTrainer(Trainer):
             norm = torch.nn.utils.get_total_norm(gradients)
         scaled = self.accelerator.scaler is not None  # fp16: its scaler skips such steps by itself
         if not np.isfinite(float(norm)) and not scaled:
-            raise self._diverged("the gradient norm", float(norm))
+            raise self._diverged(f"the gradient norm became {float(norm)}", self.state.global_step + 1)
         return norm
 
-    def _diverged(self, what: str, value: float) -> TrainingDivergedError:
-        step = self.state.global_step + 1
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        loss, logits, labels = super().prediction_step(*args, **kwargs)
+        if logits is not None and not torch.isfinite(logits).all():
+            raise self._diverged("the evaluation gave NaN or infinite outputs", self.state.global_step)
+        return loss, logits, labels
+
+    def _diverged(self, what: str, step: int) -> TrainingDivergedError:
         last = get_last_checkpoint(self.args.output_dir) if os.path.isdir(self.args.output_dir) else None
         kept = f"the last good checkpoint is {last}" if last else "no checkpoint had been saved yet"
         return TrainingDivergedError(
-            f"{what} became {value} at step {step}, so training stopped before the parameters changed; {kept}. "
+            f"{what} at step {step}, so training stopped; {kept}. "
             f"Lower learning_rate (now {self.args.learning_rate:g}) or sample_scaler "
             f"(now {self.bayes.monteclora_config.sample_scaler:g}), or check the data for broken labels"
         )
@@ -253,6 +264,8 @@ class BayesTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not all(torch.isfinite(p).all() for p in self.bayes.parameters() if p.requires_grad):
+            raise self._diverged("a parameter became NaN or infinite", self.state.global_step)
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         write_adapter(self.bayes, folder)
@@ -284,11 +297,7 @@ def _schedule_arguments(
     evaluations: int | None,
 ) -> dict[str, Any]:
     """When to stop, log, evaluate and save, in steps of the optimizer."""
-    if batch_size < 1 or accumulation < 1:
-        raise InputError(
-            f"batch_size and gradient_accumulation must be at least 1: {batch_size}, {accumulation}"
-        )
-    if epochs <= 0 and not max_steps:
+    if not epochs > 0 and not max_steps:
         raise InputError(f"epochs must be greater than 0, got {epochs}")
     per_epoch = max(-(-num_examples // (batch_size * accumulation)), 1)
     total = max_steps or max(round(per_epoch * epochs), 1)
@@ -303,14 +312,21 @@ def _schedule_arguments(
     }
 
 
-def _selection_arguments(best_metric: str) -> dict[str, Any]:
-    smaller = best_metric in ("loss", "nll", "ece", "brier")
+def _selection_arguments(bayes: BayesLoRA, best_metric: str) -> dict[str, Any]:
+    available = ("loss", *_metric_names(bayes))
+    if best_metric not in available:
+        raise InputError(f"no evaluation metric {best_metric!r}; there are {', '.join(available)}")
     return {
         "eval_strategy": "steps",
         "load_best_model_at_end": True,
         "metric_for_best_model": best_metric,
-        "greater_is_better": not smaller,
+        "greater_is_better": best_metric == "accuracy",
     }
+
+
+def _metric_names(bayes: BayesLoRA) -> tuple[str, ...]:
+    """What :func:`_metrics` computes; nothing for regression."""
+    return ("accuracy", "nll", "ece", "brier") if isinstance(bayes.model.likelihood, CategoricalLikelihood) else ()
 
 
 def _metrics(prediction: EvalPrediction) -> dict[str, float]:
@@ -325,29 +341,31 @@ def _loggers() -> list[str]:
     return ["tensorboard"] if find_spec("tensorboard") else []
 
 
+def _check_counts(**counts: int | None) -> None:
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise InputError(f"{name} must be at least 1, got {value}")
+
+
 def _check_data(bayes: BayesLoRA, dataset: Any, name: str) -> None:
     """Labels there, numbers, and within the classes; the error names the first that is not."""
     if len(dataset) == 0:
         raise InputError(f"{name} is empty: nothing to learn from")
     if "labels" not in dataset[0]:
-        raise InputError(
-            f"{name} has no column 'labels' (it has {', '.join(dataset[0])}): is it an unlabelled split?"
-        )
+        raise InputError(f"{name} has no column 'labels' (it has {', '.join(dataset[0])}): is it an unlabelled split?")
     labels = np.asarray([dataset[i]["labels"] for i in range(len(dataset))] if isinstance(dataset, list)
                         else dataset["labels"])  # fmt: skip
     if labels.dtype == object or not np.issubdtype(labels.dtype, np.number) or not np.isfinite(labels).all():
-        raise InputError(
-            f"{name}: every label must be a finite number; found {labels.dtype} with missing values"
-        )
+        raise InputError(f"{name}: every label must be a finite number; found {labels.dtype} with missing values")
     if isinstance(bayes.model.likelihood, CategoricalLikelihood):
         classes = bayes.network.config.num_labels
+        if not np.equal(labels, np.round(labels)).all():
+            raise InputError(f"{name}: a classifier's labels are whole numbers, found {labels[labels % 1 != 0][0]}")
         if (labels == -1).all():
             raise InputError(f"{name} is an unlabelled split (every label is -1): use a labelled one")
         outside = labels[(labels < 0) | (labels >= classes)]
         if len(outside):
-            raise InputError(
-                f"{name}: label {outside[0]} is outside the network's {classes} classes 0..{classes - 1}"
-            )
+            raise InputError(f"{name}: label {outside[0]} is outside the network's {classes} classes 0..{classes - 1}")
 
 
 def _prepare_folder(output_dir: Path, resume: bool) -> str | None:
@@ -370,10 +388,21 @@ def _prepare_folder(output_dir: Path, resume: bool) -> str | None:
         raise InputError(f"nothing to resume in {output_dir}: it holds no {RUN_FILE}")
     found = sorted(checkpoints.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True)
     for checkpoint in found:
-        if (checkpoint / MANIFEST).is_file() and (checkpoint / "trainer_state.json").is_file():
+        if _is_whole(checkpoint):
             return str(checkpoint)
-        logger.warning("%s is incomplete; using the one before", checkpoint)
+        logger.warning("%s is incomplete or damaged; using the one before", checkpoint)
     return None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether all that an exact resume needs is there and readable; a crash while saving leaves less."""
+    try:
+        read_manifest(checkpoint)
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (InputError, OSError, ValueError):
+        return False
+    states = [checkpoint / "optimizer.pt", checkpoint / "scheduler.pt", *checkpoint.glob("rng_state*.pth")]
+    return len(states) > 2 and all(zipfile.is_zipfile(state) for state in states)  # torch.save writes zip files
 
 
 def _run_record(

@@ -3,7 +3,6 @@
 import math
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from bayeslora.adapters import Adapter, AdapterGroup
@@ -40,14 +39,12 @@ class AmortizedGuide(Guide):
         with torch.no_grad():
             self.output.weight.zero_()
             self.output.bias[: self._rank] = math.log(self.config.scale_init)
-            self.output.bias[self._rank :] = initial_log_alpha(
-                self.config.alpha_init, self.config.num_components
-            )
+            self.output.bias[self._rank :] = initial_log_alpha(self.config.alpha_init, self.config.num_components)
 
     def variational_parameters(self, group: AdapterGroup) -> tuple[Tensor, Tensor]:
         kind, fixed = getattr(self, f"kind_{group.name}"), getattr(self, f"fixed_{group.name}")
-        mean = group.mean().detach()  # the guide describes the adapter; μ itself is trained by the task
-        scale_of_mean = mean.square().mean((-2, -1)).clamp(min=1e-12).log() / 2
+        with torch.no_grad():  # it describes the adapter; μ itself is trained by the task
+            scale_of_mean = group.mean().square().mean((-2, -1)).clamp(min=1e-12).log() / 2
         features = torch.cat([fixed, scale_of_mean.unsqueeze(-1)], dim=-1)  # (adapters, features)
         hidden = torch.tanh(self.hidden(features) + self.embedding(kind))
         output = self.output(hidden)
@@ -57,8 +54,7 @@ class AmortizedGuide(Guide):
 def _description(adapter: Adapter, depth: float) -> Tensor:
     """What never changes in training: depth, sizes and the frozen weight's statistics, shape ``(features − 1,)``."""
     layer = adapter.layer
-    weight = layer.get_base_layer().weight if isinstance(layer, BaseTunerLayer) else layer.weight
-    rows = weight.detach().float().square().mean(-1).clamp(min=1e-12)
+    rows = layer.get_base_layer().weight.detach().float().square().mean(-1).clamp(min=1e-12)
     return torch.tensor(
         [
             depth,

@@ -56,9 +56,7 @@ class Guide(PyroModule):
                     site, value = f"S_{name}", pyro.sample(f"S_{name}", normal, infer=column_kl)
             else:
                 weights = active_weights(pi[..., 0, :], config.mixture)
-                posterior = CollapsedMixture(
-                    group.mean(), factor[..., 0, :, :], weights, config.sample_scaler
-                )
+                posterior = CollapsedMixture(group.mean(), factor[..., 0, :, :], weights, config.sample_scaler)
                 with columns:
                     site, value = f"A_{name}", pyro.sample(f"A_{name}", posterior, infer=column_kl)
         return {f"pi_{name}": pi, f"sigma_tril_{name}": factor, site: value}

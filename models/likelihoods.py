@@ -5,6 +5,7 @@ the number of training examples; it samples the site ``labels`` in a plate over 
 """
 
 import math
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -53,12 +54,9 @@ def likelihood_for(network: nn.Module) -> PyroModule:
     Raises:
         InputError: for a network that is neither a sequence classifier nor a regressor.
     """
-    config = network.config
+    config: Any = network.config
     problem = getattr(config, "problem_type", None)
-    if (
-        type(network).__name__.endswith("ForSequenceClassification")
-        and problem != "multi_label_classification"
-    ):
+    if type(network).__name__.endswith("ForSequenceClassification") and problem != "multi_label_classification":
         regression = problem == "regression" or (problem is None and config.num_labels == 1)
         return GaussianLikelihood() if regression else CategoricalLikelihood()
     raise InputError(

@@ -43,6 +43,8 @@ class MonteCLoRA(PyroModule):
     ``pyro.infer.SVI(model, guide, optim, CooperativeELBO())`` trains them all.
     """
 
+    likelihood: Any
+
     def __init__(
         self,
         network: nn.Module,
@@ -52,12 +54,12 @@ class MonteCLoRA(PyroModule):
         num_examples: int | None = None,
     ):
         super().__init__("model")
-        network = adapt(network, config)
-        self._network = (network,)  # in a tuple: its parameters are its own, not this module's
-        self._checkpointable = tuple(m for m in network.modules() if hasattr(m, "gradient_checkpointing"))
+        adapted = adapt(network, config)
+        self._network = (adapted,)  # in a tuple: its parameters are its own, not this module's
+        self._checkpointable = tuple(m for m in adapted.modules() if hasattr(m, "gradient_checkpointing"))
         self.config = config
-        self.groups = find_groups(network)
-        self.likelihood = likelihood if likelihood is not None else likelihood_for(network.get_base_model())
+        self.groups = find_groups(adapted)
+        self.likelihood = likelihood if likelihood is not None else likelihood_for(adapted.get_base_model())
         self.num_examples = num_examples
 
     @property
@@ -94,9 +96,10 @@ class MonteCLoRA(PyroModule):
 
     def _sample_group(self, group: AdapterGroup) -> Tensor:
         config, name = self.config, group.name
-        like = {"dtype": torch.float32, "device": group.adapters[0].lora_A.weight.device}
-        concentration = torch.full((len(group), 1, config.num_components), config.prior_concentration, **like)
-        identity = torch.eye(group.rank, **like).expand(len(group), 1, group.rank, group.rank)
+        device = group.adapters[0].lora_A.weight.device
+        shape = (len(group), 1, config.num_components)
+        concentration = torch.full(shape, float(config.prior_concentration), device=device)
+        identity = torch.eye(group.rank, device=device).expand(len(group), 1, group.rank, group.rank)
         adapters = pyro.plate(f"adapters_{name}", len(group), dim=-2)
         columns = pyro.plate(f"columns_{name}", group.columns, dim=-1)
         with adapters:
@@ -104,7 +107,7 @@ class MonteCLoRA(PyroModule):
             scale = identity.diagonal(dim1=-2, dim2=-1)
             pyro.sample(f"sigma_tril_{name}", WishartCholesky(self.degrees_of_freedom(group), scale))
             if config.components == "explicit":
-                standard = dist.Normal(torch.zeros((), **like), 1).expand([group.rank]).to_event(1)
+                standard = dist.Normal(torch.zeros((), device=device), 1).expand([group.rank]).to_event(1)
                 with pyro.plate(f"components_{name}", config.num_components, dim=-3), columns:
                     components = pyro.sample(f"S_{name}", standard)
                 return self._adapted_matrix(group, {f"pi_{name}": pi, f"S_{name}": components})
@@ -123,9 +126,7 @@ class MonteCLoRA(PyroModule):
 
     def _recomputes(self) -> bool:
         """Whether layers run again in the backward pass, and must then see the same draw."""
-        return torch.is_grad_enabled() and any(
-            module.gradient_checkpointing for module in self._checkpointable
-        )
+        return torch.is_grad_enabled() and any(module.gradient_checkpointing for module in self._checkpointable)
 
     def _register_parameters(self) -> None:
         for name, parameter in self.network.named_parameters():

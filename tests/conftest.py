@@ -43,9 +43,7 @@ def tiny_network(kind: str = "bert", *, layers: int = 2, num_labels: int = 2, se
     return transformers.AutoModelForSequenceClassification.from_config(configs[kind]())
 
 
-def tiny_batch(
-    size: int = 6, *, length: int = 7, num_labels: int = 2, seed: int = 0
-) -> dict[str, torch.Tensor]:
+def tiny_batch(size: int = 6, *, length: int = 7, num_labels: int = 2, seed: int = 0) -> dict[str, torch.Tensor]:
     """Random tokens, the last example padded, and labels."""
     generator = torch.Generator().manual_seed(seed)
     batch = {

@@ -63,9 +63,7 @@ def test_equal_shapes_form_one_group_in_network_order():
         (2, 24): 3,
     }  # query, key, value, two dense, and the pooler; one dense
     wide = next(group for group in groups if group.columns == 24)
-    assert [adapter.name for adapter in wide.adapters] == [
-        f"bert.encoder.layer.{i}.output.dense" for i in range(3)
-    ]
+    assert [adapter.name for adapter in wide.adapters] == [f"bert.encoder.layer.{i}.output.dense" for i in range(3)]
     assert [adapter.block for adapter in wide.adapters] == [0, 1, 2]
     assert {adapter.kind for adapter in wide.adapters} == {"bert.encoder.layer.output.dense"}
 

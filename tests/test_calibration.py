@@ -114,9 +114,7 @@ def test_whole_set_for_any_batch_size(metric, batch_size):
 
 def test_mean_of_batches_overstates_calibration_error():
     probs, labels = forecast(1000, 3, seed=6)
-    per_batch = [
-        expected_calibration_error(probs[i : i + 20], labels[i : i + 20]) for i in range(0, 1000, 20)
-    ]
+    per_batch = [expected_calibration_error(probs[i : i + 20], labels[i : i + 20]) for i in range(0, 1000, 20)]
     assert np.mean(per_batch) > 3 * expected_calibration_error(probs, labels)
 
 

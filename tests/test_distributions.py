@@ -64,9 +64,7 @@ class TestWishartCholesky:
         diagonal = covariance.diagonal(dim1=-2, dim2=-1).square().sum(-1)
         off = covariance.square().sum((-2, -1)) - diagonal
         share = (off.mean() / (off.mean() + diagonal.mean())).item()
-        assert share == pytest.approx(
-            12 * 4 / (12 * 4 + 4 * (16 + 8)), abs=0.02
-        )  # E Σij² = ν, E Σii² = ν² + 2ν
+        assert share == pytest.approx(12 * 4 / (12 * 4 + 4 * (16 + 8)), abs=0.02)  # E Σij² = ν, E Σii² = ν² + 2ν
 
     def test_rsample_is_lower_triangular_and_positive(self):
         factor = WishartCholesky(8, torch.ones(3, 8)).sample(torch.Size((200,)))
@@ -134,9 +132,7 @@ class TestKL:
         identity, loc, weights = torch.eye(2, dtype=F64), torch.zeros(1, 2, dtype=F64), tensor(1.0)
         column = CollapsedMixture(loc, factor, weights, 1.0), CollapsedMixture(loc, identity, weights, 1.0)
         assert kl_divergence(*column).item() == pytest.approx(0.2201921, abs=5e-8)
-        assert expected_cooperation(Dirichlet(tensor(1, 2, 3, 4))).item() == pytest.approx(
-            0.3636364, abs=5e-8
-        )
+        assert expected_cooperation(Dirichlet(tensor(1, 2, 3, 4))).item() == pytest.approx(0.3636364, abs=5e-8)
 
     @pytest.mark.parametrize("trial", range(20))
     def test_dirichlet_kl_is_finite_and_not_negative(self, trial):
@@ -175,9 +171,7 @@ class TestKL:
         loc = torch.randn(2, 3, 4, rank, dtype=F64)
         weights = torch.rand(3, 4, dtype=F64)
         q, p = (CollapsedMixture(m, f, weights, 0.3) for m, f in zip(loc, (q_factor, p_factor), strict=True))
-        theirs = kl_divergence(
-            *(MultivariateNormal(d.loc, scale_tril=d.scale_tril.unsqueeze(-3)) for d in (q, p))
-        )
+        theirs = kl_divergence(*(MultivariateNormal(d.loc, scale_tril=d.scale_tril.unsqueeze(-3)) for d in (q, p)))
         torch.testing.assert_close(kl_divergence(q, p), theirs, rtol=1e-6, atol=1e-6)
 
     def test_expected_column_kl_is_the_mean_over_draws(self):

@@ -34,9 +34,7 @@ class TestModel:
     def test_three_sites_a_group_in_plates(self):
         model = small_model()
         nodes = trace(model, **tiny_batch()).nodes
-        shapes = {
-            name: tuple(node["value"].shape) for name, node in nodes.items() if node["type"] == "sample"
-        }
+        shapes = {name: tuple(node["value"].shape) for name, node in nodes.items() if node["type"] == "sample"}
         plates = [name for name in shapes if name.split("_")[0] in ("adapters", "columns")]
         assert len(plates) == 2 * len(model.groups) == 4
         assert shapes["pi_r2_in16"] == (4, 1, 3)
@@ -112,9 +110,7 @@ class TestEveryGuide:
     def test_sites_and_shapes_are_the_models(self, name, components):
         model, guide = self.make(name, components)
         ours, theirs = trace(guide, **tiny_batch()), trace(model, **tiny_batch())
-        latent = {
-            n for n, s in theirs.nodes.items() if s["type"] == "sample" and n[:2] in ("pi", "si", "A_", "S_")
-        }
+        latent = {n for n, s in theirs.nodes.items() if s["type"] == "sample" and n[:2] in ("pi", "si", "A_", "S_")}
         assert latent == {n for n, s in ours.nodes.items() if s["type"] == "sample" and "_subsample" not in n
                           and n.split("_")[0] not in ("adapters", "columns", "components")}  # fmt: skip
         for site in latent:
@@ -159,9 +155,7 @@ class TestEveryGuide:
     def test_svi_drives_model_and_guide_as_they_are(self, name, components, normalization):
         model, guide = self.make(name, components)
         model.num_examples = 50
-        before = {
-            n: p.detach().clone() for n, p in [*model.network.named_parameters(), *guide.named_parameters()]
-        }
+        before = {n: p.detach().clone() for n, p in [*model.network.named_parameters(), *guide.named_parameters()]}
         elbo = CooperativeELBO(kl_weight=1e-3, normalization=normalization)
         svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), loss=elbo)
         losses = [svi.step(**tiny_batch()) for _ in range(3)]
@@ -172,9 +166,7 @@ class TestEveryGuide:
         assert moved.isdisjoint(frozen)
         assert any("lora_B" in n for n in moved)
         assert any("log_v" in n or "output" in n for n in moved)
-        assert svi.evaluate_loss(**tiny_batch()) == pytest.approx(
-            elbo.loss(model, guide, **tiny_batch()), rel=0.5
-        )
+        assert svi.evaluate_loss(**tiny_batch()) == pytest.approx(elbo.loss(model, guide, **tiny_batch()), rel=0.5)
 
     def test_stock_pyro_elbos_agree_with_ours(self, name, components):
         """Trace_ELBO, TraceMeanField_ELBO and ours (η = 1, λ_C = 0) estimate one number."""

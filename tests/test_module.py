@@ -84,10 +84,9 @@ def test_spread_of_the_draws(components, mixture):
     draws, epsilon = 400, 0.05
     bayes = module(guide="mean_field", components=components, mixture=mixture, alpha_init="ones",
                    target_modules=["query"], scale_init=0.5, degrees_of_freedom=3.0)  # fmt: skip
-    deviations, group = [], bayes.model.groups[0]
-    for sites in sample_sites(bayes, draws, seed=1):
-        deviations.append(bayes.model.weights(sites)[group.name] - group.mean())
-    deviations = torch.stack(deviations).detach()  # (draws, adapters, columns, r)
+    group = bayes.model.groups[0]
+    drawn = [bayes.model.weights(sites)[group.name] for sites in sample_sites(bayes, draws, seed=1)]
+    deviations = (torch.stack(drawn) - group.mean()).detach()  # (draws, adapters, columns, r)
     simplex = torch.distributions.Dirichlet(torch.ones(3)).sample((200_000,))
     active = simplex.square().sum(-1).mean() if mixture == "dense" else simplex.amax(-1).square().mean()
     expected = epsilon**2 * active * 3.0 * 0.5  # ε²·E[Σ w²]·ν·v
@@ -163,9 +162,7 @@ class TestOneDrawOneFunction:
     def test_disabled_adapter_is_the_base_model(self):
         bayes, batch = randomize_b(module()), tiny_batch()
         base = tiny_network().eval()
-        base.classifier.load_state_dict(
-            bayes.network.get_base_model().classifier.original_module.state_dict()
-        )
+        base.classifier.load_state_dict(bayes.network.get_base_model().classifier.original_module.state_dict())
         bayes.eval()
         with bayes.disable_adapter():
             disabled = bayes(**inputs_only(batch)).logits
@@ -190,9 +187,7 @@ def test_data_driven_posterior():
     errors on the flipped ones, so the two posteriors must part.
     """
     batch = tiny_batch(12)
-    fitted = randomize_b(
-        module(guide="mean_field", alpha_init="ones", sample_scaler=0.3, target_modules=["query"])
-    )
+    fitted = randomize_b(module(guide="mean_field", alpha_init="ones", sample_scaler=0.3, target_modules=["query"]))
     fitted.network.eval()
     optimizer = torch.optim.Adam([p for p in fitted.network.parameters() if p.requires_grad], lr=0.02)
     with fitted.without_sampling():
@@ -256,10 +251,10 @@ def test_deepcopy_after_a_step_gives_an_independent_equal():
     torch.manual_seed(3)
     second = twin(**tiny_batch())
     assert torch.equal(first.loss, second.loss)
+    name, parameter = next((n, p) for n, p in twin.network.named_parameters() if p.requires_grad)
     with torch.no_grad():
-        next(p for p in twin.network.parameters() if p.requires_grad).add_(1.0)
-    assert not torch.equal(bayes.network.state_dict()[key := next(n for n, p in twin.network.named_parameters()
-                                                                  if p.requires_grad)], twin.network.state_dict()[key])  # fmt: skip
+        parameter.add_(1.0)
+    assert not torch.equal(bayes.network.get_parameter(name), parameter)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

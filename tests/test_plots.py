@@ -142,9 +142,7 @@ def test_each_kind_has_its_colour_and_marker(axes):
         assert len(interval.get_segments()) == 3
 
 
-@pytest.mark.parametrize(
-    "names", [ROBERTA, ROBERTA[:2], [f"{name}.with.a.long.ending" for name in ROBERTA[:6]]]
-)
+@pytest.mark.parametrize("names", [ROBERTA, ROBERTA[:2], [f"{name}.with.a.long.ending" for name in ROBERTA[:6]]])
 def test_new_figure_is_high_enough_for_its_rows(names):
     ax = plot_posterior_spread(posterior(names))
     ax.figure.canvas.draw()

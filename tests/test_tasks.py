@@ -198,18 +198,14 @@ def test_jsonl_strings_keep_unusual_line_separators_and_late_columns(tmp_path):
     assert task.split("train")["source"][:] == [None, "b"]
 
 
-@pytest.mark.parametrize(
-    "texts", [("NA", "null"), ("2020-01-01", "2021-01-01"), ("12", "7"), ('a\n"b",c', "d")]
-)
+@pytest.mark.parametrize("texts", [("NA", "null"), ("2020-01-01", "2021-01-01"), ("12", "7"), ('a\n"b",c', "d")])
 def test_csv_text_stays_text(tmp_path, texts):
     task = reviews(tmp_path, [{"review": text, "label": i} for i, text in enumerate(texts)], "train.csv")
     assert task.split("train")["review"][:] == list(texts)
 
 
 def test_csv_types_come_from_the_whole_file(tmp_path):
-    rows = [
-        {"review": "x" * 60, "label": index % 2, "id": index} for index in range(20_000)
-    ]  # more than 1 MB
+    rows = [{"review": "x" * 60, "label": index % 2, "id": index} for index in range(20_000)]  # more than 1 MB
     task = reviews(tmp_path, [*rows, {"review": "y", "label": 0, "id": "appendix"}], "train.csv")
     assert task.split("train")["id"][-1] == "appendix"
 
@@ -319,9 +315,7 @@ def test_labels_are_encoded_only_when_wanted(tmp_path, tokenizer):
 
 
 def test_the_word_of_wic_is_put_before_both_sentences(tmp_path, tokenizer):
-    write(
-        tmp_path / "train.jsonl", [{"word": "fun", "sentence1": "so good", "sentence2": "dull", "label": 1}]
-    )
+    write(tmp_path / "train.jsonl", [{"word": "fun", "sentence1": "so good", "sentence2": "dull", "label": 1}])
     tokens = load_task("wic", tmp_path).encode(tokenizer, "train")["input_ids"][0]
     text = " ".join(tokenizer.convert_ids_to_tokens(tokens))
     assert text == "[CLS] fun : so good [SEP] fun : dull [SEP]"
@@ -393,9 +387,7 @@ def test_scoring_takes_tensors_and_names_wrong_shapes(tmp_path):
 
 
 def test_unknown_task_names_the_closest(tmp_path):
-    with pytest.raises(
-        InputError, match=r"unknown task 'mprc': did you mean mrpc\? .*data_dir and text_columns"
-    ):
+    with pytest.raises(InputError, match=r"unknown task 'mprc': did you mean mrpc\? .*data_dir and text_columns"):
         load_task("mprc")
     with pytest.raises(InputError, match="unknown task 'reviews'"):
         load_task("reviews", tmp_path)  # no text columns
@@ -406,13 +398,9 @@ def test_too_many_text_columns(tmp_path):
         reviews(tmp_path, text_columns=["a", "b", "c", "d"])
 
 
-@pytest.mark.parametrize(
-    ("options", "column"), [({"text_columns": "body"}, "body"), ({"label_column": "y"}, "y")]
-)
+@pytest.mark.parametrize(("options", "column"), [({"text_columns": "body"}, "body"), ({"label_column": "y"}, "y")])
 def test_missing_column_names_those_present(tmp_path, options, column):
-    with pytest.raises(
-        InputError, match=rf"split 'train': no column '{column}'; the columns are review, label"
-    ):
+    with pytest.raises(InputError, match=rf"split 'train': no column '{column}'; the columns are review, label"):
         reviews(tmp_path, **options)
 
 
@@ -501,9 +489,7 @@ def test_data_dir_must_exist_and_hold_files(tmp_path):
 def test_two_files_for_one_split(tmp_path):
     write(tmp_path / "dev.csv", REVIEWS)
     write(tmp_path / "validation.jsonl", REVIEWS)
-    with pytest.raises(
-        InputError, match=r"dev\.csv and .*validation\.jsonl both give the split 'validation'"
-    ):
+    with pytest.raises(InputError, match=r"dev\.csv and .*validation\.jsonl both give the split 'validation'"):
         reviews(tmp_path)
     write(tmp_path / "both" / "validation.csv", REVIEWS)
     write(tmp_path / "both" / "validation_matched.csv", REVIEWS)
@@ -531,9 +517,7 @@ def test_a_bad_line_of_json_is_numbered(tmp_path):
 
 @pytest.mark.usefixtures("no_hub")
 def test_the_hub_out_of_reach(capfd):
-    with pytest.raises(
-        InputError, match=r"cannot load task 'mrpc' from the hub .*pass data_dir=DIR with .*DIR/mrpc"
-    ):
+    with pytest.raises(InputError, match=r"cannot load task 'mrpc' from the hub .*pass data_dir=DIR with .*DIR/mrpc"):
         load_task("mrpc")
 
 
@@ -612,9 +596,7 @@ def test_no_network_there_says_what_was_looked_for(tmp_path, checkpoint, no_hub)
     for path in (tmp_path / "nowhere", str(tmp_path / "nowhere"), tmp_path):
         with pytest.raises(InputError, match=rf"no pretrained network in {tmp_path}.*config\.json"):
             task.load_network(path)
-    with pytest.raises(
-        InputError, match=r"cannot load 'bert-nowhere': there is no such folder here, and the hub"
-    ):
+    with pytest.raises(InputError, match=r"cannot load 'bert-nowhere': there is no such folder here, and the hub"):
         task.load_network("bert-nowhere")
     with pytest.raises(InputError, match="trust_remote_code is not supported"):
         task.load_network(checkpoint, trust_remote_code=True)
@@ -656,9 +638,7 @@ def test_a_head_of_another_size(tmp_path, checkpoint):
 def real_data():
     folder = Path(os.environ.get("BAYESLORA_DATA") or Path(__file__).parents[2] / "shared" / "data")
     if not (folder / "mrpc").is_dir():
-        pytest.skip(
-            f"no data sets in {folder}; set BAYESLORA_DATA to a folder with mrpc/train.parquet and so on"
-        )
+        pytest.skip(f"no data sets in {folder}; set BAYESLORA_DATA to a folder with mrpc/train.parquet and so on")
     return folder
 
 
