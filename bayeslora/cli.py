@@ -211,12 +211,11 @@ def run_fit(arguments: argparse.Namespace) -> None:
     task = _task(arguments)
     from transformers import set_seed
 
-    from bayeslora.comparison import model_path
     from bayeslora.module import BayesLoRA
     from bayeslora.training import fit
 
     set_seed(arguments.seed)
-    network, tokenizer = task.load_network(model_path(arguments.model))
+    network, tokenizer = task.load_network(arguments.model)
     bayes = BayesLoRA(network, config)
     train = task.encode(
         tokenizer, "train", max_length=arguments.max_length, limit=arguments.max_train_examples, labelled=True
@@ -334,14 +333,13 @@ def _open_run(arguments: argparse.Namespace) -> tuple["BayesLoRA", "Task", Any, 
                          "was it fitted from the command line?") from error  # fmt: skip
     if not (arguments.run_dir / "adapter").is_dir():
         raise InputError(f"{arguments.run_dir} is not finished: continue it with fit --resume")
-    from bayeslora.comparison import model_path
     from bayeslora.module import BayesLoRA
     from bayeslora.tasks import load_task
 
     if arguments.data_dir:
         recipe["data_dir"] = str(arguments.data_dir)
     task = load_task(**recipe)
-    network, tokenizer = task.load_network(model_path(model))
+    network, tokenizer = task.load_network(model)
     return BayesLoRA.from_pretrained(arguments.run_dir / "adapter", network), task, tokenizer, record
 
 

@@ -18,7 +18,6 @@ from bayeslora.analysis import (
     fit_temperature,
     to_markdown,
 )
-from bayeslora.assets import demo_encoder
 from bayeslora.checkpoint import from_pretrained
 from bayeslora.config import MonteCLoRAConfig
 from bayeslora.errors import InputError
@@ -32,7 +31,6 @@ CELL_FILE = "scores.json"
 PREDICTIONS_FILE = "predictions.npz"
 TABLE_FILE = "comparison.md"
 METRICS = ("accuracy", "nll", "ece", "brier")
-DEMO_MODEL = "demo"
 
 
 @dataclass(frozen=True)
@@ -55,11 +53,6 @@ class Comparison:
                     names = [key for key in arrays.files if key.startswith(f"{split}/") and "labels" not in key]
                     found |= {key.split("/", 1)[1]: (arrays[key], arrays[f"{split}/labels"]) for key in names}
         return found
-
-
-def model_path(model: str | Path) -> str:
-    """A folder or hub name; ``"demo"`` is the encoder the demo fetches (all-MiniLM-L6-v2)."""
-    return str(demo_encoder()) if str(model) == DEMO_MODEL else str(model)
 
 
 def compare(
@@ -139,7 +132,7 @@ def _run_cell(
 ) -> None:
     """Train one method with one seed, unless its adapter is there already, and write its scores."""
     set_seed(seed)  # before the network: head and LoRA start the same for both methods
-    network, tokenizer = task.load_network(model_path(model))
+    network, tokenizer = task.load_network(model)
     length = settings["max_length"]
     if progress:
         tqdm.write(f"{method}, seed {seed}: {run}")

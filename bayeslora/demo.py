@@ -5,9 +5,10 @@ from pathlib import Path
 
 from bayeslora.analysis import plot_calibration, plot_posterior_spread, save_arviz, to_arviz
 from bayeslora.assets import demo_encoder, rated_sentences
-from bayeslora.comparison import DEMO_MODEL, Comparison, compare
+from bayeslora.comparison import Comparison, compare
 from bayeslora.config import MonteCLoRAConfig
 from bayeslora.module import BayesLoRA
+from bayeslora.task_network import DEMO_MODEL
 from bayeslora.tasks import load_task
 from bayeslora.training import ADAPTER_FOLDER
 
@@ -58,7 +59,7 @@ def run_demo(
         epochs=epochs,
     )
     _say("3/4  draws of the posterior as ArviZ data")
-    network, tokenizer = task.load_network(demo_encoder())
+    network, tokenizer = task.load_network(DEMO_MODEL)
     posterior = BayesLoRA.from_pretrained(result.runs["MonteCLoRA", seed] / ADAPTER_FOLDER, network)
     test = task.encode(tokenizer, "test", max_length=MAX_LENGTH, limit=test_examples)
     idata = to_arviz(posterior, test, num_samples=4 * num_samples, seed=seed)

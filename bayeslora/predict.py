@@ -138,7 +138,7 @@ def _summarize(bayes: "BayesLoRA", outputs: list[np.ndarray], labels: np.ndarray
     likelihood = bayes.model.likelihood
     if isinstance(likelihood, GaussianLikelihood):
         means = logits.reshape(logits.shape[0], -1).astype(np.float64)
-        noise = float(likelihood.scale)
+        noise = float(likelihood.scale.detach())
         return Prediction(
             labels,
             mean=means.mean(0),

