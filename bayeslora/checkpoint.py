@@ -147,6 +147,8 @@ def from_pretrained(
 
     folder = Path(folder)
     manifest = read_manifest(folder)
+    if isinstance(network, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in network.modules()):
+        raise InputError("pass the plain base network, freshly loaded: this one carries an adapter already")
     _check_base(folder, manifest, network)
     peft_network = _load_peft(folder, network)
     bayes = BayesLoRA(peft_network, MonteCLoRAConfig.from_dict(manifest["config"]), guide=guide, likelihood=likelihood)
@@ -159,7 +161,7 @@ def from_pretrained(
 
 def load_adapter(bayes: "BayesLoRA", folder: Path) -> None:
     """Read μ, B, the head and the posterior of ``folder`` into an existing module of the same shape."""
-    read_manifest(folder)
+    _check_base(folder, read_manifest(folder), bayes.network.get_base_model())
     _load_adapter_weights(bayes.network, folder)
     load_posterior(bayes, folder)
 
@@ -237,8 +239,6 @@ def _load_adapter_weights(network: PeftModel, folder: Path) -> None:
 
 def _check_base(folder: Path, manifest: dict[str, Any], network: nn.Module) -> None:
     """Refuse a base network other than the one the adapter was fitted to."""
-    if isinstance(network, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in network.modules()):
-        raise InputError("pass the plain base network, freshly loaded: this one carries an adapter already")
     modules = dict(network.named_modules())
     for name, (_, columns) in manifest["adapters"].items():
         module: Any = modules.get(name)
