@@ -150,7 +150,7 @@ def from_pretrained(
     if isinstance(network, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in network.modules()):
         raise InputError("pass the plain base network, freshly loaded: this one carries an adapter already")
     _check_base(folder, manifest, network)
-    peft_network = _load_peft(folder, network)
+    peft_network = open_peft_adapter(folder, network)
     bayes = BayesLoRA(peft_network, MonteCLoRAConfig.from_dict(manifest["config"]), guide=guide, likelihood=likelihood)
     if guide is None and type(bayes.guide).__name__ != manifest["guide"]:
         raise InputError(f"{folder} was fitted with the guide {manifest['guide']}; pass its class as guide=")
@@ -213,7 +213,14 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path} is not a readable safetensors file: {error}") from error
 
 
-def _load_peft(folder: Path, network: nn.Module) -> PeftModel:
+def open_peft_adapter(folder: Path, network: nn.Module) -> PeftModel:
+    """Put the LoRA adapter in ``folder``, ours or plain PEFT's, on ``network``, ready to be trained further.
+
+    Raises:
+        InputError: if there is no adapter, or it does not fit the network.
+    """
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise InputError(f"no adapter in {folder}: it holds no {ADAPTER_CONFIG}")
     try:
         lora = LoraConfig.from_pretrained(str(folder))
         lora.inference_mode = False  # PEFT saves it as True; the adapter can be trained further

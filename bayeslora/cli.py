@@ -99,6 +99,7 @@ def _add_fit(commands: Any) -> None:
     _add_data_options(parser)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder for the run")
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run in --output")
+    parser.add_argument("--adapter", type=Path, metavar="DIR", help="start from this PEFT adapter (--mode post_hoc)")
     _add_training_options(parser)
     _add_method_options(parser)
 
@@ -211,11 +212,16 @@ def run_fit(arguments: argparse.Namespace) -> None:
     task = _task(arguments)
     from transformers import set_seed
 
+    from bayeslora.checkpoint import open_peft_adapter
     from bayeslora.module import BayesLoRA
     from bayeslora.training import fit
 
     set_seed(arguments.seed)
     network, tokenizer = task.load_network(arguments.model)
+    if arguments.adapter:
+        network = open_peft_adapter(arguments.adapter, network)
+    elif config.mode == "post_hoc":
+        raise InputError("--mode post_hoc puts a posterior on a trained LoRA: say which with --adapter RUN/adapter")
     bayes = BayesLoRA(network, config)
     train = task.encode(
         tokenizer, "train", max_length=arguments.max_length, limit=arguments.max_train_examples, labelled=True

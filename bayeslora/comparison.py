@@ -24,7 +24,7 @@ from bayeslora.errors import InputError
 from bayeslora.module import BayesLoRA
 from bayeslora.predict import Prediction
 from bayeslora.tasks import Task
-from bayeslora.training import ADAPTER_FOLDER, fit, write_json
+from bayeslora.training import ADAPTER_FOLDER, RUN_FILE, fit, write_json
 
 SETTINGS_FILE = "comparison.json"
 CELL_FILE = "scores.json"
@@ -90,11 +90,14 @@ def compare(
         fit_options: Passed to :func:`bayeslora.fit`: ``epochs``, ``batch_size``, ``learning_rate``, ...
 
     Raises:
-        InputError: for a regression task, or an ``output_dir`` that holds other settings or something else.
+        InputError: for a regression task, ``mode="post_hoc"``, or an ``output_dir`` that holds other settings or
+            something else.
     """
     if task.is_regression:
         raise InputError(f"compare scores class probabilities; task {task.name!r} is a regression")
     config = config or MonteCLoRAConfig()
+    if config.mode == "post_hoc":
+        raise InputError("compare starts both methods from scratch, but mode='post_hoc' needs a trained LoRA")
     test_split = _labelled_split(task, test_split)
     output_dir = Path(output_dir)
     settings = {
@@ -107,7 +110,7 @@ def compare(
     runs: dict[tuple[str, int], Path] = {}
     for seed in seeds:
         for method, chosen in (
-            ("LoRA", config.replace(sample_scaler=0.0, mode="joint")),
+            ("LoRA", config.replace(sample_scaler=0.0)),
             ("MonteCLoRA", config),
         ):
             run = output_dir / f"{method.lower()}-seed{seed}"
@@ -142,7 +145,7 @@ def _run_cell(
         bayes = BayesLoRA(network, config)
         train = task.encode(tokenizer, "train", max_length=length, limit=settings["train_examples"], labelled=True)
         fit(
-            bayes, train, output_dir=run, seed=seed, progress=progress, resume=run.is_dir(),
+            bayes, train, output_dir=run, seed=seed, progress=progress, resume=(run / RUN_FILE).is_file(),
             metadata={"model": str(model), "task": task.recipe, "max_length": length}, **settings["fit"],
         )  # fmt: skip
 

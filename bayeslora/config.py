@@ -19,7 +19,13 @@ _REFUSED_LORA_OPTIONS = {
 
 PRESETS: dict[str, dict[str, Any]] = {
     # The paper's settings (Tables 3 and 4): a small perturbation, for stability rather than for calibration.
-    "paper": {"sample_scaler": 5e-3, "kl_weight": 1e-5, "num_components": 4, "guide": "mean_field"},
+    "paper": {
+        "sample_scaler": 5e-3,
+        "kl_weight": 1e-5,
+        "num_components": 4,
+        "guide": "mean_field",
+        "scale_init": 1.0,
+    },  # fmt: skip
     # The defaults of this class.
     "calibrated": {},
 }
@@ -45,8 +51,9 @@ class MonteCLoRAConfig:
         lora_options: Any further argument of :class:`peft.LoraConfig`.
         num_components: N, Gaussian components of the mixture, at least 1.
         sample_scaler: ε, the scale of the noise around μ; 0 trains plain LoRA.
-        kl_weight: η, the weight of the KL. ``None`` means 1e-5 (the paper's) for ``normalization="paper"``
-            and 1 (the evidence lower bound) for ``normalization="elbo"``.
+        kl_weight: η, the weight of the KL. ``None`` means 1e-2 for ``normalization="paper"`` (the paper's own 1e-5
+            is too weak to hold v: the noise shrinks until the training set is fitted without it) and 1, the
+            evidence lower bound, for ``normalization="elbo"``.
         cooperation: λ_C, weight of the cooperative loss Σ_k π_k².
         normalization: ``"paper"`` averages KL and cooperative loss over adapters; ``"elbo"`` sums the KL over
             adapters and columns and divides by the number of training examples.
@@ -59,7 +66,8 @@ class MonteCLoRAConfig:
         prior_concentration: α0 of the prior Dir(α0·1_N).
         degrees_of_freedom: ν of both Wishart distributions, at least r; the adapter's rank when ``None``.
         alpha_init: ``"random"`` (log α uniform on [0, 1)) or ``"ones"``.
-        scale_init: Initial value of every entry of v; 1 starts at the prior.
+        scale_init: Initial value of every entry of v; where the KL is smallest when ``None``, so that v moves only
+            where the data pull. 1 is the Wishart prior's own scale.
 
     Raises:
         InputError: naming the first argument that is out of range.
@@ -88,7 +96,7 @@ class MonteCLoRAConfig:
     prior_concentration: float = 1.0
     degrees_of_freedom: float | None = None
     alpha_init: Literal["random", "ones"] = "random"
-    scale_init: float = 1.0
+    scale_init: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("target_modules", "modules_to_save", "layers_to_transform"):
@@ -98,7 +106,7 @@ class MonteCLoRAConfig:
             elif isinstance(value, int):
                 object.__setattr__(self, name, (value,))
         if self.kl_weight is None:
-            object.__setattr__(self, "kl_weight", 1e-5 if self.normalization == "paper" else 1.0)
+            object.__setattr__(self, "kl_weight", 1e-2 if self.normalization == "paper" else 1.0)
         self._check_numbers()
         self._check_choices()
         self._check_lora_options()
@@ -112,7 +120,8 @@ class MonteCLoRAConfig:
         _require_number("cooperation", self.cooperation, "λ_C, the weight of the cooperative loss")
         _require_number("lora_alpha", self.lora_alpha, "LoRA's scaling numerator", positive=True)
         _require_number("prior_concentration", self.prior_concentration, "α0 of the Dirichlet prior", positive=True)
-        _require_number("scale_init", self.scale_init, "the initial v of the Wishart", positive=True)
+        if self.scale_init is not None:
+            _require_number("scale_init", self.scale_init, "the initial v of the Wishart", positive=True)
         if not 0 <= self.lora_dropout < 1:
             raise InputError(f"lora_dropout must be in [0, 1), got {self.lora_dropout!r}")
         for pattern, rank in self.rank_pattern.items():

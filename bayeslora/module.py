@@ -83,6 +83,7 @@ class BayesLoRA(nn.Module):
         """Only what the objective depends on is trained, so that every trained parameter gets a gradient."""
         if self.monteclora_config.mode == "post_hoc":
             self.network.requires_grad_(False)
+            self.model.requires_grad_(False)
         if self.monteclora_config.sample_scaler == 0:
             self.guide.requires_grad_(False)
 

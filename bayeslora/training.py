@@ -138,8 +138,7 @@ def fit(
         raise InputError(f"transformers.TrainingArguments refuses an argument: {error}") from error
     checkpoint = _prepare_folder(output_dir, resume)
     set_seed(seed)
-    if bayes.num_examples is None:
-        bayes.num_examples = len(train_dataset)
+    bayes.num_examples = len(train_dataset)
     trainer = BayesTrainer(
         model=bayes,
         args=arguments,

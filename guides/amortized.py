@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from bayeslora.adapters import Adapter, AdapterGroup
-from bayeslora.guides.base import Guide, initial_log_alpha
+from bayeslora.guides.base import Guide, initial_log_alpha, initial_scale
 from bayeslora.models import MonteCLoRA
 
 NUM_FEATURES = 6
@@ -38,7 +38,8 @@ class AmortizedGuide(Guide):
         self.output = nn.Linear(WIDTH, outputs)
         with torch.no_grad():
             self.output.weight.zero_()
-            self.output.bias[: self._rank] = math.log(self.config.scale_init)
+            start = sum(initial_scale(model, group) for group in model.groups) / len(model.groups)
+            self.output.bias[: self._rank] = math.log(start)
             self.output.bias[self._rank :] = initial_log_alpha(self.config.alpha_init, self.config.num_components)
 
     def variational_parameters(self, group: AdapterGroup) -> tuple[Tensor, Tensor]:

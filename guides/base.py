@@ -62,6 +62,23 @@ class Guide(PyroModule):
         return {f"pi_{name}": pi, f"sigma_tril_{name}": factor, site: value}
 
 
+def initial_scale(model: MonteCLoRA, group: AdapterGroup) -> float:
+    r"""Where v starts: the configured value, or the minimum of :math:`KL_W + m\,E[KL_N]`.
+
+    Its derivative in :math:`v_j` is :math:`\tfrac12(\nu(1 - 1/v_j) + m(\nu - 1/v_j))`, so
+    :math:`v_j = (\nu + m) / (\nu + m\nu)`, with m the columns' KL as often as the objective counts it: N times
+    under ``normalization="paper"``, once a column under ``"elbo"``.
+    """
+    config = model.config
+    if config.scale_init is not None:
+        return config.scale_init
+    df = model.degrees_of_freedom(group)
+    times = config.num_components if config.normalization == "paper" else group.columns
+    if config.normalization == "elbo" and config.components == "explicit":
+        times *= config.num_components
+    return (df + times) / (df + times * df)
+
+
 def initial_log_alpha(how: str, *shape: int) -> Tensor:
     """Starting log α: zeros for ``"ones"``, uniform on [0, 1) for ``"random"`` (paper, ablation of α)."""
     return torch.zeros(shape) if how == "ones" else torch.rand(shape)

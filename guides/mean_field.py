@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from bayeslora.adapters import AdapterGroup
-from bayeslora.guides.base import Guide, initial_log_alpha
+from bayeslora.guides.base import Guide, initial_log_alpha, initial_scale
 from bayeslora.models import MonteCLoRA
 
 
@@ -16,7 +16,7 @@ class MeanFieldGuide(Guide):
     def __init__(self, model: MonteCLoRA):
         super().__init__(model)
         for group in model.groups:
-            log_v = torch.full((len(group), group.rank), math.log(self.config.scale_init))
+            log_v = torch.full((len(group), group.rank), math.log(initial_scale(model, group)))
             log_alpha = initial_log_alpha(self.config.alpha_init, len(group), self.config.num_components)
             self.register_parameter(f"log_v_{group.name}", nn.Parameter(log_v))
             self.register_parameter(f"log_alpha_{group.name}", nn.Parameter(log_alpha))

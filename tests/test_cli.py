@@ -92,6 +92,19 @@ def test_fit_writes_a_run(run):
     assert (run / "adapter" / "posterior.safetensors").is_file()
 
 
+def test_post_hoc_starts_from_a_trained_lora(run, model, data, tmp_path, capsys):
+    from safetensors.torch import load_file
+
+    post_hoc = ["fit", *data_options(model, data), "--mode", "post_hoc", "--max-steps", "2", *SMALL]
+    assert main([*post_hoc, "--output", str(tmp_path / "without")]) == 2
+    assert "--adapter" in capsys.readouterr().err
+    assert main([*post_hoc, "--output", str(tmp_path / "o"), "--adapter", str(run / "adapter")]) == 0
+    before, after = (load_file(f / "adapter" / "adapter_model.safetensors") for f in (run, tmp_path / "o"))
+    assert all((after[name] == before[name]).all() for name in before)
+    before, after = (load_file(f / "adapter" / "posterior.safetensors") for f in (run, tmp_path / "o"))
+    assert any((after[name] != before[name]).any() for name in before)
+
+
 def test_evaluate_prints_one_json_object(run, capsys):
     assert main(["evaluate", str(run), "--num-samples", "3", "--json"]) == 0
     out = capsys.readouterr().out

@@ -50,7 +50,7 @@ def test_unknown_field_of_a_newer_version_is_named():
 
 
 def test_kl_weight_follows_the_normalization():
-    assert MonteCLoRAConfig().kl_weight == 1e-5
+    assert MonteCLoRAConfig().kl_weight == 1e-2
     assert MonteCLoRAConfig(normalization="elbo").kl_weight == 1.0
     assert MonteCLoRAConfig(normalization="elbo", kl_weight=0.1).kl_weight == 0.1
 

@@ -217,6 +217,20 @@ class TestParameters:
                 torch.testing.assert_close(log_v.exp(), torch.full_like(log_v, 0.5))
                 torch.testing.assert_close(log_alpha.exp(), torch.ones_like(log_alpha))
 
+    @pytest.mark.parametrize("normalization", ["paper", "elbo"])
+    @pytest.mark.parametrize("components", COMPONENTS)
+    def test_v_starts_where_its_kl_is_smallest(self, normalization, components):
+        """With closed-form terms the gradient of the KL in v is zero at the start: only data can move it."""
+        model = small_model(normalization=normalization, components=components, target_modules=["query"])
+        model.num_examples = 50
+        guide = MeanFieldGuide(model)
+        elbo = CooperativeELBO(1.0, 0.0, normalization)
+        kl = elbo.differentiable_loss(model.joint, guide.forward, **tiny_batch())
+        task = elbo.parts.task  # lora_B is zero, so the task loss does not depend on v yet
+        assert kl.item() > task
+        (gradient,) = torch.autograd.grad(kl, guide.log_v_r2_in16)
+        assert gradient.abs().max() < 1e-5 * kl.item()
+
     def test_amortized_tells_adapters_apart(self):
         model = small_model(layers=3)
         guide = AmortizedGuide(model)

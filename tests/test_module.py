@@ -6,8 +6,10 @@ import math
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.distributions import kl_divergence
 
 from bayeslora import BayesLoRA, InputError, MonteCLoRAConfig
+from bayeslora.distributions import WishartCholesky, expected_column_kl
 from bayeslora.predict import sample_sites
 from tests.conftest import tiny_batch, tiny_network
 
@@ -187,7 +189,9 @@ def test_data_driven_posterior():
     errors on the flipped ones, so the two posteriors must part.
     """
     batch = tiny_batch(12)
-    fitted = randomize_b(module(guide="mean_field", alpha_init="ones", sample_scaler=0.3, target_modules=["query"]))
+    fitted = randomize_b(
+        module(guide="mean_field", alpha_init="ones", sample_scaler=0.3, kl_weight=1e-5, target_modules=["query"])
+    )
     fitted.network.eval()
     optimizer = torch.optim.Adam([p for p in fitted.network.parameters() if p.requires_grad], lr=0.02)
     with fitted.without_sampling():
@@ -209,8 +213,9 @@ def test_data_driven_posterior():
         return bayes.guide.log_v_r2_in16.detach().flatten()
 
     def _kl_only(bayes):
-        log_v = bayes.guide.log_v_r2_in16
-        return 1e-5 * (log_v.exp() - log_v).sum()
+        posterior = WishartCholesky(2, bayes.guide.log_v_r2_in16.exp())
+        prior = WishartCholesky(2, torch.ones_like(posterior.scale))
+        return (kl_divergence(posterior, prior) + 3 * expected_column_kl(posterior)).mean()
 
     labels = batch["labels"]
     runs = {name: torch.stack([learned(y, seed) for seed in (0, 1, 2)])
@@ -220,7 +225,8 @@ def test_data_driven_posterior():
     assert (means["fitted"] - means["flipped"]).norm() > 3 * spread
     assert (means["fitted"] - means["none"]).norm() > 3 * spread
     assert means["fitted"].mean() < means["none"].mean() < means["flipped"].mean()
-    assert means["none"].abs().max() < 0.01  # the prior's v = 1
+    start = fitted.guide.log_v_r2_in16.detach().flatten()
+    assert (means["none"] - start).abs().max() < 0.01  # v starts where the KL is smallest
 
 
 def test_checkpointed_layers_recompute_the_same_draw():
