@@ -84,7 +84,7 @@ class MonteCLoRAConfig:
     lora_options: Mapping[str, Any] = field(default_factory=dict)
 
     num_components: int = 4
-    sample_scaler: float = 2e-2
+    sample_scaler: float = 0.1
     kl_weight: float | None = None
     cooperation: float = 1.0
     normalization: Literal["paper", "elbo"] = "paper"

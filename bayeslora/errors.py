@@ -9,4 +9,4 @@ class InputError(ValueError):
 
 
 class TrainingDivergedError(RuntimeError):
-    """The loss or a gradient became NaN or infinite; training stopped before the parameters were touched."""
+    """The loss, a gradient or a parameter became NaN or infinite; the last good checkpoint is kept."""

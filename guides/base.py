@@ -37,8 +37,9 @@ class Guide(PyroModule):
     def forward(self, *args, **kwargs) -> dict[str, Tensor]:
         """Sample every site once; returns site name to value."""
         draw: dict[str, Tensor] = {}
-        for group in self.model.groups:
-            draw |= self._sample_group(group)
+        with self.model.full_precision():
+            for group in self.model.groups:
+                draw |= self._sample_group(group)
         return draw
 
     def _sample_group(self, group: AdapterGroup) -> dict[str, Tensor]:

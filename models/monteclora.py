@@ -70,6 +70,10 @@ class MonteCLoRA(PyroModule):
         """ν of a group: the configured value, or its rank."""
         return float(self.config.degrees_of_freedom or group.rank)
 
+    def full_precision(self) -> torch.autocast:
+        """Switches autocast off inside: factors and noise stay in float32, whatever the network computes in."""
+        return torch.autocast(self.network.device.type, enabled=False)
+
     def forward(self, labels: Tensor | None = None, **inputs: Any) -> Tensor:
         self._register_parameters()
         return self.joint(labels=labels, **inputs)[1]
@@ -80,7 +84,8 @@ class MonteCLoRA(PyroModule):
         Returns:
             The network's logits under this draw, and the labels.
         """
-        draw = {group.name: self._sample_group(group) for group in self.groups}
+        with self.full_precision():
+            draw = {group.name: self._sample_group(group) for group in self.groups}
         with using_draw(self.groups, draw, keep=self._recomputes()):
             logits = self.network(**inputs).logits
         return logits, self.likelihood(logits, labels, self.num_examples)

@@ -167,9 +167,9 @@ class TestRun:
               for n in (24, 48)]  # fmt: skip
         assert kl[0] == pytest.approx(2 * kl[1], rel=1e-5)
 
-    @pytest.mark.xfail(reason="the guide runs under autocast, where Dirichlet has no bfloat16", strict=True)
-    def test_bfloat16_autocast(self, tmp_path):
-        result = run(tmp_path, new(), max_steps=2, bf16=True, use_cpu=True)
+    @pytest.mark.parametrize("components", ["collapsed", "explicit"])
+    def test_bfloat16_autocast(self, tmp_path, components):
+        result = run(tmp_path, new(components=components), max_steps=2, bf16=True, use_cpu=True)
         assert math.isfinite(logged(result, "loss")[2])
 
 
