@@ -25,7 +25,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_components": 4,
         "guide": "mean_field",
         "scale_init": 1.0,
-    },  # fmt: skip
+    },
     # The defaults of this class.
     "calibrated": {},
 }

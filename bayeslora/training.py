@@ -137,6 +137,8 @@ def fit(
     except (TypeError, ValueError) as error:
         raise InputError(f"transformers.TrainingArguments refuses an argument: {error}") from error
     checkpoint = _prepare_folder(output_dir, resume)
+    if resume:
+        _check_same_config(bayes, output_dir / RUN_FILE)
     set_seed(seed)
     bayes.num_examples = len(train_dataset)
     trainer = BayesTrainer(
@@ -391,6 +393,20 @@ def _prepare_folder(output_dir: Path, resume: bool) -> str | None:
             return str(checkpoint)
         logger.warning("%s is incomplete or damaged; using the one before", checkpoint)
     return None
+
+
+def _check_same_config(bayes: BayesLoRA, run_file: Path) -> None:
+    """A resumed run goes on with the hyperparameters it began with."""
+    try:
+        before = json.loads(run_file.read_text(encoding="utf-8"))["config"]
+    except (ValueError, KeyError) as error:
+        raise InputError(f"{run_file} is damaged ({error}): start the run again in another folder") from error
+    for name, value in bayes.monteclora_config.to_dict().items():
+        if before.get(name) != value:
+            raise InputError(
+                f"the run in {run_file.parent} began with {name}={before.get(name)!r}, not {value!r}: "
+                "resume it with the same configuration, or use another folder"
+            )
 
 
 def _is_whole(checkpoint: Path) -> bool:

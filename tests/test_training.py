@@ -187,6 +187,11 @@ class TestSeed:
 
 
 class TestResume:
+    def test_with_another_configuration_is_refused(self, tmp_path):
+        run(tmp_path)
+        with pytest.raises(InputError, match=r"began with sample_scaler=0.05, not 0.2"):
+            run(tmp_path, new(sample_scaler=0.2), resume=True)
+
     @pytest.mark.parametrize(
         ("options", "signal"),
         [
