@@ -103,11 +103,9 @@ def fit(
         TrainingDivergedError: when the loss or a gradient is NaN or infinite; the last good checkpoint stays.
     """
     output_dir = Path(output_dir)
-    _check_data(bayes, train_dataset, "train_dataset")
-    if eval_dataset is not None:
-        _check_data(bayes, eval_dataset, "eval_dataset")
-    if (early_stopping is not None or evaluations is not None) and eval_dataset is None:
-        raise InputError("early_stopping and evaluations need an eval_dataset to look at")
+    _check_data_sets(
+        bayes, train_dataset, eval_dataset, looked_at=early_stopping is not None or evaluations is not None
+    )
     _check_counts(batch_size=batch_size, gradient_accumulation=gradient_accumulation, max_steps=max_steps,
                   evaluations=evaluations, early_stopping=early_stopping)  # fmt: skip
     settings = {
@@ -346,6 +344,14 @@ def _check_counts(**counts: int | None) -> None:
     for name, value in counts.items():
         if value is not None and value < 1:
             raise InputError(f"{name} must be at least 1, got {value}")
+
+
+def _check_data_sets(bayes: BayesLoRA, train: Any, evaluation: Any, *, looked_at: bool) -> None:
+    _check_data(bayes, train, "train_dataset")
+    if evaluation is not None:
+        _check_data(bayes, evaluation, "eval_dataset")
+    elif looked_at:
+        raise InputError("early_stopping and evaluations need an eval_dataset to look at")
 
 
 def _check_data(bayes: BayesLoRA, dataset: Any, name: str) -> None:
