@@ -85,7 +85,7 @@ def _add_demo(commands: Any) -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder for everything it makes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--train-examples", type=int, default=500, help="sentences to train on")
-    parser.add_argument("--test-examples", type=int, default=500, help="sentences to test on, from each domain")
+    parser.add_argument("--test-examples", type=int, default=300, help="sentences to test on, from each domain")
     parser.add_argument("--epochs", type=float, default=5)
     parser.add_argument("--num-samples", type=int, default=8, help="draws of the posterior predictive")
 
