@@ -72,7 +72,7 @@ class MonteCLoRA(PyroModule):
 
     def full_precision(self) -> torch.autocast:
         """Switches autocast off inside: factors and noise stay in float32, whatever the network computes in."""
-        return torch.autocast(self.network.device.type, enabled=False)
+        return torch.autocast(self.groups[0].adapters[0].lora_A.weight.device.type, enabled=False)
 
     def forward(self, labels: Tensor | None = None, **inputs: Any) -> Tensor:
         self._register_parameters()
