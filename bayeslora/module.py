@@ -171,11 +171,22 @@ class BayesLoRA(nn.Module):
         """Context manager: inside, the network is the frozen base model (PEFT's own switch)."""
         return self.network.disable_adapter()
 
-    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """Recompute activations in the backward pass; the recomputed layers see the same draw."""
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        """Recompute activations in the backward pass; the recomputed layers see the same draw.
+
+        Raises:
+            InputError: for ``use_reentrant=True``.
+        """
+        if (activation_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise InputError(
+                "reentrant checkpointing runs a backward pass for each block, and the first frees the graph of the "
+                "draw that all of them share: use activation_checkpointing_kwargs={'use_reentrant': False}"
+            )
         base = self.network.get_base_model()
         enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
-        enable(*args, **kwargs)
+        enable(activation_checkpointing_kwargs, **options)
         base.enable_input_require_grads()
 
     def sample(self, num_samples: int = 1, *, seed: int | None = None) -> dict[str, Tensor]:

@@ -203,6 +203,10 @@ class TestMistakes:
         message = self.fails(capsys, "fit", "--model", model, "--task", "mrcp", "--output", "o")
         assert "mrpc" in message
 
+    def test_compare_cannot_start_post_hoc(self, capsys, model, data, tmp_path):
+        command = ["compare", *data_options(model, data), "--output", tmp_path / "o", "--mode", "post_hoc", *SMALL]
+        assert "trained LoRA" in self.fails(capsys, *command)
+
     def test_missing_model(self, capsys, data, tmp_path):
         assert "nowhere" in self.fails(capsys, *self.fit(tmp_path / "nowhere", data, tmp_path / "o"))
 

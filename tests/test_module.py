@@ -245,6 +245,20 @@ def test_checkpointed_layers_recompute_the_same_draw():
         torch.testing.assert_close(gradients[1][name], expected, rtol=1e-5, atol=1e-7)
 
 
+def test_reentrant_checkpointing_is_refused_with_its_reason():
+    with pytest.raises(InputError, match="reentrant"):
+        module().activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
+
+
+def test_reentrant_checkpointing_behind_our_back_is_an_error_not_a_wrong_gradient():
+    bayes = randomize_b(module())
+    base = bayes.network.get_base_model()
+    base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
+    base.enable_input_require_grads()
+    with pytest.raises(RuntimeError, match="second time"):
+        bayes(**tiny_batch()).loss.backward()
+
+
 def test_deepcopy_after_a_step_gives_an_independent_equal():
     """PITFALLS 12."""
     bayes = randomize_b(module())
