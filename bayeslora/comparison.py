@@ -23,8 +23,9 @@ from bayeslora.config import MonteCLoRAConfig
 from bayeslora.errors import InputError
 from bayeslora.module import BayesLoRA
 from bayeslora.predict import Prediction
+from bayeslora.run_folder import ADAPTER_FOLDER, RUN_FILE, foreign_entry, lock_folder, write_json
 from bayeslora.tasks import Task
-from bayeslora.training import ADAPTER_FOLDER, RUN_FILE, fit, write_json
+from bayeslora.training import fit
 
 SETTINGS_FILE = "comparison.json"
 CELL_FILE = "scores.json"
@@ -105,21 +106,26 @@ def compare(
         "test_examples": test_examples, "test_split": test_split, "num_samples": num_samples,
         "max_length": max_length, "fit": fit_options,
     }  # fmt: skip
-    _claim(output_dir, settings)
+    _check_folder(output_dir, settings)
     rows: list[dict[str, Any]] = []
     runs: dict[tuple[str, int], Path] = {}
-    for seed in seeds:
-        for method, chosen in (
-            ("LoRA", config.replace(sample_scaler=0.0)),
-            ("MonteCLoRA", config),
-        ):
-            run = output_dir / f"{method.lower()}-seed{seed}"
-            runs[method, seed] = run
-            if not (run / CELL_FILE).is_file():
-                _run_cell(model, task, chosen, run, seed, settings, method, progress)
-            rows += json.loads((run / CELL_FILE).read_text(encoding="utf-8"))
-    table = comparison_table(rows)
-    (output_dir / TABLE_FILE).write_text(to_markdown(table) + "\n", encoding="utf-8")
+    with lock_folder(output_dir):
+        _check_folder(output_dir, settings)  # again: another comparison may have come and gone
+        write_json(output_dir / SETTINGS_FILE, settings)
+        for seed in seeds:
+            for method, chosen in (
+                ("LoRA", config.replace(sample_scaler=0.0)),
+                ("MonteCLoRA", config),
+            ):
+                run = output_dir / f"{method.lower()}-seed{seed}"
+                runs[method, seed] = run
+                if progress:
+                    tqdm.write(f"run {len(runs)} of {2 * len(seeds)}: {method}, seed {seed}, in {run}")
+                if not (run / CELL_FILE).is_file():
+                    _run_cell(model, task, chosen, run, seed, settings, method, progress)
+                rows += json.loads((run / CELL_FILE).read_text(encoding="utf-8"))
+        table = comparison_table(rows)
+        (output_dir / TABLE_FILE).write_text(to_markdown(table) + "\n", encoding="utf-8")
     return Comparison(rows, table, runs)
 
 
@@ -137,8 +143,6 @@ def _run_cell(
     set_seed(seed)  # before the network: head and LoRA start the same for both methods
     network, tokenizer = task.load_network(model)
     length = settings["max_length"]
-    if progress:
-        tqdm.write(f"{method}, seed {seed}: {run}")
     if (run / ADAPTER_FOLDER).is_dir():
         bayes = from_pretrained(run / ADAPTER_FOLDER, network)
     else:
@@ -193,19 +197,17 @@ def _has_validation(task: Task, test_split: str) -> bool:
     return test_split != "validation" and "validation" in task.splits and task.is_labelled("validation")
 
 
-def _claim(output_dir: Path, settings: dict[str, Any]) -> None:
-    """Take the folder for these settings, or continue in it."""
+def _check_folder(output_dir: Path, settings: dict[str, Any]) -> None:
+    """Refuse a folder with anything in it but a comparison with these settings."""
     file = output_dir / SETTINGS_FILE
-    plain = json.loads(json.dumps(settings))
     if file.is_file():
         found = json.loads(file.read_text(encoding="utf-8"))
+        plain = json.loads(json.dumps(settings))
         changed = [name for name in plain if found.get(name) != plain[name]]
         if changed:
             raise InputError(
                 f"{output_dir} holds a comparison with another {changed[0]} ({found.get(changed[0])!r}); "
                 "use the same settings to continue it, or another folder"
             )
-    elif output_dir.is_dir() and any(output_dir.iterdir()):
+    elif output_dir.is_dir() and foreign_entry(output_dir, SETTINGS_FILE):
         raise InputError(f"{output_dir} holds something else already; give a new or empty folder")
-    output_dir.mkdir(parents=True, exist_ok=True)
-    write_json(file, plain)

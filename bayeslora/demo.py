@@ -8,9 +8,9 @@ from bayeslora.assets import demo_encoder, rated_sentences
 from bayeslora.comparison import Comparison, compare
 from bayeslora.config import MonteCLoRAConfig
 from bayeslora.module import BayesLoRA
+from bayeslora.run_folder import ADAPTER_FOLDER
 from bayeslora.task_network import DEMO_MODEL
 from bayeslora.tasks import load_task
-from bayeslora.training import ADAPTER_FOLDER
 
 MAX_LENGTH = 64
 FILES = {

@@ -10,3 +10,7 @@ class InputError(ValueError):
 
 class TrainingDivergedError(RuntimeError):
     """The loss, a gradient or a parameter became NaN or infinite; the last good checkpoint is kept."""
+
+
+class StorageError(RuntimeError):
+    """A file could not be written, because the disk is full for one; the last good checkpoint is kept."""

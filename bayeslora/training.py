@@ -2,15 +2,17 @@
 
 import json
 import logging
-import os
-import zipfile
-from collections.abc import Mapping, Sequence
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import (
     EarlyStoppingCallback,
@@ -21,20 +23,32 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.integrations import TensorBoardCallback
 
 from bayeslora.analysis.calibration import calibration_summary
 from bayeslora.checkpoint import load_adapter, read_manifest, version_info, write_adapter
+from bayeslora.elbo import ELBOParts
 from bayeslora.errors import InputError, TrainingDivergedError
 from bayeslora.models import CategoricalLikelihood
 from bayeslora.module import BayesLoRA
+from bayeslora.monitor import BriefProgress, GroupedTensorBoard, posterior_logs
 from bayeslora.predict import Collator
+from bayeslora.run_folder import (
+    ADAPTER_FOLDER,
+    CHECKPOINT_FOLDER,
+    RUN_FILE,
+    best_checkpoint,
+    delete,
+    foreign_entry,
+    last_checkpoint,
+    lock_folder,
+    reporting_full_disk,
+    rotate,
+    seal,
+    write_json,
+)
 
 logger = logging.getLogger(__name__)
-
-RUN_FILE = "run.json"
-ADAPTER_FOLDER = "adapter"
-CHECKPOINT_FOLDER = "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -80,7 +94,8 @@ def fit(
         bayes: What to fit; left at the best checkpoint where ``eval_dataset`` is given, else at the last step.
         train_dataset: Encoded examples with ``labels`` (``datasets.Dataset`` or a list of dicts).
         eval_dataset: The same, for evaluation at the posterior mean; no evaluation when ``None``.
-        output_dir: Run folder: ``run.json``, ``checkpoints/`` while training, ``adapter/`` at the end.
+        output_dir: Run folder: ``run.json``, ``checkpoints/`` while training, ``adapter/`` at the end, and
+            ``tensorboard/`` where that is installed; see :mod:`bayeslora.run_folder`.
         epochs: Passes over the data; ``max_steps`` optimizer steps instead, where given.
         batch_size: Examples per device and forward pass; ``gradient_accumulation`` of them make a step.
         learning_rate: For μ, B and the head. ``variational_learning_rate``: for the guide; 10 × as much if ``None``.
@@ -92,15 +107,18 @@ def fit(
         best_metric: ``"loss"`` (at the mean, nats) or an evaluation metric such as ``"accuracy"``; decides the best
             checkpoint, smaller loss or NLL or ECE or Brier better, larger otherwise.
         seed: Decides data order, dropout and noise; the same seed gives the same run.
-        resume: Continue an interrupted run from its last checkpoint.
+        resume: Continue an interrupted run from its last whole checkpoint, with the same arguments, as if it had
+            never stopped; a finished run's result is loaded.
         progress: Show progress bars and print logs.
         callbacks: Further ``TrainerCallback`` objects.
         metadata: JSON-able facts to keep in ``run.json``, such as the model's path and the task.
         trainer_arguments: Any further field of ``transformers.TrainingArguments`` (``bf16=True``, ...).
+            ``save_total_limit``: checkpoints to keep, 2 if not given; the best and the last always stay.
 
     Raises:
-        InputError: for bad data or arguments, or an output folder that holds something else.
+        InputError: for bad data or arguments, or an output folder that holds something else or is in use.
         TrainingDivergedError: when the loss or a gradient is NaN or infinite; the last good checkpoint stays.
+        StorageError: when the disk is full; the last good checkpoint stays.
     """
     output_dir = Path(output_dir)
     _check_data_sets(
@@ -125,82 +143,81 @@ def fit(
         "report_to": _loggers(),
         "remove_unused_columns": False,
         "logging_nan_inf_filter": False,
-        "save_total_limit": 2,
         "restore_callback_states_from_checkpoint": True,  # early stopping goes on counting after a resume
         "dataloader_pin_memory": torch.cuda.is_available(),
         **trainer_arguments,
+        "save_total_limit": None,  # BayesTrainer deletes old checkpoints itself, once the new one is sealed
     }
     try:
         arguments = TrainingArguments(**settings)
     except (TypeError, ValueError) as error:
         raise InputError(f"transformers.TrainingArguments refuses an argument: {error}") from error
-    checkpoint = _prepare_folder(output_dir, resume)
-    if resume:
-        _check_same_config(bayes, output_dir / RUN_FILE)
-    set_seed(seed)
+    _check_resumable(arguments)
+    rate = 10 * learning_rate if variational_learning_rate is None else variational_learning_rate
+    record = _run_record(bayes, arguments, rate, len(train_dataset), metadata)
     bayes.num_examples = len(train_dataset)
-    trainer = BayesTrainer(
-        model=bayes,
-        args=arguments,
-        variational_learning_rate=10 * learning_rate
-        if variational_learning_rate is None
-        else variational_learning_rate,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        data_collator=Collator.for_network(bayes.network),
-        compute_metrics=_metrics if _metric_names(bayes) else None,
-        callbacks=[*callbacks, *([EarlyStoppingCallback(early_stopping)] if early_stopping else [])],
-    )
+    with ExitStack() as stack:
+
+        def open_run() -> tuple[Path | None, dict[str, Any] | None]:
+            _refuse_other_content(output_dir, resume)
+            stack.enter_context(lock_folder(output_dir))
+            stack.enter_context(reporting_full_disk(output_dir))
+            return _open_run(output_dir, resume, record)
+
+        checkpoint, finished = _on_main_process(arguments, open_run)
+        if finished is not None:
+            load_adapter(bayes, output_dir / ADAPTER_FOLDER)
+            bayes.to(arguments.device).eval()
+            return FitResult(finished["metrics"], finished["history"], finished["steps"], output_dir)
+        set_seed(seed)
+        trainer = BayesTrainer(
+            model=bayes,
+            args=arguments,
+            variational_learning_rate=rate,
+            keep_checkpoints=trainer_arguments.get("save_total_limit", 2),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            data_collator=Collator.for_network(bayes.network),
+            compute_metrics=_metrics if _metric_names(bayes) else None,
+            callbacks=[*callbacks, *([EarlyStoppingCallback(early_stopping)] if early_stopping else [])],
+        )
+        _choose_reports(trainer, progress)
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        metrics = trainer.evaluate() if eval_dataset is not None else {}
+        history, steps = trainer.state.log_history, trainer.state.global_step
+        if trainer.is_world_process_zero():
+            bayes.save_pretrained(output_dir / ADAPTER_FOLDER)
+            record |= {"finished": True, "steps": steps, "metrics": metrics, "history": history}
+            write_json(output_dir / RUN_FILE, record)
+    bayes.eval()
+    return FitResult(metrics, history, steps, output_dir)
+
+
+def _choose_reports(trainer: Trainer, progress: bool) -> None:
     trainer.remove_callback(PrinterCallback)
     if progress:
         trainer.pop_callback(ProgressCallback)
         trainer.add_callback(BriefProgress())
-    if checkpoint is None:
-        write_json(output_dir / RUN_FILE, _run_record(bayes, arguments, len(train_dataset), metadata))
-    trainer.train(resume_from_checkpoint=checkpoint)
-    metrics = trainer.evaluate() if eval_dataset is not None else {}
-    if trainer.is_world_process_zero():
-        bayes.save_pretrained(output_dir / ADAPTER_FOLDER)
-        record = json.loads((output_dir / RUN_FILE).read_text(encoding="utf-8"))
-        record |= {"finished": True, "metrics": metrics, "history": trainer.state.log_history}
-        write_json(output_dir / RUN_FILE, record)
-    bayes.eval()
-    return FitResult(metrics, trainer.state.log_history, trainer.state.global_step, output_dir)
-
-
-class BriefProgress(ProgressCallback):
-    """Trainer's progress bar, with one short line per log instead of every term of the ELBO."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any):
-        if not state.is_world_process_zero or self.training_bar is None or not logs:
-            return
-        shown = {name: value for name, value in logs.items() if name in _SHOWN}
-        if shown:
-            numbers = "  ".join(f"{_SHOWN[name]} {value:.4g}" for name, value in shown.items())
-            self.training_bar.write(f"step {state.global_step}: {numbers}")
-
-
-_SHOWN = {
-    "loss": "loss",
-    "elbo/task": "task",
-    "elbo/kl": "KL",
-    "elbo/cooperation": "cooperation",
-    "grad_norm": "gradient norm",
-    "eval_loss": "evaluation NLL",
-    "eval_accuracy": "accuracy",
-    "eval_ece": "ECE",
-}
+    if trainer.pop_callback(TensorBoardCallback) is not None:
+        trainer.add_callback(GroupedTensorBoard())
 
 
 class BayesTrainer(Trainer):
-    """Trainer with a learning rate for the posterior, a guard against NaN, and checkpoints without pickled models."""
+    """Trainer with a learning rate for the posterior, a guard against NaN, and checkpoints that are whole or do not
+    count."""
 
     optimizer: Any
 
-    def __init__(self, *args: Any, variational_learning_rate: float, **kwargs: Any):
+    def __init__(
+        self, *args: Any, variational_learning_rate: float, keep_checkpoints: int | None = None, **kwargs: Any
+    ):
         self.variational_learning_rate = variational_learning_rate
-        self._parts: dict[str, float] = {}
+        self.keep_checkpoints = keep_checkpoints
+        self._ended = False
+        self._step_loss: Tensor | float = 0.0
+        self._parts: ELBOParts | None = None
         self._parts_steps = 0
+        self._norms: dict[str, Tensor] = {}
         super().__init__(*args, **kwargs)
 
     @property
@@ -220,26 +237,62 @@ class BayesTrainer(Trainer):
             self.optimizer = cls([group for group in groups if group["params"]], **options)
         return self.optimizer
 
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        position = super()._init_training_state(max_steps, *args, **kwargs)
+        if self.state.best_global_step:  # beside the others, wherever the run now lies
+            best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+            self.state.best_model_checkpoint = str(best) if best.is_dir() else None
+        stoppers = [c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
+        self._ended = self.state.global_step >= max_steps or any(
+            stopper.early_stopping_patience_counter >= stopper.early_stopping_patience for stopper in stoppers
+        )
+        return position
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self._ended:  # before it was interrupted
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(model, inputs, *args, **kwargs)
-        if not torch.isfinite(loss):
-            raise self._diverged(f"the loss became {float(loss)}", self.state.global_step + 1)
+        self._step_loss = self._step_loss + loss
         parts = self.bayes.elbo.parts
         if parts is not None and self.bayes.sampling:
-            for name, value in parts.to_floats().items():
-                self._parts[name] = self._parts.get(name, 0.0) + value
+            self._parts = self._parts or ELBOParts(torch.zeros_like(parts.task))
+            self._parts.add(parts, 1.0)
             self._parts_steps += 1
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        if norm is None:  # clipping is off
-            gradients = [p.grad for p in self.bayes.parameters() if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(gradients)
+        gradients = self._gradients()
+        self._norms = {name: nn.utils.get_total_norm(tensors) for name, tensors in gradients.items() if tensors}
+        clipped = torch.stack([*self._norms.values()]).norm()
+        norm = clipped if norm is None else torch.as_tensor(norm).to(clipped)
+        before_clipping = norm / clipped.clamp(min=torch.finfo(clipped.dtype).tiny)
+        self._norms = {name: part * before_clipping for name, part in self._norms.items()}
+        loss, total = torch.stack([torch.as_tensor(self._step_loss).to(norm), norm]).tolist()
+        self._step_loss = 0.0
+        if not math.isfinite(loss):
+            raise self._diverged(f"the loss became {loss}", self.state.global_step + 1)
         scaled = self.accelerator.scaler is not None  # fp16: its scaler skips such steps by itself
-        if not np.isfinite(float(norm)) and not scaled:
-            raise self._diverged(f"the gradient norm became {float(norm)}", self.state.global_step + 1)
+        if not math.isfinite(total) and not scaled:
+            raise self._diverged(f"the gradient norm became {total}", self.state.global_step + 1)
         return norm
+
+    def _gradients(self) -> dict[str, list[Tensor]]:
+        """Of the network (μ, B, head) and of the posterior."""
+        matrices, vectors, posterior = _parameter_groups(self.bayes)
+        return {
+            "network": [p.grad for p in (*matrices, *vectors) if p.grad is not None],
+            "posterior": [p.grad for p in posterior if p.grad is not None],
+        }
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        # averages over steps begin anew at each checkpoint, so that a resumed run logs what an uninterrupted one does
+        self.control.should_log |= self.control.should_save or self.control.should_evaluate
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
         loss, logits, labels = super().prediction_step(*args, **kwargs)
@@ -248,7 +301,7 @@ class BayesTrainer(Trainer):
         return loss, logits, labels
 
     def _diverged(self, what: str, step: int) -> TrainingDivergedError:
-        last = get_last_checkpoint(self.args.output_dir) if os.path.isdir(self.args.output_dir) else None
+        last = last_checkpoint(self._run_folder)
         kept = f"the last good checkpoint is {last}" if last else "no checkpoint had been saved yet"
         return TrainingDivergedError(
             f"{what} at step {step}, so training stopped; {kept}. "
@@ -257,10 +310,30 @@ class BayesTrainer(Trainer):
         )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if "loss" in logs and self._parts_steps:
-            logs |= {f"elbo/{name}": value / self._parts_steps for name, value in self._parts.items()}
-            self._parts, self._parts_steps = {}, 0
+        if "loss" in logs:
+            if self._parts is not None:
+                mean = ELBOParts(torch.zeros_like(self._parts.task))
+                mean.add(self._parts, 1 / self._parts_steps)
+                logs |= {f"elbo/{name}": value for name, value in mean.to_floats().items()}
+                self._parts, self._parts_steps = None, 0
+            logs |= {f"grad_norm/{name}": float(norm) for name, norm in self._norms.items()}
+            logs |= posterior_logs(self.bayes)
         super().log(logs, *args, **kwargs)
+
+    @property
+    def _run_folder(self) -> Path:
+        return Path(self.args.output_dir).parent
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            delete(folder)  # what a killed run left of it
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            seal(folder)
+            rotate(self._run_folder, folder, best_checkpoint(folder), self.keep_checkpoints)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not all(torch.isfinite(p).all() for p in self.bayes.parameters() if p.requires_grad):
@@ -375,67 +448,106 @@ def _check_data(bayes: BayesLoRA, dataset: Any, name: str) -> None:
             raise InputError(f"{name}: label {outside[0]} is outside the network's {classes} classes 0..{classes - 1}")
 
 
-def _prepare_folder(output_dir: Path, resume: bool) -> str | None:
-    """Refuse a folder in use; return the checkpoint to resume from, if any."""
-    checkpoints = output_dir / CHECKPOINT_FOLDER
-    ours = (output_dir / RUN_FILE).is_file()
+def _check_resumable(arguments: TrainingArguments) -> None:
+    """Refuse what would let a run start that cannot be resumed exactly."""
+    promised = {"save_only_model": False, "ignore_data_skip": False, "restore_callback_states_from_checkpoint": True}
+    for name, value in promised.items():
+        if getattr(arguments, name) != value:
+            raise InputError(
+                f"{name}={not value} leaves checkpoints from which a run cannot be resumed exactly: leave it out "
+                "(save_strategy='no' writes no checkpoints at all)"
+            )
+
+
+def _on_main_process(arguments: TrainingArguments, task: Callable[[], Any]) -> Any:
+    """What ``task`` returns in the main process, or the InputError it raises there, in every process."""
+    outcome: Any = None
+    if arguments.process_index == 0:
+        try:
+            outcome = task()
+        except InputError as error:
+            outcome = error
+    (outcome,) = broadcast_object_list([outcome])
+    if isinstance(outcome, InputError):
+        raise outcome
+    return outcome
+
+
+def _refuse_other_content(output_dir: Path, resume: bool) -> None:
     if output_dir.exists() and not output_dir.is_dir():
         raise InputError(f"output_dir {output_dir} is a file; give a folder")
-    if output_dir.is_dir() and any(output_dir.iterdir()) and not ours:
+    ours = (output_dir / RUN_FILE).is_file()
+    if output_dir.is_dir() and not ours and foreign_entry(output_dir, RUN_FILE):
         raise InputError(f"output_dir {output_dir} holds something else already; give a new or empty folder")
+    if resume and not ours:
+        raise InputError(f"nothing to resume in {output_dir}: it holds no {RUN_FILE}")
+
+
+def _open_run(output_dir: Path, resume: bool, record: dict[str, Any]) -> tuple[Path | None, dict[str, Any] | None]:
+    """The checkpoint to resume from, if any, and the record of a run that is finished already."""
+    run_file = output_dir / RUN_FILE
     if not resume:
-        if ours:
+        if run_file.is_file():
             raise InputError(
                 f"output_dir {output_dir} holds a run already; continue it with resume=True (--resume), "
                 "or give another folder"
             )
-        output_dir.mkdir(parents=True, exist_ok=True)
-        return None
-    if not ours:
-        raise InputError(f"nothing to resume in {output_dir}: it holds no {RUN_FILE}")
-    found = sorted(checkpoints.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True)
-    for checkpoint in found:
-        if _is_whole(checkpoint):
-            return str(checkpoint)
-        logger.warning("%s is incomplete or damaged; using the one before", checkpoint)
-    return None
+        write_json(run_file, record)
+        return None, None
+    before = _read_record(run_file)
+    _check_same_run(output_dir, before, json.loads(json.dumps(record, default=float)))
+    for remains in output_dir.glob(f".{ADAPTER_FOLDER}-*"):  # of a run killed while it wrote the adapter
+        shutil.rmtree(remains, ignore_errors=True)
+    if before["finished"]:
+        try:
+            read_manifest(output_dir / ADAPTER_FOLDER)
+            return None, before
+        except InputError as error:
+            logger.warning("%s; finishing the run again from its last checkpoint", error)
+    checkpoint = last_checkpoint(output_dir)
+    if checkpoint is None:
+        logger.warning("%s holds no whole checkpoint: starting from the beginning", output_dir)
+    return checkpoint, None
 
 
-def _check_same_config(bayes: BayesLoRA, run_file: Path) -> None:
-    """A resumed run goes on with the hyperparameters it began with."""
+def _read_record(run_file: Path) -> dict[str, Any]:
     try:
-        before = json.loads(run_file.read_text(encoding="utf-8"))["config"]
-    except (ValueError, KeyError) as error:
+        record = json.loads(run_file.read_text(encoding="utf-8"))
+        return {name: record[name] for name in ("config", "training", "finished")} | record
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{run_file} is damaged ({error}): start the run again in another folder") from error
-    for name, value in bayes.monteclora_config.to_dict().items():
-        if before.get(name) != value:
-            raise InputError(
-                f"the run in {run_file.parent} began with {name}={before.get(name)!r}, not {value!r}: "
-                "resume it with the same configuration, or use another folder"
-            )
 
 
-def _is_whole(checkpoint: Path) -> bool:
-    """Whether all that an exact resume needs is there and readable; a crash while saving leaves less."""
-    try:
-        read_manifest(checkpoint)
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (InputError, OSError, ValueError):
-        return False
-    states = [checkpoint / "optimizer.pt", checkpoint / "scheduler.pt", *checkpoint.glob("rng_state*.pth")]
-    return len(states) > 2 and all(zipfile.is_zipfile(state) for state in states)  # torch.save writes zip files
+def _check_same_run(output_dir: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """A resumed run goes on with the settings it began with."""
+    for part in ("config", "training"):
+        for name, value in now[part].items():
+            if before[part].get(name) != value:
+                raise InputError(
+                    f"the run in {output_dir} began with {name}={before[part].get(name)!r}, not {value!r}: "
+                    "resume it with the same settings, or use another folder"
+                )
 
 
 def _run_record(
-    bayes: BayesLoRA, arguments: TrainingArguments, num_examples: int, metadata: Mapping[str, Any] | None
+    bayes: BayesLoRA,
+    arguments: TrainingArguments,
+    variational_learning_rate: float,
+    num_examples: int,
+    metadata: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     kept = ("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
-            "learning_rate", "warmup_steps", "lr_scheduler_type", "weight_decay", "max_grad_norm", "seed")  # fmt: skip
+            "learning_rate", "warmup_steps", "lr_scheduler_type", "weight_decay", "max_grad_norm", "seed",
+            "metric_for_best_model", "eval_steps")  # fmt: skip
     return {
         **(metadata or {}),
         "finished": False,
         "config": bayes.monteclora_config.to_dict(),
-        "training": {name: _plain(getattr(arguments, name)) for name in kept},
+        "training": {
+            **{name: _plain(getattr(arguments, name)) for name in kept},
+            "variational_learning_rate": variational_learning_rate,
+            "train_examples": num_examples,
+        },
         "train_examples": num_examples,
         "versions": version_info(),
     }
@@ -443,10 +555,3 @@ def _run_record(
 
 def _plain(value: Any) -> Any:
     return value.value if hasattr(value, "value") else value
-
-
-def write_json(path: Path, record: Any) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(record, indent=2, default=float) + "\n", encoding="utf-8")
-    os.replace(temporary, path)

@@ -11,7 +11,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from bayeslora import BayesLoRA, InputError, MonteCLoRAConfig, TrainingDivergedError, fit
 from bayeslora.predict import Collator
-from bayeslora.training import _prepare_folder
+from bayeslora.run_folder import last_checkpoint
 from tests.conftest import tiny_dataset, tiny_network
 from tests.test_module import randomize_b
 
@@ -98,7 +98,8 @@ class TestRun:
         bayes = new()
         bayes.num_examples = 7  # an earlier fit's
         result = run(tmp_path / "run", bayes, evaluate=tiny_dataset(8, seed=1), epochs=3, metadata={"task": "first"})
-        assert {path.name for path in (tmp_path / "run").iterdir()} == {"run.json", "adapter", "checkpoints"}
+        names = {path.name for path in (tmp_path / "run").iterdir()}
+        assert names - {"tensorboard"} == {"run.json", "adapter", "checkpoints"}  # where that is installed
         record = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
         assert record["finished"]
         assert record["task"] == "first"
@@ -245,7 +246,7 @@ class TestResume:
     def test_on_another_base_network(self, tmp_path):
         run(tmp_path)
         other = BayesLoRA(base(seed=1), new().monteclora_config)
-        with pytest.raises(InputError, match=r"checkpoint-6 is for another base model: the frozen weight .* differs"):
+        with pytest.raises(InputError, match=r"adapter is for another base model: the frozen weight .* differs"):
             run(tmp_path, other, resume=True)
 
     def test_torn_checkpoints(self, tmp_path, caplog):
@@ -256,22 +257,31 @@ class TestResume:
             run(tmp_path / "run", save_steps=2, callbacks=[At(6, interrupt)])
         two, four = (tmp_path / "run" / "checkpoints" / f"checkpoint-{step}" for step in (2, 4))
         files = sorted(path.name for path in four.iterdir())
-        assert len(files) == 8
+        assert len(files) == 9
         for name in files:
             content = (four / name).read_bytes()
-            (four / name).write_bytes(content[: len(content) // 2])
-            assert _prepare_folder(tmp_path / "run", resume=True) == str(two), f"{name} truncated"
+            for length in (0, 1, len(content) // 2, len(content) - 2):
+                (four / name).write_bytes(content[:length])
+                assert last_checkpoint(tmp_path / "run") == two, f"{name} truncated to {length} bytes"
             (four / name).unlink()
-            assert _prepare_folder(tmp_path / "run", resume=True) == str(two), f"{name} missing"
+            assert last_checkpoint(tmp_path / "run") == two, f"{name} missing"
             (four / name).write_bytes(content)
-            assert _prepare_folder(tmp_path / "run", resume=True) == str(four)
+            assert last_checkpoint(tmp_path / "run") == four
         assert "checkpoint-4 is incomplete or damaged; using the one before" in caplog.text
         (four / "posterior.safetensors").write_bytes(b"")
         run(tmp_path / "run", resumed, save_steps=2, resume=True)
         assert equal(resumed.state_dict(), whole.state_dict())
+
+    def test_no_whole_checkpoint(self, tmp_path, caplog):
+        whole, again = new(), new()
+        run(tmp_path / "whole", whole)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "run", save_steps=2, callbacks=[At(6, interrupt)])
         for checkpoint in (tmp_path / "run" / "checkpoints").glob("checkpoint-*"):
             (checkpoint / "optimizer.pt").unlink()
-        assert _prepare_folder(tmp_path / "run", resume=True) is None
+        run(tmp_path / "run", again, save_steps=2, resume=True)
+        assert "holds no whole checkpoint: starting from the beginning" in caplog.text
+        assert equal(again.state_dict(), whole.state_dict())
 
 
 class TestEvaluation:

@@ -1,0 +1,120 @@
+"""What training tells while it runs: the state of the posterior, a brief progress bar, and TensorBoard's curves."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pyro.distributions import Dirichlet
+from torch import Tensor
+from transformers import ProgressCallback
+from transformers.integrations import TensorBoardCallback
+
+from bayeslora.distributions import expected_cooperation
+from bayeslora.guides import Guide
+
+if TYPE_CHECKING:
+    from bayeslora.module import BayesLoRA
+
+TENSORBOARD_FOLDER = "tensorboard"
+
+
+@torch.no_grad()
+def effective_components(bayes: "BayesLoRA") -> Tensor:
+    """1 / E[Σ_k π_k²] of every adapter, between 1 and N: how many components share the mixture.
+
+    Returns:
+        Shape ``(adapters,)``, in the order of ``bayes.adapter_names``.
+    """
+    return torch.cat([1 / _expected_squares(bayes.guide, group) for group in bayes.model.groups])
+
+
+@torch.no_grad()
+def noise_to_signal(bayes: "BayesLoRA") -> Tensor:
+    r"""Standard deviation of an entry of A around μ, over the root mean square of μ, for every adapter.
+
+    .. math:: \mathrm{sd} = \epsilon \sqrt{E[\textstyle\sum_k \pi_k^2]\; \nu\; \bar v}
+
+    as :math:`E[\Sigma] = \nu\,\mathrm{diag}(v)`; the variance is averaged over the r entries of a column. Of the dense
+    mixture: the sparse one has no closed form.
+
+    Returns:
+        Shape ``(adapters,)``, in the order of ``bayes.adapter_names``.
+    """
+    ratios = []
+    for group in bayes.model.groups:
+        log_v, _ = bayes.guide.variational_parameters(group)
+        variance = _expected_squares(bayes.guide, group) * bayes.model.degrees_of_freedom(group) * log_v.exp().mean(-1)
+        signal = group.mean().square().mean((-2, -1)).sqrt()
+        ratios.append(bayes.monteclora_config.sample_scaler * variance.sqrt() / signal)
+    return torch.cat(ratios)
+
+
+def _expected_squares(guide: Guide, group: Any) -> Tensor:
+    _, log_alpha = guide.variational_parameters(group)
+    return expected_cooperation(Dirichlet(log_alpha.exp(), validate_args=False))
+
+
+def posterior_logs(bayes: "BayesLoRA") -> dict[str, float]:
+    """The posterior in numbers, by the names they are logged under; nothing where the guide has no v and α."""
+    if not bayes.sampling or not isinstance(bayes.guide, Guide):
+        return {}
+    logs = {"posterior/effective_components": float(effective_components(bayes).mean())}
+    if bayes.monteclora_config.mixture == "dense":
+        ratios = noise_to_signal(bayes).tolist()
+        logs |= {
+            "posterior/noise_to_signal_mean": sum(ratios) / len(ratios),
+            "posterior/noise_to_signal_max": max(ratios),
+        }
+        logs |= {f"noise_to_signal/{name}": r for name, r in zip(bayes.adapter_names, ratios, strict=True)}
+    return logs
+
+
+class BriefProgress(ProgressCallback):
+    """Trainer's progress bar, with one short line per log instead of every term of the ELBO."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any):
+        if not state.is_world_process_zero or self.training_bar is None or not logs:
+            return
+        shown = {name: value for name, value in logs.items() if name in _SHOWN}
+        if shown:
+            numbers = "  ".join(f"{_SHOWN[name]} {value:.4g}" for name, value in shown.items())
+            self.training_bar.write(f"step {state.global_step}: {numbers}")
+
+
+_SHOWN = {
+    "loss": "loss",
+    "elbo/task": "task",
+    "elbo/kl": "KL",
+    "elbo/cooperation": "cooperation",
+    "posterior/noise_to_signal_mean": "noise/signal",
+    "grad_norm": "gradient norm",
+    "eval_loss": "evaluation NLL",
+    "eval_accuracy": "accuracy",
+    "eval_ece": "ECE",
+}
+
+
+class GroupedTensorBoard(TensorBoardCallback):
+    """Curves in groups of their own (``elbo/``, ``noise_to_signal/``, ...) rather than all under ``train/``.
+
+    They lie in the run's ``tensorboard/`` folder; a resumed run continues its curves where its checkpoint was.
+    """
+
+    _next_step = 0
+
+    def _init_summary_writer(self, args: Any) -> None:
+        self.tb_writer = self._SummaryWriter(log_dir=self.logging_dir, purge_step=self._next_step)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._next_step = state.global_step + 1
+        self.logging_dir = self.logging_dir or str(Path(args.output_dir).parent / TENSORBOARD_FOLDER)
+        super().on_train_begin(args, state, control, **kwargs)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        self._next_step = state.global_step + 1
+        grouped = {name: value for name, value in (logs or {}).items() if "/" in name}
+        rest = {name: value for name, value in (logs or {}).items() if "/" not in name}
+        super().on_log(args, state, control, rest, **kwargs)
+        if self.tb_writer is not None:
+            for name, value in grouped.items():
+                self.tb_writer.add_scalar(name, value, state.global_step)
