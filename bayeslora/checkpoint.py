@@ -5,10 +5,13 @@ posterior mean. ``posterior.safetensors`` holds the guide (and the likelihood's 
 configuration, versions, a fingerprint of the base network and the other files' SHA-256. Nothing is pickled.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
+import re
 import tempfile
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,14 +20,25 @@ import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from bayeslora._version import __version__
 from bayeslora.adapters import active_adapter
 from bayeslora.config import MonteCLoRAConfig
 from bayeslora.errors import InputError
+from bayeslora.untrusted import (
+    adapter_ranks,
+    is_integer,
+    is_number,
+    is_object_of,
+    linear_sizes,
+    load_state,
+    read_header,
+    read_json,
+    read_lora_config,
+)
 
 if TYPE_CHECKING:
     from bayeslora.module import BayesLoRA
@@ -35,6 +49,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, POSTERIOR)
 FORMAT = 1
+PROBES = 16
 
 
 def version_info() -> dict[str, str]:
@@ -103,10 +118,14 @@ def _manifest(bayes: "BayesLoRA", folder: Path) -> dict[str, Any]:
         "num_examples": bayes.num_examples,
         "versions": version_info(),
         "base": fingerprint(bayes.network),
-        "adapters": {a.name: [a.rank, a.columns] for g in bayes.model.groups for a in g.adapters},
+        "adapters": _adapter_shapes(bayes),
         "sha256": {name: _sha256(folder / name) for name in FILES},
     }
     return manifest | {"digest": _digest(manifest)}
+
+
+def _adapter_shapes(bayes: "BayesLoRA") -> dict[str, list[int]]:
+    return {a.name: [a.rank, a.columns] for g in bayes.model.groups for a in g.adapters}
 
 
 def _digest(manifest: dict[str, Any]) -> str:
@@ -149,11 +168,15 @@ def from_pretrained(
     manifest = read_manifest(folder)
     if isinstance(network, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in network.modules()):
         raise InputError("pass the plain base network, freshly loaded: this one carries an adapter already")
+    config = MonteCLoRAConfig.from_dict(manifest["config"])
+    read_header(folder / POSTERIOR)
     _check_base(folder, manifest, network)
     peft_network = open_peft_adapter(folder, network)
-    bayes = BayesLoRA(peft_network, MonteCLoRAConfig.from_dict(manifest["config"]), guide=guide, likelihood=likelihood)
+    bayes = BayesLoRA(peft_network, config, guide=guide, likelihood=likelihood)
     if guide is None and type(bayes.guide).__name__ != manifest["guide"]:
-        raise InputError(f"{folder} was fitted with the guide {manifest['guide']}; pass its class as guide=")
+        raise InputError(f"{folder} was fitted with the guide {manifest['guide']:.100}; pass its class as guide=")
+    if _adapter_shapes(bayes) != manifest["adapters"]:
+        raise InputError(f"{folder / MANIFEST} lists other adapters than {ADAPTER_WEIGHTS} holds: use another copy")
     bayes.num_examples = manifest["num_examples"]
     load_posterior(bayes, folder)
     return bayes.eval()
@@ -177,40 +200,69 @@ def read_manifest(folder: Path) -> dict[str, Any]:
                 "and pass the result to BayesLoRA to put one on it"
             )
         raise InputError(f"{folder} holds no {MANIFEST}: it is not a folder that save_pretrained wrote")
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        known = manifest["format"]
-        whole = known != FORMAT or manifest["digest"] == _digest(manifest)
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder / MANIFEST} is damaged ({error}): use another copy of the folder") from error
-    if known != FORMAT:
+    manifest = read_json(folder / MANIFEST)
+    known = manifest.get("format")
+    if is_integer(known) and known != FORMAT:
         raise InputError(f"{folder} has format {known}, this bayeslora reads {FORMAT}: use a matching version")
-    if not whole:
+    for name, fits in _MANIFEST_ENTRIES.items():
+        if name not in manifest or not fits(manifest[name]):
+            raise InputError(f"{folder / MANIFEST} is damaged (its {name!r}): use another copy of the folder")
+    if manifest["digest"] != _digest(manifest):
         raise InputError(f"{folder / MANIFEST} is damaged or was edited: use another copy of the folder")
     for name in FILES:
         if not (folder / name).is_file():
-            raise InputError(f"{folder} is incomplete: {name} is missing")
-        if _sha256(folder / name) != manifest["sha256"][name]:
+            raise InputError(f"{folder} is incomplete: {name} is missing or not a regular file")
+        try:
+            whole = _sha256(folder / name) == manifest["sha256"].get(name)
+        except OSError as error:
+            raise InputError(f"{folder / name} cannot be read: {error}") from error
+        if not whole:
             raise InputError(f"{folder / name} is truncated or was changed since it was saved: use another copy")
     return manifest
 
 
+def _is_base(value: Any) -> bool:
+    """A record of the base network as :func:`fingerprint` makes it."""
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("name"), str)
+        and is_object_of(
+            value.get("weights"), lambda w: isinstance(w, list) and len(w) == PROBES and all(map(is_number, w))
+        )
+    )
+
+
+# What each entry of the manifest must be, apart from the configuration's own fields.
+_MANIFEST_ENTRIES: dict[str, Callable[[Any], bool]] = {
+    "format": is_integer,
+    "digest": lambda v: isinstance(v, str),
+    "config": lambda v: isinstance(v, dict),
+    "guide": lambda v: isinstance(v, str),
+    "num_examples": lambda v: v is None or is_integer(v, 1),
+    "adapters": lambda v: is_object_of(v, lambda a: isinstance(a, list) and len(a) == 2 and all(map(is_integer, a))),
+    "base": _is_base,
+    "sha256": lambda v: is_object_of(v, lambda digest: isinstance(digest, str)),
+}
+
+
 def load_posterior(bayes: "BayesLoRA", folder: Path) -> None:
     """Read the guide's and the likelihood's parameters."""
-    state = _load_tensors(folder / POSTERIOR)
-    for prefix, module in (("guide.", bayes.guide), ("model.", bayes.model)):
-        own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-        expected = module.state_dict()
-        if {n: tuple(v.shape) for n, v in own.items()} != {n: tuple(v.shape) for n, v in expected.items()}:
-            raise InputError(f"{folder / POSTERIOR} does not fit this network: it belongs to another model or guide")
-        module.load_state_dict(own)
+    modules = {"guide.": bayes.guide, "model.": bayes.model}
+    expected = {prefix + name: v for prefix, module in modules.items() for name, v in module.state_dict().items()}
+    path = folder / POSTERIOR
+    state = load_state(path, expected, f"{path} does not fit this network: it belongs to another model or guide")
+    for prefix, module in modules.items():
+        module.load_state_dict({n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)})
+    _check_posterior(bayes, path)
 
 
-def _load_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is not a readable safetensors file: {error}") from error
+def _check_posterior(bayes: "BayesLoRA", path: Path) -> None:
+    """Finite numbers in the file can still stand for a v, α or σ that no float holds."""
+    with torch.no_grad():
+        values = bayes.sample(1, seed=0) | dict(bayes.model.named_pyro_params())
+    for name, value in values.items():
+        if not torch.isfinite(value).all():
+            raise InputError(f"{path}: {name} is out of the range of {value.dtype}: use another copy")
 
 
 def open_peft_adapter(folder: Path, network: nn.Module) -> PeftModel:
@@ -219,28 +271,44 @@ def open_peft_adapter(folder: Path, network: nn.Module) -> PeftModel:
     Raises:
         InputError: if there is no adapter, or it does not fit the network.
     """
-    if not (folder / ADAPTER_CONFIG).is_file():
+    config_file, weights = folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS
+    if not config_file.is_file():
         raise InputError(f"no adapter in {folder}: it holds no {ADAPTER_CONFIG}")
+    lora = read_lora_config(config_file)
+    ranks = adapter_ranks(network, lora, read_header(weights), f"{folder} does not fit this network")
+    exact = _exactly(lora, ranks)
+    exact.fan_in_fan_out = any(isinstance(module, Conv1D) for module in network.modules())
     try:
-        lora = LoraConfig.from_pretrained(str(folder))
-        lora.inference_mode = False  # PEFT saves it as True; the adapter can be trained further
-        peft_network = get_peft_model(network, lora)
-    except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{folder / ADAPTER_CONFIG} does not fit {type(network).__name__}: {error}") from error
+        peft_network = get_peft_model(network, exact)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise InputError(f"{config_file} does not fit {type(network).__name__}: {error}") from error
     _load_adapter_weights(peft_network, folder)
+    for word in _PATTERNS:
+        setattr(exact, word, getattr(lora, word))
     return peft_network
 
 
+_PATTERNS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern")
+
+
+def _exactly(lora: LoraConfig, ranks: Mapping[str, int]) -> LoraConfig:
+    """The configuration with these layers and ranks in place of its patterns."""
+
+    def any_of(names: Iterable[str]) -> str:
+        return f"({'|'.join(map(re.escape, names))})"
+
+    by_rank: dict[int, list[str]] = {}
+    for name, rank in ranks.items():
+        by_rank.setdefault(rank, []).append(name)
+    exact: dict[str, Any] = dict.fromkeys(_PATTERNS)
+    exact["target_modules"] = any_of(ranks)
+    exact["rank_pattern"] = {f"^{any_of(names)}": rank for rank, names in by_rank.items() if rank != lora.r}
+    return dataclasses.replace(lora, **exact)
+
+
 def _load_adapter_weights(network: PeftModel, folder: Path) -> None:
-    tensors = _load_tensors(folder / ADAPTER_WEIGHTS)
     expected = get_peft_model_state_dict(network, save_embedding_layers=False)
-    for name in [*expected, *tensors]:
-        ours, theirs = expected.get(name), tensors.get(name)
-        if ours is None or theirs is None or ours.shape != theirs.shape:
-            shapes = [None if t is None else tuple(t.shape) for t in (ours, theirs)]
-            raise InputError(
-                f"{folder} does not fit this network: {name!r} has shape {shapes[0]} here, {shapes[1]} in the file"
-            )
+    tensors = load_state(folder / ADAPTER_WEIGHTS, expected, f"{folder} does not fit this network")
     set_peft_model_state_dict(network, tensors)
 
 
@@ -248,19 +316,20 @@ def _check_base(folder: Path, manifest: dict[str, Any], network: nn.Module) -> N
     """Refuse a base network other than the one the adapter was fitted to."""
     modules = dict(network.named_modules())
     for name, (_, columns) in manifest["adapters"].items():
-        module: Any = modules.get(name)
-        if module is None:
-            raise InputError(f"{folder} is for another base model: {type(network).__name__} has no layer {name!r}")
-        width = getattr(module, "in_features", None) or module.weight.shape[0]
-        if width != columns:
-            raise InputError(f"{folder} is for another base model: layer {name!r} has {width} inputs, not {columns}")
+        sizes = linear_sizes(modules.get(name))
+        if sizes is None:
+            raise InputError(f"{folder} is for another base model: {type(network).__name__} has no layer {name!r:.200}")
+        if sizes[0] != columns:
+            raise InputError(f"{folder} is for another base model: layer {name!r} has {sizes[0]} inputs, not {columns}")
     for name, expected in manifest["base"]["weights"].items():
+        if name not in manifest["adapters"]:
+            raise InputError(f"{folder / MANIFEST} is damaged (its 'base'): use another copy of the folder")
         found = _probe(modules[name].weight)
         scale = np.sqrt(np.mean(np.square(expected))) or 1.0
         if np.max(np.abs(found - np.array(expected))) > 0.02 * scale:
             raise InputError(
                 f"{folder} is for another base model: the frozen weight of {name!r} differs from the one it was "
-                f"fitted to ({manifest['base']['name']}); load that checkpoint"
+                f"fitted to ({manifest['base']['name']!r:.200}); load that checkpoint"
             )
 
 
@@ -278,7 +347,7 @@ def fingerprint(network: PeftModel) -> dict[str, Any]:
 
 
 def _probe(weight: Tensor) -> np.ndarray:
-    """Sixteen evenly spaced entries of a weight, as float64."""
+    """:data:`PROBES` evenly spaced entries of a weight, as float64."""
     flat = weight.detach().flatten()
-    index = torch.linspace(0, flat.numel() - 1, 16, dtype=torch.float64, device=flat.device).long()
+    index = torch.linspace(0, flat.numel() - 1, PROBES, dtype=torch.float64, device=flat.device).long()
     return flat[index].double().cpu().numpy()

@@ -331,17 +331,14 @@ def _open_run(arguments: argparse.Namespace) -> tuple["BayesLoRA", "Task", Any, 
     file = arguments.run_dir / "run.json"
     if not file.is_file():
         raise InputError(f"{arguments.run_dir} is not a run folder: it holds no run.json; give what fit wrote")
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-        recipe, model = record["task"], arguments.model or record["model"]
-    except (ValueError, KeyError) as error:
-        raise InputError(f"{file} does not say which model and task it was fitted to ({error}): "
-                         "was it fitted from the command line?") from error  # fmt: skip
-    if not (arguments.run_dir / "adapter").is_dir():
-        raise InputError(f"{arguments.run_dir} is not finished: continue it with fit --resume")
     from bayeslora.module import BayesLoRA
     from bayeslora.tasks import load_task
+    from bayeslora.untrusted import read_run
 
+    record = read_run(file)
+    recipe, model = record["task"], arguments.model or record["model"]
+    if not (arguments.run_dir / "adapter").is_dir():
+        raise InputError(f"{arguments.run_dir} is not finished: continue it with fit --resume")
     if arguments.data_dir:
         recipe["data_dir"] = str(arguments.data_dir)
     task = load_task(**recipe)

@@ -2,20 +2,24 @@
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from reprlib import repr as shown
 from typing import Any, Literal
 
 from bayeslora.errors import InputError
 
 # What LoraConfig can ask for that reads or bypasses lora_A behind our back, with the reason for refusing it.
-_REFUSED_LORA_OPTIONS = {
+REFUSED_LORA_OPTIONS = {
     "use_dora": "DoRA reads lora_A.weight directly to compute its magnitudes, so a draw would never reach it",
     "target_parameters": "PEFT adapts bare parameters (mixture-of-experts) without calling a lora_A layer",
     "monteclora_config": "this is PEFT's own MonteCLoRA; bayeslora replaces it",
     "megatron_config": "Megatron's parallel layers do not use a plain lora_A linear layer",
+    "megatron_core": "it names a module for PEFT to import, and Megatron's layers cannot be sampled",
 }
+
+MAX_RANK = 65_536
+MAX_COMPONENTS = 1024
 
 PRESETS: dict[str, dict[str, Any]] = {
     # The paper's settings (Tables 3 and 4): a small perturbation, for stability rather than for calibration.
@@ -40,7 +44,7 @@ class MonteCLoRAConfig:
     :math:`S_{k,i} \sim N(0, \Sigma)` in the posterior.
 
     Args:
-        r: Rank of the adapters, at least 1.
+        r: Rank of the adapters, 1 to 65 536.
         lora_alpha: LoRA's scaling numerator (PEFT's word; so are all up to ``lora_options``).
         target_modules: Names of the layers to adapt, or ``"all-linear"``.
         lora_dropout: Dropout on the input of ``lora_A``, in [0, 1).
@@ -49,7 +53,7 @@ class MonteCLoRAConfig:
         layers_to_transform: Indices of the blocks to adapt; all of them when ``None``.
         rank_pattern: Ranks that differ from ``r``, by layer name or pattern.
         lora_options: Any further argument of :class:`peft.LoraConfig`.
-        num_components: N, Gaussian components of the mixture, at least 1.
+        num_components: N, Gaussian components of the mixture, 1 to 1024.
         sample_scaler: ε, the scale of the noise around μ; 0 trains plain LoRA.
         kl_weight: η, the weight of the KL. ``None`` means 1e-2 for ``normalization="paper"`` (the paper's own 1e-5
             is too weak to hold v: the noise shrinks until the training set is fitted without it) and 1, the
@@ -103,7 +107,9 @@ class MonteCLoRAConfig:
             value = getattr(self, name)
             if isinstance(value, list | set):
                 object.__setattr__(self, name, tuple(value))
-            elif isinstance(value, int):
+            elif (name == "layers_to_transform" and isinstance(value, int)) or (
+                name == "modules_to_save" and isinstance(value, str)
+            ):
                 object.__setattr__(self, name, (value,))
         if self.kl_weight is None:
             object.__setattr__(self, "kl_weight", 1e-2 if self.normalization == "paper" else 1.0)
@@ -112,26 +118,47 @@ class MonteCLoRAConfig:
         self._check_lora_options()
 
     def _check_numbers(self) -> None:
-        _require_integer("r", self.r, 1, "the rank of the adapters")
-        _require_integer("num_components", self.num_components, 1, "N, the number of mixture components")
-        _require_integer("num_particles", self.num_particles, 1, "M, draws per training step")
+        self._check_names()
+        _require_integer("r", self.r, 1, MAX_RANK, "the rank of the adapters")
+        _require_integer("num_components", self.num_components, 1, MAX_COMPONENTS, "N, the number of components")
+        _require_integer("num_particles", self.num_particles, 1, MAX_COMPONENTS, "M, draws per training step")
         _require_number("sample_scaler", self.sample_scaler, "ε; 0 switches sampling off")
+    def _check_names(self) -> None:
+        if not isinstance(self.target_modules, str):
+            _require_names("target_modules", self.target_modules)
+        _require_names("modules_to_save", self.modules_to_save)
+        if not isinstance(self.layers_to_transform, tuple | None):
+            raise InputError(f"layers_to_transform must be a list of indices, got {shown(self.layers_to_transform)}")
+        for index in self.layers_to_transform or ():
+            _require_integer("layers_to_transform", index, 0, 100_000, "indices of blocks")
+        for name in ("rank_pattern", "lora_options"):
+            value = getattr(self, name)
+            if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+                raise InputError(f"{name} must be a mapping from names, got {shown(value)}")
+        if not isinstance(self.use_rslora, bool):
+            raise InputError(f"use_rslora must be True or False, got {shown(self.use_rslora)}")
+        if not isinstance(self.guide, str):
+            raise InputError(f"guide must be the name of a guide, got {shown(self.guide)}")
+
         _require_number("kl_weight", self.kl_weight, "η, the weight of the KL")
         _require_number("cooperation", self.cooperation, "λ_C, the weight of the cooperative loss")
         _require_number("lora_alpha", self.lora_alpha, "LoRA's scaling numerator", positive=True)
         _require_number("prior_concentration", self.prior_concentration, "α0 of the Dirichlet prior", positive=True)
         if self.scale_init is not None:
             _require_number("scale_init", self.scale_init, "the initial v of the Wishart", positive=True)
-        if not 0 <= self.lora_dropout < 1:
+        _require_number("lora_dropout", self.lora_dropout, "dropout before lora_A")
+        if not self.lora_dropout < 1:
             raise InputError(f"lora_dropout must be in [0, 1), got {self.lora_dropout!r}")
         for pattern, rank in self.rank_pattern.items():
-            _require_integer(f"rank_pattern[{pattern!r}]", rank, 1, "a rank")
-        largest = max([self.r, *self.rank_pattern.values()])
-        if self.degrees_of_freedom is not None and not self.degrees_of_freedom >= largest:
-            raise InputError(
-                f"degrees_of_freedom must be at least the rank ({largest}) or None for the rank itself, "
-                f"got {self.degrees_of_freedom!r}: a Wishart with fewer has no density"
-            )
+            _require_integer(f"rank_pattern[{shown(pattern)}]", rank, 1, MAX_RANK, "a rank")
+        if self.degrees_of_freedom is not None:
+            _require_number("degrees_of_freedom", self.degrees_of_freedom, "ν of the Wisharts")
+            largest = max([self.r, *self.rank_pattern.values()])
+            if not self.degrees_of_freedom >= largest:
+                raise InputError(
+                    f"degrees_of_freedom must be at least the rank ({largest}) or None for the rank itself, "
+                    f"got {self.degrees_of_freedom!r}: a Wishart with fewer has no density"
+                )
 
     def _check_choices(self) -> None:
         choices = {
@@ -143,7 +170,7 @@ class MonteCLoRAConfig:
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise InputError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
+                raise InputError(f"{name} must be one of {', '.join(allowed)}; got {shown(getattr(self, name))}")
         if self.mode == "post_hoc" and self.sample_scaler == 0:
             raise InputError("mode='post_hoc' trains only the posterior, but sample_scaler=0 leaves none to train")
 
@@ -152,8 +179,8 @@ class MonteCLoRAConfig:
         for name, value in self.lora_options.items():
             if name in own:
                 raise InputError(f"lora_options[{name!r}]: pass {name}= to MonteCLoRAConfig itself")
-            if name in _REFUSED_LORA_OPTIONS and value:
-                raise InputError(f"{name} cannot be combined with bayeslora: {_REFUSED_LORA_OPTIONS[name]}")
+            if name in REFUSED_LORA_OPTIONS and value:
+                raise InputError(f"{name} cannot be combined with bayeslora: {REFUSED_LORA_OPTIONS[name]}")
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> "MonteCLoRAConfig":
@@ -176,15 +203,16 @@ class MonteCLoRAConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "MonteCLoRAConfig":
-        """Rebuild from :meth:`to_dict`; unknown fields are an :class:`InputError`."""
+        """Rebuild from :meth:`to_dict`; unknown fields and wrong types are an :class:`InputError`."""
+        if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
+            raise InputError(f"a configuration is a mapping from field names, got {shown(values)}")
         known = {f.name for f in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
-            raise InputError(f"unknown configuration field {unknown[0]!r}; the file may come from a newer bayeslora")
-        try:
-            return cls(**values)
-        except TypeError as error:
-            raise InputError(f"configuration field of the wrong type: {error}") from error
+            raise InputError(
+                f"unknown configuration field {shown(unknown[0])}; the file may come from a newer bayeslora"
+            )
+        return cls(**values)
 
 
 def _plain(value: Any) -> Any:
@@ -195,13 +223,19 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} {value!r}")
 
 
-def _require_integer(name: str, value: Any, least: int, meaning: str) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise InputError(f"{name} ({meaning}) must be an integer of at least {least}, got {value!r}")
+def _require_names(name: str, value: Any) -> None:
+    if not isinstance(value, tuple | None) or not all(isinstance(entry, str) for entry in value or ()):
+        raise InputError(f"{name} must be a list of names, got {shown(value)}")
+
+
+def _require_integer(name: str, value: Any, least: int, most: int, meaning: str) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise InputError(f"{name} ({meaning}) must be an integer from {least} to {most}, got {shown(value)}")
 
 
 def _require_number(name: str, value: Any, meaning: str, *, positive: bool = False) -> None:
-    ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not ok or value < 0 or (positive and value == 0):
-        bound = "greater than 0" if positive else "0 or greater"
-        raise InputError(f"{name} ({meaning}) must be a finite number, {bound}; got {value!r}")
+    """A number that float32 holds with room to spare: 0 where that is allowed, or between 1e-12 and 1e12."""
+    ok = isinstance(value, int | float) and not isinstance(value, bool) and (1e-12 <= value <= 1e12 or value == 0)
+    if not ok or (positive and value == 0):
+        bound = "between 1e-12 and 1e12" if positive else "0 or between 1e-12 and 1e12"
+        raise InputError(f"{name} ({meaning}) must be a number, {bound}; got {shown(value)}")
