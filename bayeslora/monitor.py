@@ -105,6 +105,12 @@ class GroupedTensorBoard(TensorBoardCallback):
     def _init_summary_writer(self, args: Any) -> None:
         self.tb_writer = self._SummaryWriter(log_dir=self.logging_dir, purge_step=self._next_step)
 
+    def close(self) -> None:
+        """Write what is pending and end the writer's thread; an interrupted run does not get to ``on_train_end``."""
+        if self.tb_writer is not None:
+            self.tb_writer.close()
+            self.tb_writer = None
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._next_step = state.global_step + 1
         self.logging_dir = self.logging_dir or str(Path(args.output_dir).parent / TENSORBOARD_FOLDER)

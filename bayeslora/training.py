@@ -181,7 +181,7 @@ def fit(
             compute_metrics=_metrics if _metric_names(bayes) else None,
             callbacks=[*callbacks, *([EarlyStoppingCallback(early_stopping)] if early_stopping else [])],
         )
-        _choose_reports(trainer, progress)
+        _choose_reports(trainer, progress, stack)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         metrics = trainer.evaluate() if eval_dataset is not None else {}
         history, steps = trainer.state.log_history, trainer.state.global_step
@@ -193,13 +193,15 @@ def fit(
     return FitResult(metrics, history, steps, output_dir)
 
 
-def _choose_reports(trainer: Trainer, progress: bool) -> None:
+def _choose_reports(trainer: Trainer, progress: bool, stack: ExitStack) -> None:
     trainer.remove_callback(PrinterCallback)
     if progress:
         trainer.pop_callback(ProgressCallback)
         trainer.add_callback(BriefProgress())
     if trainer.pop_callback(TensorBoardCallback) is not None:
-        trainer.add_callback(GroupedTensorBoard())
+        board = GroupedTensorBoard()
+        trainer.add_callback(board)
+        stack.callback(board.close)
 
 
 class BayesTrainer(Trainer):
@@ -239,9 +241,12 @@ class BayesTrainer(Trainer):
 
     def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
         position = super()._init_training_state(max_steps, *args, **kwargs)
-        if self.state.best_global_step:  # beside the others, wherever the run now lies
-            best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
-            self.state.best_model_checkpoint = str(best) if best.is_dir() else None
+        if self.state.global_step:
+            current = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            best = best_checkpoint(current)
+            self.state.best_model_checkpoint = str(best) if best else None
+            if self.args.should_save:  # a run killed in the middle of this left too many
+                rotate(self._run_folder, current, best, self.keep_checkpoints)
         stoppers = [c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
         self._ended = self.state.global_step >= max_steps or any(
             stopper.early_stopping_patience_counter >= stopper.early_stopping_patience for stopper in stoppers

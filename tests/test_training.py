@@ -7,11 +7,14 @@ import math
 import datasets
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from bayeslora import BayesLoRA, InputError, MonteCLoRAConfig, TrainingDivergedError, fit
+from bayeslora.monitor import effective_components
 from bayeslora.predict import Collator
 from bayeslora.run_folder import last_checkpoint
+from bayeslora.training import BayesTrainer
 from tests.conftest import tiny_dataset, tiny_network
 from tests.test_module import randomize_b
 
@@ -377,10 +380,113 @@ class TestLogs:
             total = entry["elbo/task"] + 0.01 * entry["elbo/kl"] + 0.5 * entry["elbo/cooperation"]
             assert entry["loss"] == pytest.approx(total, rel=1e-5)
 
+    def test_posterior(self, tmp_path):
+        """The closed forms against draws of A itself, after some training; and for every adapter by name."""
+        bayes = new(guide="mean_field", alpha_init="ones", components="explicit", num_components=4)
+        result = run(tmp_path, bayes, max_steps=3)
+        entry = next(entry for entry in result.history if entry["step"] == 3)
+        ratios = {name.split("/")[1]: r for name, r in entry.items() if name.startswith("noise_to_signal/")}
+        assert list(ratios) == bayes.adapter_names
+        assert entry["posterior/noise_to_signal_max"] == max(ratios.values())
+        assert entry["posterior/noise_to_signal_mean"] == pytest.approx(sum(ratios.values()) / len(ratios))
+        draws = 150
+        drawn = bayes.posterior_draws(num_samples=draws, seed=0, adapters=bayes.adapter_names)
+        for group in bayes.model.groups:
+            for adapter, mean in zip(group.adapters, group.mean().detach().mT.numpy(), strict=True):
+                squares = ((drawn.A[adapter.name] - mean) ** 2).mean((1, 2)) / (mean**2).mean()
+                error = squares.std() / math.sqrt(draws)
+                assert abs(squares.mean() - ratios[adapter.name] ** 2) < 4 * error
+        squares = (drawn.mixture_weights**2).sum(-1).mean(0)  # E[Σ_k π_k²] of every adapter
+        assert entry["posterior/effective_components"] == pytest.approx((1 / squares).mean(), rel=0.05)
+
+    def test_effective_components(self):
+        bayes = new(guide="mean_field", num_components=4)
+        with torch.no_grad():
+            for name, parameter in bayes.guide.named_parameters():
+                if name.startswith("log_alpha"):
+                    parameter.copy_(torch.tensor([1.0, 2.0, 3.0, 4.0]).log().expand_as(parameter))
+        assert effective_components(bayes).tolist() == pytest.approx([2.75] * len(bayes.adapter_names), rel=1e-6)
+
+    def test_no_posterior_to_speak_of(self, tmp_path):
+        plain = run(tmp_path / "plain", new(sample_scaler=0.0), max_steps=1)
+        sparse = run(tmp_path / "sparse", new(mixture="sparse"), max_steps=1)
+        assert not [name for name in plain.history[0] if name.startswith(("posterior/", "noise_to_signal/", "elbo/"))]
+        assert "posterior/effective_components" in sparse.history[0]
+        assert not [name for name in sparse.history[0] if name.startswith("noise_to_signal/")]
+
+    @pytest.mark.parametrize("bound", [1e-3, 0.0])
+    def test_gradient_norms(self, bound, tmp_path):
+        """Before clipping, of network and posterior; here against the gradients themselves."""
+        seen = {}
+
+        def look(state):
+            seen["network"] = norm(state["model"].network.parameters())
+            seen["posterior"] = norm(state["model"].guide.parameters())
+
+        class Look(TrainerCallback):
+            def on_pre_optimizer_step(self, args, state, control, **kwargs):
+                look(kwargs)
+
+        def norm(parameters):
+            return math.sqrt(sum(float(p.grad.square().sum()) for p in parameters if p.grad is not None))
+
+        entry = run(tmp_path, randomize_b(new()), max_steps=1, max_grad_norm=bound, callbacks=[Look()]).history[0]
+        clipped = math.hypot(*seen.values())
+        assert clipped == pytest.approx(bound or entry["grad_norm"], rel=1e-2)
+        for part, value in seen.items():
+            assert value > 0
+            assert entry[f"grad_norm/{part}"] == pytest.approx(value * entry["grad_norm"] / clipped, rel=1e-4)
+
+    def test_nothing_is_copied_to_the_host_in_a_step(self, tmp_path, monkeypatch):
+        """On a GPU each such copy would wait for the step to be computed."""
+        copies = []
+
+        class Watch(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                if function is torch.ops.aten._local_scalar_dense.default:
+                    copies.append(function)
+                return function(*args, **(kwargs or {}))
+
+        stock, ours = Trainer.training_step, BayesTrainer.training_step
+
+        def unwatched(*args, **kwargs):  # transformers looks at its masks
+            with _disable_current_modes():
+                return stock(*args, **kwargs)
+
+        def watched(*args, **kwargs):
+            with Watch():
+                return ours(*args, **kwargs)
+
+        monkeypatch.setattr(Trainer, "training_step", unwatched)
+        monkeypatch.setattr(BayesTrainer, "training_step", watched)
+        run(tmp_path, max_steps=2, gradient_accumulation=2)
+        assert not copies
+        with Watch():
+            float(torch.ones(()))
+        assert copies
+
     def test_tensorboard(self, tmp_path):
-        pytest.importorskip("tensorboard")
-        run(tmp_path, max_steps=1)
-        assert [path for path in tmp_path.rglob("events.out.tfevents.*") if path.stat().st_size > 0]
+        """Groups of their own, and one curve over an interruption: what came after the checkpoint is replaced."""
+        accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+        options = {"evaluate": tiny_dataset(8, seed=1), "epochs": 2, "evaluations": 4}
+        bayes = new()
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, bayes, callbacks=[At(6, interrupt)], **options)
+        result = run(tmp_path, bayes, resume=True, **options)
+        events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"), {"scalars": 0})
+        events.Reload()
+        tags = set(events.Tags()["scalars"])
+        assert {"train/loss", "train/grad_norm", "train/learning_rate", "eval/loss", "eval/accuracy"} <= tags
+        assert {"elbo/task", "elbo/kl", "elbo/cooperation", "grad_norm/network", "grad_norm/posterior"} <= tags
+        assert {"posterior/effective_components", "posterior/noise_to_signal_mean"} <= tags
+        assert {f"noise_to_signal/{name}" for name in bayes.adapter_names} <= tags
+        assert {tag.split("/")[0] for tag in tags} == {
+            "train", "eval", "elbo", "grad_norm", "posterior", "noise_to_signal"
+        }  # fmt: skip
+        for tag, name in (("train/loss", "loss"), ("elbo/kl", "elbo/kl")):
+            shown = {event.step: event.value for event in events.Scalars(tag)}
+            assert len(events.Scalars(tag)) == 12
+            assert shown == pytest.approx(logged(result, name))
 
     def test_progress(self, tmp_path, capsys):
         run(tmp_path, evaluate=tiny_dataset(4), progress=True, max_steps=2)
@@ -422,6 +528,29 @@ class TestDivergence:
         assert all(torch.isfinite(value).all() for value in again.state_dict().values())
         resumed = run(tmp_path, new(), evaluate=evaluate, resume=True, **every)
         assert resumed.steps == 6
+
+    @pytest.mark.parametrize("options", [{"bf16": True, "use_cpu": True}, {"gradient_accumulation": 2}, {
+        "bf16": True, "use_cpu": True, "gradient_accumulation": 2, "max_grad_norm": 0
+    }], ids=["bf16", "accumulated", "both, unclipped"])  # fmt: skip
+    def test_under_autocast_and_accumulation(self, options, tmp_path):
+        """Only the last micro-batch of a step is bad; nothing moves, and the checkpoint before it stays."""
+        bayes, losses, states = randomize_b(new()), [], []
+        last = 2 * options.get("gradient_accumulation", 1)
+
+        def spoil(module, inputs, output):
+            losses.append(output.loss)
+            output.loss = output.loss * (math.nan if len(losses) == last else 1)
+
+        class Before(TrainerCallback):
+            def on_step_begin(self, args, trainer_state, control, **kwargs):
+                states.append(state(bayes))
+
+        bayes.register_forward_hook(spoil)
+        with pytest.raises(TrainingDivergedError, match=r"the loss became nan at step 2.*checkpoint-1\. Lower"):
+            run(tmp_path, bayes, batch_size=2, save_steps=1, warmup=0, callbacks=[Before()], **options)
+        assert len(losses) == last
+        assert equal(bayes.state_dict(), states[1])
+        assert not equal(states[0], states[1])
 
     @pytest.mark.parametrize("bound", [1.0, 0.0])
     def test_infinite_gradient_moves_nothing(self, bound, tmp_path):
