@@ -1,8 +1,9 @@
-r"""The two distributions that Pyro lacks: a Wishart on its Cholesky factor, and the collapsed mixture.
+r"""The distributions that Pyro lacks: a Wishart on its Cholesky factor, the collapsed mixture, and a Dirichlet whose
+draws and KL hold at any concentration.
 
-Both are exact restatements of the paper's posterior (section 4): the Bartlett factor *is* the Cholesky factor of a
-Wishart draw, so no matrix is ever decomposed; and given :math:`(\pi, \Sigma)` the weighted sum of N Gaussians is one
-Gaussian, so time and memory do not grow with N.
+The first two are exact restatements of the paper's posterior (section 4): the Bartlett factor *is* the Cholesky factor
+of a Wishart draw, so no matrix is ever decomposed; and given :math:`(\pi, \Sigma)` the weighted sum of N Gaussians is
+one Gaussian, so time and memory do not grow with N.
 """
 
 import math
@@ -60,6 +61,44 @@ class VectorToCholesky(Transform):
 @transform_to.register(_CholeskyFactor)
 def _bijection(constraint: _CholeskyFactor) -> VectorToCholesky:
     return VectorToCholesky()
+
+
+def _accurate(value: Tensor) -> Tensor:
+    """In float64, where the device has it: differences of log-gamma functions leave few digits in float32."""
+    return value if value.device.type == "mps" else value.double()
+
+
+class MixtureWeights(Dirichlet):
+    r"""Mixture weights :math:`\pi \sim \mathrm{Dir}(\alpha)`, drawn as the softmax of log-gamma variables.
+
+    For small α a gamma variable is below every float, so :math:`\log G_k = \log G'_k + \log U_k / \alpha_k` with
+    :math:`G'_k \sim \Gamma(\alpha_k + 1)` and U uniform, wherever α_k < 1. (torch's own draws in float32 have
+    E[Σ_k π_k²] = 0.44 for α = 1e-4 and N = 4, where 0.9997 is exact.) As there, no weight is below the smallest
+    normal number. The KL is computed in float64.
+
+    References:
+        Marsaglia and Tsang (2000), section 6.
+    """
+
+    def rsample(self, sample_shape=torch.Size()):  # noqa: B008  (torch's own signature)
+        alpha = self.concentration.expand(self._extended_shape(sample_shape))
+        with torch.no_grad():
+            small = (alpha < 1).to(alpha.dtype)
+            log_uniform = torch.empty_like(alpha).exponential_().neg_()
+        log_gamma = torch._standard_gamma(alpha + small).log().addcdiv(small * log_uniform, alpha)
+        return log_gamma.softmax(-1).clamp(min=torch.finfo(alpha.dtype).tiny)
+
+
+@register_kl(Dirichlet, MixtureWeights)
+def _kl_mixture_weights(q: Dirichlet, p: MixtureWeights) -> Tensor:
+    """KL(q‖p) in nats."""
+    alpha, prior = _accurate(q.concentration), _accurate(p.concentration)
+    total, prior_total = alpha.sum(-1), prior.sum(-1)
+    log_constants = (
+        torch.lgamma(total) - torch.lgamma(alpha).sum(-1) - torch.lgamma(prior_total) + torch.lgamma(prior).sum(-1)
+    )
+    mean_log = torch.digamma(alpha) - torch.digamma(total).unsqueeze(-1)
+    return (log_constants + ((alpha - prior) * mean_log).sum(-1)).to(q.concentration.dtype)
 
 
 class WishartCholesky(TorchDistribution):
@@ -148,19 +187,21 @@ class WishartCholesky(TorchDistribution):
     @property
     def expected_log_det(self) -> Tensor:
         """E[log|Σ|] = Σ_i ψ((ν−i)/2) + r·log 2 + Σ_i log v_i, shape ``batch_shape``."""
-        return torch.digamma(self._chi_df / 2).sum() + self.rank * math.log(2) + self.scale.log().sum(-1)
+        scale, chi_df = _accurate(self.scale), _accurate(self._chi_df)
+        log_det = torch.digamma(chi_df / 2).sum() + self.rank * math.log(2) + scale.log().sum(-1)
+        return log_det.to(self.scale.dtype)
 
 
 @register_kl(WishartCholesky, WishartCholesky)
 def _kl_wishart(q: WishartCholesky, p: WishartCholesky) -> Tensor:
     """KL(q‖p) in nats; a one-to-one map keeps the KL, so it is that of the two Wisharts themselves."""
-    log_ratio = q.scale.log() - p.scale.log()
-    kl = (q.df * (log_ratio.exp() - 1) - p.df * log_ratio).sum(-1) / 2
+    log_ratio = _accurate(q.scale).log() - _accurate(p.scale).log()
+    kl = (q.df * log_ratio.expm1() - p.df * log_ratio).sum(-1) / 2
     if q.df != p.df:
-        half_q, half_p = q._chi_df / 2, p._chi_df / 2
+        half_q, half_p = _accurate(q._chi_df) / 2, _accurate(p._chi_df) / 2
         kl = kl + (torch.lgamma(half_p) - torch.lgamma(half_q)).sum()
         kl = kl + (q.df - p.df) / 2 * torch.digamma(half_q).sum()
-    return kl
+    return kl.to(q.scale.dtype)
 
 
 class CollapsedMixture(TorchDistribution):
@@ -255,8 +296,10 @@ def expected_column_kl(covariance: WishartCholesky) -> Tensor:
     Returns:
         Nats, shape ``covariance.batch_shape``.
     """
-    trace = covariance.df * covariance.scale.sum(-1)
-    return (trace - covariance.expected_log_det - covariance.rank) / 2
+    scale, chi_df = _accurate(covariance.scale), _accurate(covariance._chi_df)
+    trace_minus_log_det = (covariance.df * scale - scale.log()).sum(-1) - torch.digamma(chi_df / 2).sum()
+    kl = (trace_minus_log_det - covariance.rank * (1 + math.log(2))) / 2
+    return kl.to(covariance.scale.dtype)
 
 
 def expected_cooperation(weights: Dirichlet) -> Tensor:
@@ -276,3 +319,11 @@ def active_weights(weights: Tensor, mixture: str) -> Tensor:
         return weights
     largest = weights == weights.amax(-1, keepdim=True)
     return weights * largest
+
+
+def random_signs(*shape: int, device: torch.device | str = "cpu") -> Tensor:
+    """Independent ±1, each with probability ½, in float32; one random byte makes eight of them."""
+    size = math.prod(shape)
+    random_bytes = torch.randint(256, (-(-size // 8), 1), dtype=torch.uint8, device=device)
+    bits = random_bytes.bitwise_and(2 ** torch.arange(8, dtype=torch.uint8, device=device)).ne_(0)
+    return bits.flatten()[:size].view(shape).to(torch.float32).mul_(2).sub_(1)

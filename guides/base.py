@@ -7,7 +7,13 @@ from pyro.nn import PyroModule
 from torch import Tensor
 
 from bayeslora.adapters import AdapterGroup
-from bayeslora.distributions import CollapsedMixture, WishartCholesky, active_weights, expected_column_kl
+from bayeslora.distributions import (
+    CollapsedMixture,
+    MixtureWeights,
+    WishartCholesky,
+    active_weights,
+    expected_column_kl,
+)
 from bayeslora.models import MonteCLoRA
 
 
@@ -49,7 +55,7 @@ class Guide(PyroModule):
         column_kl = {"expected_kl": expected_column_kl(wishart)}  # (adapters, 1), exact over Σ
         columns = pyro.plate(f"columns_{name}", group.columns, dim=-1)
         with pyro.plate(f"adapters_{name}", len(group), dim=-2):
-            pi = pyro.sample(f"pi_{name}", dist.Dirichlet(log_alpha.exp().unsqueeze(-2)))
+            pi = pyro.sample(f"pi_{name}", MixtureWeights(log_alpha.exp().unsqueeze(-2)))
             factor = pyro.sample(f"sigma_tril_{name}", wishart)
             if config.components == "explicit":
                 normal = dist.MultivariateNormal(factor.new_zeros(group.rank), scale_tril=factor)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from bayeslora.adapters import AdapterGroup, adapt, find_groups, using_draw
 from bayeslora.config import MonteCLoRAConfig
-from bayeslora.distributions import CollapsedMixture, WishartCholesky, active_weights
+from bayeslora.distributions import CollapsedMixture, MixtureWeights, WishartCholesky, active_weights
 from bayeslora.models.likelihoods import likelihood_for
 
 
@@ -108,7 +108,7 @@ class MonteCLoRA(PyroModule):
         adapters = pyro.plate(f"adapters_{name}", len(group), dim=-2)
         columns = pyro.plate(f"columns_{name}", group.columns, dim=-1)
         with adapters:
-            pi = pyro.sample(f"pi_{name}", dist.Dirichlet(concentration))
+            pi = pyro.sample(f"pi_{name}", MixtureWeights(concentration))
             scale = identity.diagonal(dim1=-2, dim2=-1)
             pyro.sample(f"sigma_tril_{name}", WishartCholesky(self.degrees_of_freedom(group), scale))
             if config.components == "explicit":
