@@ -26,6 +26,7 @@ from bayeslora.predict import Prediction
 from bayeslora.run_folder import ADAPTER_FOLDER, RUN_FILE, foreign_entry, lock_folder, write_json
 from bayeslora.tasks import Task
 from bayeslora.training import fit
+from bayeslora.untrusted import read_json
 
 SETTINGS_FILE = "comparison.json"
 CELL_FILE = "scores.json"
@@ -201,7 +202,7 @@ def _check_folder(output_dir: Path, settings: dict[str, Any]) -> None:
     """Refuse a folder with anything in it but a comparison with these settings."""
     file = output_dir / SETTINGS_FILE
     if file.is_file():
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = read_json(file)
         plain = json.loads(json.dumps(settings))
         changed = [name for name in plain if found.get(name) != plain[name]]
         if changed:

@@ -47,6 +47,7 @@ from bayeslora.run_folder import (
     seal,
     write_json,
 )
+from bayeslora.untrusted import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -516,11 +517,11 @@ def _open_run(output_dir: Path, resume: bool, record: dict[str, Any]) -> tuple[P
 
 
 def _read_record(run_file: Path) -> dict[str, Any]:
-    try:
-        record = json.loads(run_file.read_text(encoding="utf-8"))
-        return {name: record[name] for name in ("config", "training", "finished")} | record
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{run_file} is damaged ({error}): start the run again in another folder") from error
+    record = read_json(run_file)
+    for name, kind in (("config", dict), ("training", dict), ("finished", bool)):
+        if not isinstance(record.get(name), kind):
+            raise InputError(f"{run_file} is damaged (its {name!r}): start the run again in another folder")
+    return record
 
 
 def _check_same_run(output_dir: Path, before: dict[str, Any], now: dict[str, Any]) -> None:

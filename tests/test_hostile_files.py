@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from bayeslora import BayesLoRA, InputError, MonteCLoRAConfig
 from bayeslora.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, FILES, MANIFEST, POSTERIOR, open_peft_adapter
+from bayeslora.cli import main
 from bayeslora.untrusted import MAX_JSON_BYTES, read_json, read_run
 from tests import conftest
 from tests.test_checkpoint import fitted, logits, reseal
@@ -227,6 +228,31 @@ class TestAnyDamage:
         check()
         assert any(refused)
         assert not all(refused)
+
+
+RUN = {"model": "../../somewhere", "max_length": 64, "task": {"name": "reviews"}}
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("[" * 100_000, "run.json is damaged"),
+        (json.dumps(RUN | {"model": ["demo"]}), "'model' is missing or damaged"),
+        (json.dumps(RUN | {"model": "~nobody-at-all/x"}), "'model' is missing or damaged"),
+        (json.dumps(RUN | {"task": {"name": "reviews", "trust_remote_code": True}}), "'task' is missing or damaged"),
+        (json.dumps(RUN | {"task": {"data_dir": "/data"}}), "'task' is missing or damaged"),
+        (json.dumps(RUN | {"max_length": 2**60}), "'max_length' is missing or damaged"),
+        (json.dumps(RUN), "unknown task 'reviews'"),
+    ],
+)
+def test_evaluate_a_run_from_a_stranger(text, reason, tmp_path, capsys):
+    """One line on standard error and exit code 2."""
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "run.json").write_text(text)
+    assert main(["evaluate", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("bayeslora: ")
+    assert reason in line
 
 
 def reseal_what_can_be(folder):
