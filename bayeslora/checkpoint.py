@@ -5,6 +5,7 @@ posterior mean. ``posterior.safetensors`` holds the guide (and the likelihood's 
 configuration, versions, a fingerprint of the base network and the other files' SHA-256. Nothing is pickled.
 """
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -96,11 +97,7 @@ def write_adapter(bayes: "BayesLoRA", folder: Path) -> None:
     """Write the four files into ``folder``; the manifest comes last, and names the others' hashes."""
     with tempfile.TemporaryDirectory(prefix=".adapter-", dir=folder) as scratch:
         written = Path(scratch)
-        key = active_adapter(bayes.network)
-        bayes.network.save_pretrained(written, selected_adapters=[key], save_embedding_layers=False)
-        if key != "default":  # PEFT puts adapters of other names into a folder of that name
-            for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-                os.replace(written / key / name, written / name)
+        _write_peft_files(bayes.network, written)
         state = {f"guide.{name}": value for name, value in bayes.guide.state_dict().items()}
         state |= {f"model.{name}": value for name, value in bayes.model.state_dict().items()}
         save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, written / POSTERIOR)
@@ -108,6 +105,20 @@ def write_adapter(bayes: "BayesLoRA", folder: Path) -> None:
         for name in (*FILES, MANIFEST):
             _sync(written / name)
             os.replace(written / name, folder / name)
+
+
+def _write_peft_files(network: PeftModel, folder: Path) -> None:
+    """What PEFT's own ``save_pretrained`` writes, but for the model card, which takes longer than all the rest."""
+    key = active_adapter(network)
+    tensors = get_peft_model_state_dict(network, adapter_name=key, save_embedding_layers=False)
+    separate = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    save_file(separate, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    base, lora = network.get_base_model(), copy.copy(network.peft_config[key])
+    lora.inference_mode = True
+    if lora.base_model_name_or_path is None:
+        lora.base_model_name_or_path = getattr(base, "name_or_path", None) or None
+    origin = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
+    lora.save_pretrained(str(folder), auto_mapping_dict=origin if lora.task_type is None else None)
 
 
 def _manifest(bayes: "BayesLoRA", folder: Path) -> dict[str, Any]:

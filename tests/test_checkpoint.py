@@ -202,7 +202,7 @@ class TestFolder:
         target = folder if existing else folder.parent / "new"
         rename, other = Path.rename, fitted(seed=1)
 
-        def fail(*args):
+        def fail(*args, **options):
             raise OSError(28, "No space left on device")
 
         def fail_for_target(path, destination):
@@ -350,3 +350,18 @@ class TestWrongPlace:
         for network in (carrier, carrier.get_base_model()):
             with pytest.raises(InputError, match="this one carries an adapter already"):
                 BayesLoRA.from_pretrained(saved, network)
+
+
+@pytest.mark.parametrize("task_type", ["SEQ_CLS", None])
+@pytest.mark.parametrize("name", ["default", "other"])
+def test_as_peft_writes_it(task_type, name, tmp_path):
+    """But for the model card."""
+    config = LoraConfig(task_type=task_type, r=2, target_modules=["query", "value"], modules_to_save=["classifier"])
+    bayes = BayesLoRA(get_peft_model(tiny_network(), config, adapter_name=name))
+    bayes.save_pretrained(tmp_path / "ours")
+    bayes.network.save_pretrained(tmp_path / "theirs", selected_adapters=[name], save_embedding_layers=False)
+    theirs = tmp_path / "theirs" / ("" if name == "default" else name)
+    assert (tmp_path / "ours" / ADAPTER_WEIGHTS).read_bytes() == (theirs / ADAPTER_WEIGHTS).read_bytes()
+    ours, expected = (json.loads((path / "adapter_config.json").read_text()) for path in (tmp_path / "ours", theirs))
+    assert set(ours.pop("target_modules")) == set(expected.pop("target_modules"))
+    assert ours == expected
