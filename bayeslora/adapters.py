@@ -5,6 +5,7 @@ No parameter is renamed or added, so the network's state dict stays PEFT's own.
 
 import difflib
 import re
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,11 +13,14 @@ from dataclasses import dataclass
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_bnb_weight, get_bnb_param_type
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from bayeslora.config import MonteCLoRAConfig
 from bayeslora.errors import InputError
+
+one_at_a_time = threading.RLock()  # the draw in a network and Pyro's stack of handlers are shared by all threads
 
 
 class Draw:
@@ -54,11 +58,13 @@ class SampledLinear(nn.Linear):
 
 @dataclass(frozen=True)
 class Adapter:
-    """One adapted layer: its name in the base network, its LoRA layer and its samplable A."""
+    """One adapted layer: its name in the base network, its LoRA layer and its samplable A; ``key`` is PEFT's name
+    of the adapter, the same for all layers."""
 
     name: str
     layer: LoraLayer
     lora_A: SampledLinear
+    key: str
 
     @property
     def rank(self) -> int:
@@ -106,8 +112,13 @@ def adapt(network: nn.Module, config: MonteCLoRAConfig) -> PeftModel:
     Raises:
         InputError: for targets that match nothing, and for adapters that cannot be honoured.
     """
+    if hasattr(network, "_orig_mod"):
+        raise InputError("torch.compile(network) hides the network's class and the names of its layers: "
+                         "pass the network itself, then call bayes.compile()")  # fmt: skip
+    keep_trainable(network)
     if not isinstance(network, PeftModel):
         check_targets(network, config)
+        check_heads(network, config)
         try:
             network = get_peft_model(network, lora_config(network, config))
         except ValueError as error:
@@ -158,6 +169,17 @@ def check_targets(network: nn.Module, config: MonteCLoRAConfig) -> None:
                     f"target module {target!r} matches the embedding {name!r}: embeddings keep lora_A as a bare "
                     "parameter looked up by index, so a draw has no input to multiply; target linear layers"
                 )
+
+
+def check_heads(network: nn.Module, config: MonteCLoRAConfig) -> None:
+    """Refuse quantised layers that would have to be trained whole: the head, and ``modules_to_save``."""
+    heads = {"classifier", "score", *(config.modules_to_save or ())}
+    for name, module in network.named_modules():
+        if name.rsplit(".", 1)[-1] in heads and is_quantized(module):
+            raise InputError(
+                f"{name!r} is quantised and cannot be trained: load the network without quantising it, for instance "
+                f"with BitsAndBytesConfig(..., llm_int8_skip_modules=[{name!r}])"
+            )
 
 
 def _matches(name: str, target: str, *, is_pattern: bool) -> bool:
@@ -213,6 +235,65 @@ def active_adapter(network: PeftModel) -> str:
     return active[0]
 
 
+def check_in_use(groups: tuple[AdapterGroup, ...]) -> None:
+    """Make sure that the network uses these adapters, where a draw reaches it.
+
+    Raises:
+        InputError: when another adapter is active, or one is merged into the frozen weights.
+    """
+    for group in groups:
+        for adapter in group.adapters:
+            if adapter.layer.active_adapters != [adapter.key]:
+                raise InputError(
+                    f"the network now uses the adapter {', '.join(adapter.layer.active_adapters)}, and this posterior "
+                    f"is over {adapter.key!r}: call bayes.network.set_adapter({adapter.key!r})"
+                )
+            if adapter.layer.merged:
+                raise InputError(
+                    "the adapter is merged into the frozen weights, where no draw can reach it: call "
+                    "bayes.network.unmerge_adapter()"
+                )
+
+
+def frozen_weight(layer: nn.Module) -> Tensor:
+    """The weight of a linear layer, or of the one under a LoRA layer; dequantised where it is packed.
+
+    Raises:
+        InputError: for a quantisation that cannot be read back.
+    """
+    base = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+    weight = getattr(base, "weight", None)
+    if weight is None:
+        raise InputError(f"cannot read the weight of a {type(base).__name__}: of quantised networks, those of "
+                         "bitsandbytes and torchao are supported")  # fmt: skip
+    if get_bnb_param_type(weight):
+        return dequantize_bnb_weight(weight, state=getattr(base, "state", None))
+    if is_quantized(base):
+        return weight.detach().dequantize()
+    return weight.detach()
+
+
+def keep_trainable(network: nn.Module) -> None:
+    """Switch off what makes a bitsandbytes layer untrainable once it has run in eval mode on a CPU with AVX512-BF16.
+
+    There it repacks its four-bit weight for a kernel that has no gradient, and stays so.
+    """
+    for name, module in network.named_modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
+                raise InputError(f"bitsandbytes has repacked {name!r} for prediction only, when the network ran in "
+                                 "eval mode: pass a freshly loaded network")  # fmt: skip
+            module.support_avx512bf16_for_cpu = False
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether any weight is packed, rather than a plain tensor of floats."""
+    return any(
+        not parameter.is_floating_point() or type(parameter).__module__.startswith(("bitsandbytes.", "torchao."))
+        for parameter in module.parameters()
+    )
+
+
 def _lora_layers(network: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
     for name, module in network.get_base_model().named_modules():
         if isinstance(module, LoraLayer):
@@ -225,7 +306,7 @@ def find_groups(network: PeftModel) -> tuple[AdapterGroup, ...]:
     shapes: dict[tuple[int, int], list[Adapter]] = {}
     for name, layer in _lora_layers(network):
         if key in layer.lora_A:
-            adapter = Adapter(name, layer, layer.lora_A[key])
+            adapter = Adapter(name, layer, layer.lora_A[key], key)
             shapes.setdefault((adapter.rank, adapter.columns), []).append(adapter)
     return tuple(AdapterGroup(*shape, tuple(adapters)) for shape, adapters in shapes.items())
 
@@ -236,6 +317,7 @@ def set_draw(groups: tuple[AdapterGroup, ...], weights: Mapping[str, Tensor]) ->
     Args:
         weights: Group name to drawn A, one column a row, shape ``(adapters, columns, r)``.
     """
+    check_in_use(groups)
     for group in groups:
         drawn = weights[group.name].mT.to(group.adapters[0].lora_A.weight.dtype)
         for adapter, weight in zip(group.adapters, drawn.unbind(), strict=True):

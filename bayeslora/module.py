@@ -14,7 +14,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from bayeslora.adapters import adapt, clear_draw
+from bayeslora.adapters import adapt, check_in_use, clear_draw, is_quantized, one_at_a_time
 from bayeslora.config import MonteCLoRAConfig
 from bayeslora.elbo import CooperativeELBO
 from bayeslora.errors import InputError
@@ -87,6 +87,25 @@ class BayesLoRA(nn.Module):
         if self.monteclora_config.sample_scaler == 0:
             self.guide.requires_grad_(False)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        before = self.__dict__.get("_modules", {}).get(name, value)
+        if name == "network" and before is not value and not self.__dict__.get("_is_replica"):
+            raise InputError("the model and the guide belong to this network: build a BayesLoRA on the other one, or "
+                             "change this one in place (bayes.compile(), bayes.network.set_adapter(...))")  # fmt: skip
+        super().__setattr__(name, value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BayesLoRA":
+        """Moves everything and casts the network; the posterior stays in float32 where ``fn`` would narrow it."""
+
+        def keep_precision(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return tensor.to(moved.device) if moved.dtype in (torch.bfloat16, torch.float16) else moved
+
+        self.network._apply(fn, recurse)
+        self.model._apply(keep_precision, recurse)
+        self.guide._apply(keep_precision, recurse)
+        return self
+
     @property
     def config(self) -> Any:
         """The network's own transformers configuration, where transformers looks for it."""
@@ -121,10 +140,28 @@ class BayesLoRA(nn.Module):
     ) -> SequenceClassifierOutput:
         """Objective and logits in training mode; logits, and the loss at the mean, in eval mode.
 
-        ``loss`` is in nats per example; ``logits`` has shape ``(batch, classes)``.
+        ``loss`` is in nats per example; ``logits`` has shape ``(batch, classes)``. Threads take turns.
+
+        Raises:
+            InputError: where the network no longer uses the adapter that the posterior is over, and under
+                ``torch.compile(bayes)``.
         """
         named = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
         inputs |= {name: value for name, value in named.items() if value is not None}
+        return self._run(labels, inputs, traced=torch.compiler.is_compiling())
+
+    @torch.compiler.disable  # the network may be compiled; Pyro's bookkeeping around it would be traced at every step
+    def _run(self, labels: Tensor | None, inputs: dict[str, Any], *, traced: bool) -> SequenceClassifierOutput:
+        if traced:
+            raise InputError(
+                "torch.compile(bayes) would trace Pyro's bookkeeping anew at every step: call bayes.compile(), which "
+                "compiles the network in place, and train bayes itself (without torch_compile=True in Trainer)"
+            )
+        with one_at_a_time:
+            check_in_use(self.model.groups)
+            return self._run_alone(labels, inputs)
+
+    def _run_alone(self, labels: Tensor | None, inputs: dict[str, Any]) -> SequenceClassifierOutput:
         clear_draw(self.model.groups)
         if labels is None:
             return SequenceClassifierOutput(logits=self.network(**inputs).logits)
@@ -167,9 +204,20 @@ class BayesLoRA(nn.Module):
         finally:
             self.sampling = before
 
-    def disable_adapter(self):
-        """Context manager: inside, the network is the frozen base model (PEFT's own switch)."""
-        return self.network.disable_adapter()
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Inside, the network is the frozen base model (PEFT's own switch)."""
+        trained = [(parameter, parameter.requires_grad) for parameter in self.network.parameters()]
+        try:
+            with self.network.disable_adapter():
+                yield
+        finally:
+            for parameter, requires_grad in trained:  # PEFT makes the adapter trainable, in post_hoc mode too
+                parameter.requires_grad_(requires_grad)
+
+    def compile(self, *args: Any, **options: Any) -> None:
+        """Compile the network in place, with ``torch.compile``'s arguments; draws are inputs of the compiled graph."""
+        self.network.compile(*args, **options)
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
@@ -192,21 +240,35 @@ class BayesLoRA(nn.Module):
     def sample(self, num_samples: int = 1, *, seed: int | None = None) -> dict[str, Tensor]:
         """Draws from the guide: site name to values of shape ``(num_samples, *site shape)``; see
         :mod:`bayeslora.models.monteclora` for sites and shapes."""
-        draws = list(sample_sites(self, num_samples, seed))
+        with one_at_a_time:
+            draws = list(sample_sites(self, num_samples, seed))
         return {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
 
     def posterior_draws(
         self, *, num_samples: int = 64, seed: int | None = 0, adapters: Sequence[str] = ()
     ) -> PosteriorDraws:
         """Draws per adapter as numpy arrays, with A itself for the named ``adapters``."""
-        return posterior_draws(self, num_samples=num_samples, seed=seed, adapters=adapters)
+        with one_at_a_time:
+            return posterior_draws(self, num_samples=num_samples, seed=seed, adapters=adapters)
 
     def predict(self, dataset: Any, num_samples: int = 16, **options: Any) -> Prediction:
         """Posterior predictive; see :func:`bayeslora.predict.predict`."""
-        return predict(self, dataset, num_samples=num_samples, **options)
+        with one_at_a_time:
+            check_in_use(self.model.groups)
+            return predict(self, dataset, num_samples=num_samples, **options)
 
     def merge(self) -> nn.Module:
-        """A copy of the network with the posterior mean merged into its weights: a plain transformers model."""
+        """A copy of the network with the posterior mean merged into its weights: a plain transformers model.
+
+        Raises:
+            InputError: for a quantised network.
+        """
+        check_in_use(self.model.groups)
+        if is_quantized(self.network):
+            raise InputError(
+                "merging into quantised weights would round the adapter away: save_pretrained it, open it with "
+                "from_pretrained on the same base model in full precision, and merge there"
+            )
         clear_draw(self.model.groups)
         return copy.deepcopy(self.network).merge_and_unload()
 

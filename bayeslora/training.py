@@ -149,6 +149,7 @@ def fit(
         **trainer_arguments,
         "save_total_limit": None,  # BayesTrainer deletes old checkpoints itself, once the new one is sealed
     }
+    compiled = _compile_options(settings)
     try:
         arguments = TrainingArguments(**settings)
     except (TypeError, ValueError) as error:
@@ -157,6 +158,8 @@ def fit(
     rate = 10 * learning_rate if variational_learning_rate is None else variational_learning_rate
     record = _run_record(bayes, arguments, rate, len(train_dataset), metadata)
     bayes.num_examples = len(train_dataset)
+    if compiled is not None:
+        bayes.compile(**compiled)
     with ExitStack() as stack:
 
         def open_run() -> tuple[Path | None, dict[str, Any] | None]:
@@ -388,6 +391,14 @@ def _schedule_arguments(
         "save_steps": every,
         "eval_steps": every,
     }
+
+
+def _compile_options(settings: dict[str, Any]) -> dict[str, Any] | None:
+    """Takes Trainer's words for torch.compile out of ``settings``: it would compile Pyro too, and not the network."""
+    wanted = settings.pop("torch_compile", False)
+    options = {word: settings.pop(f"torch_compile_{word}", None) for word in ("backend", "mode")}
+    options = {word: value for word, value in options.items() if value is not None}
+    return options if wanted or options else None
 
 
 def _selection_arguments(bayes: BayesLoRA, best_metric: str) -> dict[str, Any]:
