@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from bayeslora.adapters import Adapter, AdapterGroup
+from bayeslora.adapters import Adapter, AdapterGroup, frozen_weight
 from bayeslora.guides.base import Guide, initial_log_alpha, initial_scale
 from bayeslora.models import MonteCLoRA
 
@@ -55,7 +55,7 @@ class AmortizedGuide(Guide):
 def _description(adapter: Adapter, depth: float) -> Tensor:
     """What never changes in training: depth, sizes and the frozen weight's statistics, shape ``(features − 1,)``."""
     layer = adapter.layer
-    rows = layer.get_base_layer().weight.detach().float().square().mean(-1).clamp(min=1e-12)
+    rows = frozen_weight(layer).float().square().mean(-1).clamp(min=1e-12)
     return torch.tensor(
         [
             depth,
