@@ -88,12 +88,14 @@ class MonteCLoRA(PyroModule):
             draw = {group.name: self._sample_group(group) for group in self.groups}
         with using_draw(self.groups, draw, keep=self._recomputes()):
             logits = self.network(**inputs).logits
-        return logits, self.likelihood(logits, labels, self.num_examples)
+        # forward, not call: σ enters Pyro's global store only where the whole model is called as a Pyro model
+        return logits, self.likelihood.forward(logits, labels, self.num_examples)
 
     def mean_field(self, labels: Tensor | None = None, **inputs: Any) -> tuple[Tensor, Tensor]:
         """The same with every A at its mean μ: no latent site, plain LoRA."""
         logits = self.network(**inputs).logits
-        return logits, self.likelihood(logits, labels, self.num_examples)
+        # forward, not call: σ enters Pyro's global store only where the whole model is called as a Pyro model
+        return logits, self.likelihood.forward(logits, labels, self.num_examples)
 
     def weights(self, sites: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A of every group from the values of its sites: group name to ``(adapters, columns, r)``."""

@@ -293,6 +293,17 @@ class TestPluggable:
             CooperativeELBO().loss(model, MeanFieldGuide(wider), **tiny_batch())
 
 
+def test_likelihood_parameters_belong_to_their_module():
+    """The second of two regressors in a process starts with its own σ, not with what the first one learnt."""
+    for _ in range(2):
+        bayes = BayesLoRA(tiny_network(layers=1, num_labels=1), MonteCLoRAConfig(r=2))
+        assert bayes.model.likelihood.scale.item() == pytest.approx(math.sqrt(0.5))
+        bayes.train()(**tiny_batch(num_labels=1)).loss.backward()
+        assert bayes.model.likelihood.scale.item() == pytest.approx(math.sqrt(0.5))
+        with torch.no_grad():
+            bayes.model.likelihood.scale_unconstrained.fill_(2.0)
+
+
 def test_expected_kl_uses_the_configured_degrees_of_freedom():
     model = small_model(degrees_of_freedom=5.0, scale_init=0.2)
     node = trace(MeanFieldGuide(model)).nodes["A_r2_in16"]
