@@ -47,7 +47,7 @@ from bayeslora.run_folder import (
     seal,
     write_json,
 )
-from bayeslora.untrusted import read_json
+from bayeslora.untrusted import MAX_RUN_BYTES, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -528,7 +528,7 @@ def _open_run(output_dir: Path, resume: bool, record: dict[str, Any]) -> tuple[P
 
 
 def _read_record(run_file: Path) -> dict[str, Any]:
-    record = read_json(run_file)
+    record = read_json(run_file, most_bytes=MAX_RUN_BYTES)
     for name, kind in (("config", dict), ("training", dict), ("finished", bool)):
         if not isinstance(record.get(name), kind):
             raise InputError(f"{run_file} is damaged (its {name!r}): start the run again in another folder")

@@ -24,12 +24,13 @@ from bayeslora.config import REFUSED_LORA_OPTIONS
 from bayeslora.errors import InputError
 
 MAX_JSON_BYTES = 4 * 2**20
+MAX_RUN_BYTES = 256 * 2**20  # run.json holds the log of every adapter
 MAX_JSON_DEPTH = 20
 FLOATS = ("F16", "BF16", "F32", "F64")
 PREFIX = "base_model.model."  # PEFT's, before the name of a module of the base network
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, *, most_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
@@ -39,8 +40,8 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{path} is missing or not a regular file")
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise ValueError(f"more than {MAX_JSON_BYTES} bytes")
+        if path.stat().st_size > most_bytes:
+            raise ValueError(f"more than {most_bytes} bytes")
         value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
         if not isinstance(value, dict):
             raise ValueError(f"a {type(value).__name__}, not an object")
@@ -114,7 +115,7 @@ def read_run(path: Path) -> dict[str, Any]:
     Raises:
         InputError: naming the first entry that is missing or of the wrong type.
     """
-    record = read_json(path)
+    record = read_json(path, most_bytes=MAX_RUN_BYTES)
     for word, fits in _RUN_WORDS.items():
         if not fits(record.get(word)):
             raise InputError(

@@ -293,6 +293,13 @@ class TestJSON:
         with pytest.raises(InputError, match=f"more than {MAX_JSON_BYTES} bytes"):
             read_json(path)
 
+    def test_a_long_log_is_no_attack(self, tmp_path):
+        record = RUN | {"history": [{"noise_to_signal": 0.5}] * (MAX_JSON_BYTES // 20)}
+        path = tmp_path / "run.json"
+        path.write_text(json.dumps(record))
+        assert path.stat().st_size > MAX_JSON_BYTES
+        assert read_run(path) == record
+
     @pytest.mark.parametrize("number", ["1e999", "-1e999", "NaN", "Infinity", "9" * 400])
     @pytest.mark.parametrize("word", ["sample_scaler", "degrees_of_freedom", "r", "lora_dropout"])
     def test_numbers_no_float_holds(self, word, number, folder):
