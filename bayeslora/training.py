@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -275,7 +276,7 @@ class BayesTrainer(Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        gradients = self._gradients()
+        gradients = {n: [p.grad for p in group if p.grad is not None] for n, group in self._trained.items()}
         self._norms = {name: nn.utils.get_total_norm(tensors) for name, tensors in gradients.items() if tensors}
         clipped = torch.stack([*self._norms.values()]).norm()
         norm = clipped if norm is None else torch.as_tensor(norm).to(clipped)
@@ -290,13 +291,11 @@ class BayesTrainer(Trainer):
             raise self._diverged(f"the gradient norm became {total}", self.state.global_step + 1)
         return norm
 
-    def _gradients(self) -> dict[str, list[Tensor]]:
-        """Of the network (μ, B, head) and of the posterior."""
+    @cached_property
+    def _trained(self) -> dict[str, list[Tensor]]:
+        """Parameters of the network (μ, B, head) and of the posterior."""
         matrices, vectors, posterior = _parameter_groups(self.bayes)
-        return {
-            "network": [p.grad for p in (*matrices, *vectors) if p.grad is not None],
-            "posterior": [p.grad for p in posterior if p.grad is not None],
-        }
+        return {"network": [*matrices, *vectors], "posterior": posterior}
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         # averages over steps begin anew at each checkpoint, so that a resumed run logs what an uninterrupted one does
