@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bayeslora._version import __version__
-from bayeslora.errors import InputError, TrainingDivergedError
+from bayeslora.errors import InputError, StorageError, TrainingDivergedError
 
 if TYPE_CHECKING:
     from bayeslora.config import MonteCLoRAConfig
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         arguments.run(arguments)
-    except (InputError, TrainingDivergedError) as error:
+    except (InputError, StorageError, TrainingDivergedError) as error:
         print(f"bayeslora: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -213,6 +213,7 @@ def run_fit(arguments: argparse.Namespace) -> None:
     from transformers import set_seed
 
     from bayeslora.checkpoint import open_peft_adapter
+    from bayeslora.distributed import rank
     from bayeslora.module import BayesLoRA
     from bayeslora.training import fit
 
@@ -238,6 +239,8 @@ def run_fit(arguments: argparse.Namespace) -> None:
         metadata={"model": arguments.model, "task": task.recipe, "max_length": arguments.max_length},
         **_fit_options(arguments),
     )
+    if rank() > 0:
+        return
     print(f"fitted in {result.steps} steps; adapter and posterior: {result.output_dir / 'adapter'}")
     for name in ("accuracy", "nll", "ece", "brier"):
         if f"eval_{name}" in result.metrics:

@@ -16,6 +16,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from bayeslora.adapters import adapt, check_in_use, clear_draw, is_quantized, one_at_a_time
 from bayeslora.config import MonteCLoRAConfig
+from bayeslora.distributed import own_noise, refuse_sharded
 from bayeslora.elbo import CooperativeELBO
 from bayeslora.errors import InputError
 from bayeslora.guides import GUIDES
@@ -162,12 +163,20 @@ class BayesLoRA(nn.Module):
             return self._run_alone(labels, inputs)
 
     def _run_alone(self, labels: Tensor | None, inputs: dict[str, Any]) -> SequenceClassifierOutput:
+        if getattr(self, "_is_replica", False):
+            raise InputError(
+                "the copies that torch.nn.DataParallel makes share one draw: launch one process for each device with "
+                "torchrun, or show this one a single device (CUDA_VISIBLE_DEVICES=0)"
+            )
         clear_draw(self.model.groups)
         if labels is None:
             return SequenceClassifierOutput(logits=self.network(**inputs).logits)
-        if self.training and self.sampling:
-            return self._objective(labels=labels, **inputs)
-        return self._loss_at_mean(labels=labels, **inputs)
+        if not self.training:
+            return self._loss_at_mean(labels=labels, **inputs)
+        refuse_sharded(self.model.groups)
+        with own_noise(self.device):
+            objective = self._objective if self.sampling else self._loss_at_mean
+            return objective(labels=labels, **inputs)
 
     def _objective(self, **batch: Any) -> SequenceClassifierOutput:
         if self.monteclora_config.normalization == "elbo" and self.num_examples is None:
@@ -186,10 +195,14 @@ class BayesLoRA(nn.Module):
 
     def _loss_at_mean(self, **batch: Any) -> SequenceClassifierOutput:
         with pyro.validation_enabled(False):
-            trace = pyro.poutine.trace(self.model.mean_field).get_trace(**batch)
-        site = trace.nodes["labels"]
-        logits, _ = trace.nodes["_RETURN"]["value"]
-        return SequenceClassifierOutput(loss=-site["fn"].log_prob(site["value"]).mean(), logits=logits)
+            logits, labels = self.model.mean_field(**batch)
+        return SequenceClassifierOutput(loss=self.negative_log_likelihood(logits, labels).mean(), logits=logits)
+
+    def negative_log_likelihood(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """−log p(label | logits) of every example, in nats, shape ``(batch,)``."""
+        with pyro.validation_enabled(False):
+            site = pyro.poutine.trace(self.model.likelihood.forward).get_trace(logits, labels).nodes["labels"]
+        return -site["fn"].log_prob(site["value"])
 
     def train(self, mode: bool = True) -> "BayesLoRA":
         clear_draw(self.model.groups)  # a checkpointed step leaves its draw for the backward pass

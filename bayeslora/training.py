@@ -4,7 +4,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import (
     EarlyStoppingCallback,
@@ -28,6 +27,7 @@ from transformers.integrations import TensorBoardCallback
 
 from bayeslora.analysis.calibration import calibration_summary
 from bayeslora.checkpoint import load_adapter, read_manifest, version_info, write_adapter
+from bayeslora.distributed import check_parallelism, launched_processes, on_main_process
 from bayeslora.elbo import ELBOParts
 from bayeslora.errors import InputError, TrainingDivergedError
 from bayeslora.models import CategoricalLikelihood
@@ -129,7 +129,13 @@ def fit(
     _check_counts(batch_size=batch_size, gradient_accumulation=gradient_accumulation, max_steps=max_steps,
                   evaluations=evaluations, early_stopping=early_stopping)  # fmt: skip
     settings = {
-        **_schedule_arguments(len(train_dataset), epochs, max_steps, batch_size, gradient_accumulation, evaluations),
+        **_schedule_arguments(
+            len(train_dataset),
+            epochs,
+            max_steps,
+            batch_size * gradient_accumulation * launched_processes(),
+            evaluations,
+        ),
         **(_selection_arguments(bayes, best_metric) if eval_dataset is not None else {"eval_strategy": "no"}),
         "output_dir": str(output_dir / CHECKPOINT_FOLDER),
         "per_device_train_batch_size": batch_size,
@@ -147,6 +153,8 @@ def fit(
         "logging_nan_inf_filter": False,
         "restore_callback_states_from_checkpoint": True,  # early stopping goes on counting after a resume
         "dataloader_pin_memory": torch.cuda.is_available(),
+        "ddp_find_unused_parameters": False,  # every trained parameter gets a gradient in every step
+        "use_cpu": not torch.accelerator.is_available(),  # else Accelerate overlooks that it was launched
         **trainer_arguments,
         "save_total_limit": None,  # BayesTrainer deletes old checkpoints itself, once the new one is sealed
     }
@@ -156,6 +164,7 @@ def fit(
     except (TypeError, ValueError) as error:
         raise InputError(f"transformers.TrainingArguments refuses an argument: {error}") from error
     _check_resumable(arguments)
+    check_parallelism(arguments)
     rate = 10 * learning_rate if variational_learning_rate is None else variational_learning_rate
     record = _run_record(bayes, arguments, rate, len(train_dataset), metadata)
     bayes.num_examples = len(train_dataset)
@@ -169,7 +178,7 @@ def fit(
             stack.enter_context(reporting_full_disk(output_dir))
             return _open_run(output_dir, resume, record)
 
-        checkpoint, finished = _on_main_process(arguments, open_run)
+        checkpoint, finished = on_main_process(open_run)
         if finished is not None:
             load_adapter(bayes, output_dir / ADAPTER_FOLDER)
             bayes.to(arguments.device).eval()
@@ -190,10 +199,13 @@ def fit(
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         metrics = trainer.evaluate() if eval_dataset is not None else {}
         history, steps = trainer.state.log_history, trainer.state.global_step
-        if trainer.is_world_process_zero():
+
+        def close_run() -> None:
             bayes.save_pretrained(output_dir / ADAPTER_FOLDER)
-            record |= {"finished": True, "steps": steps, "metrics": metrics, "history": history}
+            record.update(finished=True, steps=steps, metrics=metrics, history=history)
             write_json(output_dir / RUN_FILE, record)
+
+        on_main_process(close_run)
     bayes.eval()
     return FitResult(metrics, history, steps, output_dir)
 
@@ -282,7 +294,8 @@ class BayesTrainer(Trainer):
         norm = clipped if norm is None else torch.as_tensor(norm).to(clipped)
         before_clipping = norm / clipped.clamp(min=torch.finfo(clipped.dtype).tiny)
         self._norms = {name: part * before_clipping for name, part in self._norms.items()}
-        loss, total = torch.stack([torch.as_tensor(self._step_loss).to(norm), norm]).tolist()
+        step_loss = self.accelerator.reduce(torch.as_tensor(self._step_loss).to(norm), "mean")  # all ranks agree
+        loss, total = torch.stack([step_loss, norm]).tolist()
         self._step_loss = 0.0
         if not math.isfinite(loss):
             raise self._diverged(f"the loss became {loss}", self.state.global_step + 1)
@@ -302,11 +315,22 @@ class BayesTrainer(Trainer):
         self.control.should_log |= self.control.should_save or self.control.should_evaluate
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
-    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
-        loss, logits, labels = super().prediction_step(*args, **kwargs)
-        if logits is not None and not torch.isfinite(logits).all():
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Tensor], prediction_loss_only: bool, *args: Any, **kwargs: Any
+    ) -> Any:
+        loss, logits, labels = super().prediction_step(model, inputs, False, *args, **kwargs)
+        if not torch.isfinite(self.accelerator.reduce(logits.float().sum())):  # all ranks stop together
             raise self._diverged("the evaluation gave NaN or infinite outputs", self.state.global_step)
-        return loss, logits, labels
+        losses = self.bayes.negative_log_likelihood(logits, labels).detach()
+        self._losses.append(self.gather_function(losses))
+        return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """With the mean loss of all examples; Trainer's own counts those twice that fill up the last batches."""
+        self._losses: list[Tensor] = []
+        output = super().evaluation_loop(*args, **kwargs)
+        output.metrics["eval_loss"] = float(torch.cat(self._losses).mean())
+        return output
 
     def _diverged(self, what: str, step: int) -> TrainingDivergedError:
         last = last_checkpoint(self._run_folder)
@@ -322,7 +346,9 @@ class BayesTrainer(Trainer):
             if self._parts is not None:
                 mean = ELBOParts(torch.zeros_like(self._parts.task))
                 mean.add(self._parts, 1 / self._parts_steps)
-                logs |= {f"elbo/{name}": value for name, value in mean.to_floats().items()}
+                parts = mean.to_floats()
+                values = self.accelerator.reduce(torch.tensor([*parts.values()], device=self.args.device), "mean")
+                logs |= {f"elbo/{name}": value for name, value in zip(parts, values.tolist(), strict=True)}
                 self._parts, self._parts_steps = None, 0
             logs |= {f"grad_norm/{name}": float(norm) for name, norm in self._norms.items()}
             logs |= posterior_logs(self.bayes)
@@ -333,6 +359,8 @@ class BayesTrainer(Trainer):
         return Path(self.args.output_dir).parent
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if not all(torch.isfinite(p).all() for p in self.bayes.parameters() if p.requires_grad):
+            raise self._diverged("a parameter became NaN or infinite", self.state.global_step)
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
             delete(folder)  # what a killed run left of it
@@ -344,11 +372,10 @@ class BayesTrainer(Trainer):
             rotate(self._run_folder, folder, best_checkpoint(folder), self.keep_checkpoints)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if not all(torch.isfinite(p).all() for p in self.bayes.parameters() if p.requires_grad):
-            raise self._diverged("a parameter became NaN or infinite", self.state.global_step)
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_adapter(self.bayes, folder)
+        if self.args.should_save:  # Trainer calls this on every rank
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_adapter(self.bayes, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_adapter(self.bayes, Path(resume_from_checkpoint))
@@ -372,14 +399,13 @@ def _schedule_arguments(
     num_examples: int,
     epochs: float,
     max_steps: int | None,
-    batch_size: int,
-    accumulation: int,
+    step_size: int,
     evaluations: int | None,
 ) -> dict[str, Any]:
     """When to stop, log, evaluate and save, in steps of the optimizer."""
     if not epochs > 0 and not max_steps:
         raise InputError(f"epochs must be greater than 0, got {epochs}")
-    per_epoch = max(-(-num_examples // (batch_size * accumulation)), 1)
+    per_epoch = max(-(-num_examples // step_size), 1)
     total = max_steps or max(round(per_epoch * epochs), 1)
     every = max(total // evaluations, 1) if evaluations else min(per_epoch, total)
     return {
@@ -475,20 +501,6 @@ def _check_resumable(arguments: TrainingArguments) -> None:
             )
 
 
-def _on_main_process(arguments: TrainingArguments, task: Callable[[], Any]) -> Any:
-    """What ``task`` returns in the main process, or the InputError it raises there, in every process."""
-    outcome: Any = None
-    if arguments.process_index == 0:
-        try:
-            outcome = task()
-        except InputError as error:
-            outcome = error
-    (outcome,) = broadcast_object_list([outcome])
-    if isinstance(outcome, InputError):
-        raise outcome
-    return outcome
-
-
 def _refuse_other_content(output_dir: Path, resume: bool) -> None:
     if output_dir.exists() and not output_dir.is_dir():
         raise InputError(f"output_dir {output_dir} is a file; give a folder")
@@ -563,6 +575,7 @@ def _run_record(
             **{name: _plain(getattr(arguments, name)) for name in kept},
             "variational_learning_rate": variational_learning_rate,
             "train_examples": num_examples,
+            "processes": arguments.world_size,
         },
         "train_examples": num_examples,
         "versions": version_info(),

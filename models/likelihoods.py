@@ -5,6 +5,8 @@ the number of training examples; it samples the site ``labels`` in a plate over 
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pyro
@@ -17,17 +19,22 @@ from torch.distributions import constraints
 from bayeslora.errors import InputError
 
 
-def example_plate(batch_size: int, num_examples: int | None, device: torch.device) -> pyro.plate:
-    """The plate over a batch, scaled up to the whole training set when its size is known."""
-    size = max(num_examples or batch_size, batch_size)
-    return pyro.plate("examples", size, subsample=torch.arange(batch_size, device=device), dim=-1)
+@contextmanager
+def example_plate(batch_size: int, num_examples: int | None) -> Iterator[None]:
+    """The plate over a batch, scaled to the whole training set when its size is known.
+
+    The batch can be the larger of the two: several processes fill up the last batch with examples they have seen.
+    """
+    scale = (num_examples or batch_size) / batch_size
+    with pyro.plate("examples", batch_size, dim=-1), pyro.poutine.scale(scale=scale):
+        yield
 
 
 class CategoricalLikelihood(PyroModule):
     """Class labels: ``y ~ Categorical(softmax(logits))``, logits of shape ``(batch, classes)``."""
 
     def forward(self, logits: Tensor, labels: Tensor | None, num_examples: int | None = None) -> Tensor:
-        with example_plate(logits.shape[0], num_examples, logits.device):
+        with example_plate(logits.shape[0], num_examples):
             return pyro.sample("labels", dist.Categorical(logits=logits.float()), obs=labels)
 
 
@@ -44,7 +51,7 @@ class GaussianLikelihood(PyroModule):
     def forward(self, logits: Tensor, labels: Tensor | None, num_examples: int | None = None) -> Tensor:
         mean = logits.float().reshape(logits.shape[0])
         labels = None if labels is None else labels.float().reshape(-1)
-        with example_plate(mean.shape[0], num_examples, mean.device):
+        with example_plate(mean.shape[0], num_examples):
             return pyro.sample("labels", dist.Normal(mean, self.scale), obs=labels)
 
 
