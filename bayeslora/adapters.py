@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
@@ -24,12 +25,19 @@ one_at_a_time = threading.RLock()  # the draw in a network and Pyro's stack of h
 
 
 class Draw:
-    """Holds the weight drawn for one layer; empty in every copy, so a network can be deep-copied at any time."""
+    """What is drawn for one layer; empty in every copy, so a network can be deep-copied at any time.
 
-    __slots__ = ("weight",)
+    Either ``weight``, the drawn A: ``(r, n_in)``, or ``(groups, r, n_in)`` for as many equal, consecutive groups of
+    rows of the input. Or ``noise``, the deviation from μ, ``(r, n_in)``, and with ``signs``, ``(rows, n_in)`` of ±1,
+    an own mirror image of it for every row.
+    """
+
+    __slots__ = ("noise", "signs", "weight")
 
     def __init__(self) -> None:
         self.weight: Tensor | None = None
+        self.noise: Tensor | None = None
+        self.signs: Tensor | None = None
 
     def __deepcopy__(self, memo: dict) -> "Draw":
         return Draw()
@@ -37,9 +45,20 @@ class Draw:
     def __reduce__(self):
         return Draw, ()
 
+    def apply(self, mean: Tensor) -> Tensor:
+        """The weight to use instead of μ."""
+        if self.weight is not None:
+            return self.weight
+        if self.noise is None:
+            return mean
+        wide = mean.to(self.noise.dtype)
+        if self.signs is None:
+            return (wide + self.noise).to(mean.dtype)
+        return torch.addcmul(wide, self.noise, self.signs.unsqueeze(-2)).to(mean.dtype)
+
 
 class SampledLinear(nn.Linear):
-    """``lora_A``: uses the drawn weight (r × n_in) while one is set, and its own weight, the mean μ, otherwise."""
+    """``lora_A``: uses the drawn weight while one is set, and its own weight, the mean μ (r × n_in), otherwise."""
 
     draw: Draw
 
@@ -52,8 +71,18 @@ class SampledLinear(nn.Linear):
         return new.train(linear.training)
 
     def forward(self, input: Tensor) -> Tensor:
-        drawn = self.draw.weight
-        return nn.functional.linear(input, self.weight if drawn is None else drawn)
+        weight = self.draw.apply(self.weight)
+        if weight.dim() == 2:
+            return nn.functional.linear(input, weight)
+        groups = weight.shape[0]
+        if input.shape[0] % groups:
+            raise RowsError(f"the input of an adapted layer has {input.shape[0]} rows, not a multiple of {groups}")
+        rows = input.reshape(groups, -1, input.shape[-1])
+        return torch.bmm(rows, weight.mT).reshape(*input.shape[:-1], weight.shape[1])
+
+
+class RowsError(RuntimeError):
+    """Examples do not lie along the first dimension of a layer's input, so they cannot each have a weight."""
 
 
 @dataclass(frozen=True)
@@ -315,28 +344,175 @@ def set_draw(groups: tuple[AdapterGroup, ...], weights: Mapping[str, Tensor]) ->
     """Give every adapter its drawn weight.
 
     Args:
-        weights: Group name to drawn A, one column a row, shape ``(adapters, columns, r)``.
+        weights: Group name to drawn A, one column a row: ``(adapters, columns, r)``, or
+            ``(draws, adapters, columns, r)`` for a batch of as many equal groups of consecutive rows, one a draw.
     """
     check_in_use(groups)
     for group in groups:
         drawn = weights[group.name].mT.to(group.adapters[0].lora_A.weight.dtype)
-        for adapter, weight in zip(group.adapters, drawn.unbind(), strict=True):
+        for adapter, weight in zip(group.adapters, drawn.unbind(-3), strict=True):
             adapter.lora_A.draw.weight = weight
+
+
+def set_noise(
+    groups: tuple[AdapterGroup, ...], noise: Mapping[str, Tensor], signs: Mapping[str, Tensor] | None = None
+) -> None:
+    """Give every adapter a drawn deviation from its mean.
+
+    Args:
+        noise: Group name to A − μ, one column a row: ``(adapters, columns, r)``.
+        signs: Group name to ±1, ``(adapters, examples, columns)``: every example's own mirror image of the columns.
+    """
+    for group in groups:
+        of_group = [None] * len(group) if signs is None else signs[group.name].unbind()
+        for adapter, deviation, sign in zip(group.adapters, noise[group.name].mT.unbind(), of_group, strict=True):
+            adapter.lora_A.draw.noise, adapter.lora_A.draw.signs = deviation, sign
 
 
 def clear_draw(groups: tuple[AdapterGroup, ...]) -> None:
     """Back to the means."""
     for group in groups:
         for adapter in group.adapters:
-            adapter.lora_A.draw.weight = None
+            draw = adapter.lora_A.draw
+            draw.weight = draw.noise = draw.signs = None
 
 
 @contextmanager
-def using_draw(groups: tuple[AdapterGroup, ...], weights: Mapping[str, Tensor], *, keep: bool = False):
-    """Run the network as one draw; ``keep`` leaves it set, for checkpointed layers that recompute in backward."""
+def using_draw(
+    groups: tuple[AdapterGroup, ...], weights: Mapping[str, Tensor], *, keep: bool = False
+) -> Iterator[None]:
+    """Run the network as one draw, or several (see :func:`set_draw`).
+
+    ``keep`` leaves it set, for checkpointed layers that run again in the backward pass.
+    """
     set_draw(groups, weights)
     try:
         yield
     finally:
         if not keep:
             clear_draw(groups)
+
+
+@contextmanager
+def using_noise(
+    groups: tuple[AdapterGroup, ...],
+    noise: Mapping[str, Tensor],
+    signs: Mapping[str, Tensor] | None = None,
+    *,
+    keep: bool = False,
+) -> Iterator[None]:
+    """Run the network with deviations from its means (see :func:`set_noise`); ``keep`` as in :func:`using_draw`."""
+    set_noise(groups, noise, signs)
+    try:
+        yield
+    finally:
+        if not keep:
+            clear_draw(groups)
+
+
+@contextmanager
+def leaves_for_recomputation(groups: tuple[AdapterGroup, ...], network: nn.Module) -> Iterator[None]:
+    """Let checkpointed layers recompute, in the backward pass, with the draw that is set; it stays set.
+
+    Reentrant checkpointing runs a backward pass for each block, and the first would free the graph of the draw that
+    all blocks share. So each adapter gets a leaf instead, and the leaves' gradients go on into the draw's graph where
+    the network's input ends its own backward pass, after the last block.
+    """
+    slots, tensors = [], []
+    for group in groups:
+        for draw in (adapter.lora_A.draw for adapter in group.adapters):
+            for name in ("weight", "noise"):
+                tensor = getattr(draw, name)
+                if tensor is not None and tensor.requires_grad:
+                    slots.append((draw, name))
+                    tensors.append(tensor)
+    if not tensors:
+        yield
+        return
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+    for (draw, name), leaf in zip(slots, leaves, strict=True):
+        setattr(draw, name, leaf)
+    entry, passed = _Handover.apply(leaves, *tensors), []
+
+    def enter(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+        passed.append(module)
+        return output + entry.to(output.dtype)
+
+    handle = network.get_input_embeddings().register_forward_hook(enter)
+    try:
+        yield
+    finally:
+        handle.remove()
+    if not passed:
+        raise InputError(
+            "gradient checkpointing needs the network to look its input embeddings up itself: pass input_ids, or "
+            "switch checkpointing off"
+        )
+
+
+class _Handover(torch.autograd.Function):
+    """A zero whose backward pass hands the leaves' gradients on to the tensors they stand for."""
+
+    @staticmethod
+    def forward(ctx: Any, leaves: list[Tensor], *tensors: Tensor) -> Tensor:
+        ctx.leaves = leaves
+        return tensors[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple:  # type: ignore[override]
+        gradients = [leaf.grad for leaf in ctx.leaves]
+        for leaf in ctx.leaves:
+            leaf.grad = None
+        return None, *gradients
+
+
+@contextmanager
+def evaluation_mode(network: nn.Module) -> Iterator[None]:
+    """Dropout off inside; every module's own mode afterwards."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def rows_are_examples(network: nn.Module, groups: tuple[AdapterGroup, ...], inputs: Mapping[str, Tensor]) -> bool:
+    """Whether the examples of a batch can each have their own weights: false where some adapted layer sees them along
+    another dimension than the first (Longformer's attention), or sees something else (DeBERTa's relative positions).
+
+    Runs two examples together, each with its own random weights, and alone, and compares what the ``lora_A`` return.
+    """
+    pair = {name: value[[0, -1]] for name, value in inputs.items()}
+    generator = torch.Generator().manual_seed(0)
+    device = groups[0].adapters[0].lora_A.weight.device
+    weights = {g.name: torch.randn(2, len(g), g.columns, g.rank, generator=generator).to(device) for g in groups}
+    alone = [{name: value[i : i + 1] for name, value in pair.items()} for i in range(2)]
+    outputs: list[Tensor] = []
+    layers = [adapter.lora_A for group in groups for adapter in group.adapters]
+    hooks = [layer.register_forward_hook(lambda module, args, output: outputs.append(output)) for layer in layers]
+
+    def run(drawn: dict[str, Tensor], batch: dict[str, Tensor]) -> list[Tensor]:
+        outputs.clear()
+        with using_draw(groups, drawn):
+            network(**batch)
+        return [output.float() for output in outputs]
+
+    try:
+        with evaluation_mode(network), torch.no_grad():
+            together = run(weights, pair)
+            for i in range(2):
+                single = run({name: drawn[i] for name, drawn in weights.items()}, alone[i])
+                for one, both in zip(single, together, strict=True):
+                    if both.shape[0] != 2 * one.shape[0] or one.shape[1:] != both.shape[1:]:
+                        return False
+                    mine = both.unflatten(0, (2, -1))[i]
+                    if (mine - one).norm() > 0.05 * one.norm():
+                        return False
+    except RowsError:
+        return False
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return True

@@ -65,6 +65,10 @@ class MonteCLoRAConfig:
         mixture: ``"dense"`` (all components) or ``"sparse"`` (only the component with the largest weight).
         components: ``"collapsed"`` draws the mixture as one Gaussian with exactly its law, at a cost that does
             not depend on N; ``"explicit"`` draws all N Gaussians, to look at them.
+        noise: ``"per_example"`` gives every example of a training batch its own exact draw, by mirroring columns of
+            the noise at random (flipout, Wen et al. 2018): each example's law is the same, and the gradient has
+            less variance. ``"shared"`` uses one draw for the whole batch; so does training wherever rows of an
+            adapted layer's input are not examples, and with a guide whose columns are not symmetric.
         guide: ``"amortized"`` or ``"mean_field"``.
         mode: ``"joint"`` trains everything; ``"post_hoc"`` freezes μ, B and the head, and trains only v and α.
         prior_concentration: α0 of the prior Dir(α0·1_N).
@@ -95,6 +99,7 @@ class MonteCLoRAConfig:
     num_particles: int = 1
     mixture: Literal["dense", "sparse"] = "dense"
     components: Literal["collapsed", "explicit"] = "collapsed"
+    noise: Literal["per_example", "shared"] = "per_example"
     guide: str = "amortized"
     mode: Literal["joint", "post_hoc"] = "joint"
     prior_concentration: float = 1.0
@@ -113,16 +118,11 @@ class MonteCLoRAConfig:
                 object.__setattr__(self, name, (value,))
         if self.kl_weight is None:
             object.__setattr__(self, "kl_weight", 1e-2 if self.normalization == "paper" else 1.0)
+        self._check_names()
         self._check_numbers()
         self._check_choices()
         self._check_lora_options()
 
-    def _check_numbers(self) -> None:
-        self._check_names()
-        _require_integer("r", self.r, 1, MAX_RANK, "the rank of the adapters")
-        _require_integer("num_components", self.num_components, 1, MAX_COMPONENTS, "N, the number of components")
-        _require_integer("num_particles", self.num_particles, 1, MAX_COMPONENTS, "M, draws per training step")
-        _require_number("sample_scaler", self.sample_scaler, "ε; 0 switches sampling off")
     def _check_names(self) -> None:
         if not isinstance(self.target_modules, str):
             _require_names("target_modules", self.target_modules)
@@ -140,6 +140,11 @@ class MonteCLoRAConfig:
         if not isinstance(self.guide, str):
             raise InputError(f"guide must be the name of a guide, got {shown(self.guide)}")
 
+    def _check_numbers(self) -> None:
+        _require_integer("r", self.r, 1, MAX_RANK, "the rank of the adapters")
+        _require_integer("num_components", self.num_components, 1, MAX_COMPONENTS, "N, the number of components")
+        _require_integer("num_particles", self.num_particles, 1, MAX_COMPONENTS, "M, draws per training step")
+        _require_number("sample_scaler", self.sample_scaler, "ε; 0 switches sampling off")
         _require_number("kl_weight", self.kl_weight, "η, the weight of the KL")
         _require_number("cooperation", self.cooperation, "λ_C, the weight of the cooperative loss")
         _require_number("lora_alpha", self.lora_alpha, "LoRA's scaling numerator", positive=True)
@@ -165,6 +170,7 @@ class MonteCLoRAConfig:
             "normalization": ("paper", "elbo"),
             "mixture": ("dense", "sparse"),
             "components": ("collapsed", "explicit"),
+            "noise": ("per_example", "shared"),
             "mode": ("joint", "post_hoc"),
             "alpha_init": ("random", "ones"),
         }

@@ -4,7 +4,7 @@ r"""The cooperative ELBO: Pyro's mean-field ELBO with a KL weight, the paper's c
     \mathrm{loss} = -\tfrac1n \sum_{\text{data}} \log p(y \mid x, A) + \eta\,\mathrm{KL} + \lambda_C \sum_k \pi_k^2
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -13,13 +13,15 @@ from pyro import poutine
 from pyro.distributions import Delta, Dirichlet
 from pyro.infer import TraceMeanField_ELBO
 from pyro.poutine.trace_struct import Trace
-from pyro.poutine.util import prune_subsample_sites
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import kl_divergence
 
 from bayeslora.config import MonteCLoRAConfig
 from bayeslora.distributions import expected_cooperation
 from bayeslora.errors import InputError
+
+Nodes = Mapping[str, dict]  # site name to its record, as in pyro.poutine.Trace.nodes
 
 
 class _Counts(NamedTuple):
@@ -98,11 +100,18 @@ class CooperativeELBO(TraceMeanField_ELBO):
         return cls(config.kl_weight, config.cooperation, config.normalization, config.num_particles)
 
     def differentiable_loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
+        def run() -> tuple[Nodes, Nodes]:
+            guide_trace = poutine.trace(guide, graph_type="flat").get_trace(*args, **kwargs)
+            return _replay(model, guide_trace, args, kwargs).nodes, guide_trace.nodes
+
+        return self.average(run)
+
+    def average(self, run: Callable[[], tuple[Nodes, Nodes]]) -> Tensor:
+        """The loss over ``num_particles`` runs, each of which returns the sites of the model and of the guide: nodes
+        as in a Pyro trace, the model's at the guide's values."""
         total, parts = None, None
         for _ in range(self.num_particles):
-            guide_trace = poutine.trace(guide, graph_type="flat").get_trace(*args, **kwargs)
-            model_trace = _replay(model, guide_trace, args, kwargs)
-            loss, particle = self._particle(prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace))
+            loss, particle = self._particle(*run())
             total = loss if total is None else total + loss
             if parts is None:
                 parts = ELBOParts(torch.zeros_like(particle.task))
@@ -121,10 +130,10 @@ class CooperativeELBO(TraceMeanField_ELBO):
             loss.backward()
         return loss.item()
 
-    def _particle(self, model_trace: Trace, guide_trace: Trace) -> tuple[Tensor, ELBOParts]:
-        latent = {n: s for n, s in _samples(model_trace) if not s["is_observed"]}
-        observed = [s for _, s in _samples(model_trace) if s["is_observed"]]
-        sampled = dict(_samples(guide_trace))
+    def _particle(self, model_nodes: Nodes, guide_nodes: Nodes) -> tuple[Tensor, ELBOParts]:
+        latent = {n: s for n, s in _samples(model_nodes) if not s["is_observed"]}
+        observed = [s for _, s in _samples(model_nodes) if s["is_observed"]]
+        sampled = dict(_samples(guide_nodes))
         _check_sites(latent, sampled)
         task, num_examples = _task_loss(observed)
         counts = _Counts(num_examples, _total_adapters(latent.values()))
@@ -185,8 +194,9 @@ def _replay(model: Callable, guide_trace: Trace, args: tuple, kwargs: dict) -> T
         raise InputError(f"the guide was built for another model: {str(error).splitlines()[0]}") from error
 
 
-def _samples(trace: Trace):
-    return ((name, site) for name, site in trace.nodes.items() if site["type"] == "sample")
+def _samples(nodes: Nodes) -> Iterator[tuple[str, dict]]:
+    """The random sites, without the bookkeeping ones that plates leave."""
+    return ((n, s) for n, s in nodes.items() if s["type"] == "sample" and not site_is_subsample(s))
 
 
 def _check_sites(latent: dict[str, dict], sampled: dict[str, dict]) -> None:

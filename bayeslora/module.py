@@ -2,7 +2,8 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,26 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from bayeslora.adapters import adapt, check_in_use, clear_draw, is_quantized, one_at_a_time
+from bayeslora.adapters import (
+    adapt,
+    check_in_use,
+    clear_draw,
+    is_quantized,
+    one_at_a_time,
+    rows_are_examples,
+    using_noise,
+)
 from bayeslora.config import MonteCLoRAConfig
 from bayeslora.distributed import own_noise, refuse_sharded
-from bayeslora.elbo import CooperativeELBO
+from bayeslora.distributions import random_signs
+from bayeslora.elbo import CooperativeELBO, Nodes
 from bayeslora.errors import InputError
-from bayeslora.guides import GUIDES
+from bayeslora.guides import GUIDES, Guide
 from bayeslora.models import MonteCLoRA
 from bayeslora.predict import PosteriorDraws, Prediction, posterior_draws, predict, sample_sites
+from bayeslora.recorder import Recorder
+
+logger = logging.getLogger(__name__)
 
 
 class BayesLoRA(nn.Module):
@@ -64,6 +77,7 @@ class BayesLoRA(nn.Module):
         self.guide = self._build_guide(guide)
         self.elbo = CooperativeELBO.from_config(config)
         self.sampling = config.sample_scaler > 0
+        self._rows: bool | None = None  # whether examples can have their own noise; looked up at the first batch
         self._freeze()
 
     def _build_guide(self, guide: Callable[[MonteCLoRA], nn.Module] | None) -> nn.Module:
@@ -149,6 +163,11 @@ class BayesLoRA(nn.Module):
         """
         named = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
         inputs |= {name: value for name, value in named.items() if value is not None}
+        if getattr(self, "_is_replica", False):
+            raise InputError(
+                "the copies that torch.nn.DataParallel makes share one draw: launch one process for each device with "
+                "torchrun, or show this one a single device (CUDA_VISIBLE_DEVICES=0)"
+            )
         return self._run(labels, inputs, traced=torch.compiler.is_compiling())
 
     @torch.compiler.disable  # the network may be compiled; Pyro's bookkeeping around it would be traced at every step
@@ -163,11 +182,6 @@ class BayesLoRA(nn.Module):
             return self._run_alone(labels, inputs)
 
     def _run_alone(self, labels: Tensor | None, inputs: dict[str, Any]) -> SequenceClassifierOutput:
-        if getattr(self, "_is_replica", False):
-            raise InputError(
-                "the copies that torch.nn.DataParallel makes share one draw: launch one process for each device with "
-                "torchrun, or show this one a single device (CUDA_VISIBLE_DEVICES=0)"
-            )
         clear_draw(self.model.groups)
         if labels is None:
             return SequenceClassifierOutput(logits=self.network(**inputs).logits)
@@ -184,14 +198,64 @@ class BayesLoRA(nn.Module):
                 "normalization='elbo' divides the KL by the number of training examples, which is not known: "
                 "set bayes.num_examples = len(train_dataset) (fit does), or use normalization='paper'"
             )
+        if self.elbo.num_particles > 1 and self.model.recomputes():
+            raise InputError(
+                "gradient checkpointing recomputes layers with the last draw only, so num_particles must be 1 with it: "
+                "accumulate gradients over several steps instead"
+            )
         logits: list[Tensor] = []
+        with pyro.validation_enabled(False):
+            if isinstance(self.guide, Guide) and type(self.guide).forward is Guide.forward:
+                loss = self.elbo.average(lambda: self._run_directly(logits, **batch))
+            else:  # forward, not call: parameters stay out of Pyro's global store
 
-        def model(**kwargs: Any) -> None:
-            logits.append(self.model.joint(**kwargs)[0])
+                def model(**kwargs: Any) -> None:
+                    logits.append(self.model.joint(**kwargs)[0])
 
-        with pyro.validation_enabled(False):  # forward, not call: parameters stay out of Pyro's global store
-            loss = self.elbo.differentiable_loss(model, self.guide.forward, **batch)
+                loss = self.elbo.differentiable_loss(model, self.guide.forward, **batch)
         return SequenceClassifierOutput(loss=loss, logits=torch.stack(logits).mean(0).detach())
+
+    def _run_directly(self, outputs: list[Tensor], **batch: Any) -> tuple[Nodes, Nodes]:
+        """One particle without Pyro's handlers around the latent sites: same sites, values and gradients."""
+        guide = Recorder()
+        with self.model.constant_means(), self.model.full_precision():
+            self.guide.run(guide)
+            model = Recorder(guide.values())
+            draw = self.model.run(model)
+            noise = {group.name: draw[group.name] - self.model.mean(group) for group in self.model.groups}
+            signs = self._signs(batch) if self._has_own_noise(batch) else None
+        with using_noise(self.model.groups, noise, signs, keep=self.model.recomputes()):
+            observed = pyro.poutine.trace(self.model.observe).get_trace(**batch)
+        outputs.append(observed.nodes["_RETURN"]["value"][0])
+        return {**model.nodes, **observed.nodes}, guide.nodes
+
+    def _has_own_noise(self, batch: dict[str, Tensor]) -> bool:
+        """Whether each example of a training batch gets its own noise."""
+        if self.monteclora_config.noise == "shared" or not self.guide.symmetric_columns:
+            return False
+        unknown = self._rows is None
+        rows = self.rows_are_examples({name: value for name, value in batch.items() if name != "labels"})
+        if unknown and not rows:
+            logger.warning(
+                "%s has adapted layers whose rows are not the examples: a batch shares one draw of the noise",
+                type(self.network.get_base_model()).__name__,
+            )
+        return rows
+
+    def rows_are_examples(self, inputs: Mapping[str, Tensor]) -> bool:
+        """Whether examples of one batch can have different draws; found out with the first ``inputs``.
+
+        See :func:`bayeslora.adapters.rows_are_examples`.
+        """
+        if self._rows is None:
+            self._rows = rows_are_examples(self.network, self.model.groups, inputs)
+        return self._rows
+
+    def _signs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """±1 for every adapter, example and column: each example's own mirror image of the noise."""
+        examples = len(batch["labels"])
+        device = batch["labels"].device
+        return {g.name: random_signs(len(g), examples, g.columns, device=device) for g in self.model.groups}
 
     def _loss_at_mean(self, **batch: Any) -> SequenceClassifierOutput:
         with pyro.validation_enabled(False):
@@ -235,16 +299,7 @@ class BayesLoRA(nn.Module):
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
     ) -> None:
-        """Recompute activations in the backward pass; the recomputed layers see the same draw.
-
-        Raises:
-            InputError: for ``use_reentrant=True``.
-        """
-        if (activation_checkpointing_kwargs or {}).get("use_reentrant"):
-            raise InputError(
-                "reentrant checkpointing runs a backward pass for each block, and the first frees the graph of the "
-                "draw that all of them share: use activation_checkpointing_kwargs={'use_reentrant': False}"
-            )
+        """Recompute activations in the backward pass, reentrantly or not; recomputed layers see the same draw."""
         base = self.network.get_base_model()
         enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
         enable(activation_checkpointing_kwargs, **options)

@@ -45,7 +45,8 @@ class AmortizedGuide(Guide):
     def variational_parameters(self, group: AdapterGroup) -> tuple[Tensor, Tensor]:
         kind, fixed = getattr(self, f"kind_{group.name}"), getattr(self, f"fixed_{group.name}")
         with torch.no_grad():  # it describes the adapter; μ itself is trained by the task
-            scale_of_mean = group.mean().square().mean((-2, -1)).clamp(min=1e-12).log() / 2
+            norm = torch.linalg.vector_norm(self.model.mean(group), dim=(-2, -1))
+            scale_of_mean = (norm / math.sqrt(group.columns * group.rank)).clamp(min=1e-6).log()
         features = torch.cat([fixed, scale_of_mean.unsqueeze(-1)], dim=-1)  # (adapters, features)
         hidden = torch.tanh(self.hidden(features) + self.embedding(kind))
         output = self.output(hidden)

@@ -1,5 +1,7 @@
 """What every MonteCLoRA guide shares: given v and α, the three sites of the posterior."""
 
+from typing import Any
+
 import pyro
 import pyro.distributions as dist
 import torch
@@ -27,6 +29,10 @@ class Guide(PyroModule):
         model: The model whose sites it approximates.
     """
 
+    #: A column's deviation from μ is as likely as its mirror image, whatever the other columns are; per-example noise
+    #: rests on it. A subclass with correlated or skewed columns sets it to False.
+    symmetric_columns = True
+
     def __init__(self, model: MonteCLoRA):
         super().__init__("guide")
         self._model = (model,)  # in a tuple: the model's parameters are its own
@@ -42,30 +48,36 @@ class Guide(PyroModule):
 
     def forward(self, *args, **kwargs) -> dict[str, Tensor]:
         """Sample every site once; returns site name to value."""
+        return self.run(pyro)
+
+    def run(self, program: Any) -> dict[str, Tensor]:
+        """The guide's program, under Pyro's primitives or a :class:`~bayeslora.recorder.Recorder`'s."""
         draw: dict[str, Tensor] = {}
         with self.model.full_precision():
             for group in self.model.groups:
-                draw |= self._sample_group(group)
+                draw |= self._sample_group(group, program)
         return draw
 
-    def _sample_group(self, group: AdapterGroup) -> dict[str, Tensor]:
+    def _sample_group(self, group: AdapterGroup, program: Any) -> dict[str, Tensor]:
         config, name = self.config, group.name
         log_v, log_alpha = self.variational_parameters(group)
         wishart = WishartCholesky(self.model.degrees_of_freedom(group), log_v.exp().unsqueeze(-2))
         column_kl = {"expected_kl": expected_column_kl(wishart)}  # (adapters, 1), exact over Σ
-        columns = pyro.plate(f"columns_{name}", group.columns, dim=-1)
-        with pyro.plate(f"adapters_{name}", len(group), dim=-2):
-            pi = pyro.sample(f"pi_{name}", MixtureWeights(log_alpha.exp().unsqueeze(-2)))
-            factor = pyro.sample(f"sigma_tril_{name}", wishart)
+        columns = program.plate(f"columns_{name}", group.columns, dim=-1)
+        with program.plate(f"adapters_{name}", len(group), dim=-2):
+            pi = program.sample(f"pi_{name}", MixtureWeights(log_alpha.exp().unsqueeze(-2)))
+            factor = program.sample(f"sigma_tril_{name}", wishart)
             if config.components == "explicit":
                 normal = dist.MultivariateNormal(factor.new_zeros(group.rank), scale_tril=factor)
-                with pyro.plate(f"components_{name}", config.num_components, dim=-3), columns:
-                    site, value = f"S_{name}", pyro.sample(f"S_{name}", normal, infer=column_kl)
+                with program.plate(f"components_{name}", config.num_components, dim=-3), columns:
+                    site, value = f"S_{name}", program.sample(f"S_{name}", normal, infer=column_kl)
             else:
                 weights = active_weights(pi[..., 0, :], config.mixture)
-                posterior = CollapsedMixture(group.mean(), factor[..., 0, :, :], weights, config.sample_scaler)
+                posterior = CollapsedMixture(
+                    self.model.mean(group), factor[..., 0, :, :], weights, config.sample_scaler
+                )
                 with columns:
-                    site, value = f"A_{name}", pyro.sample(f"A_{name}", posterior, infer=column_kl)
+                    site, value = f"A_{name}", program.sample(f"A_{name}", posterior, infer=column_kl)
         return {f"pi_{name}": pi, f"sigma_tril_{name}": factor, site: value}
 
 

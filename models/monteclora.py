@@ -15,7 +15,8 @@ Reference: Sengupta et al., *Robust and Efficient Fine-tuning of LLMs with Bayes
 Adaptation* (TMLR 2025), section 4.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pyro
@@ -24,7 +25,7 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from bayeslora.adapters import AdapterGroup, adapt, find_groups, using_draw
+from bayeslora.adapters import AdapterGroup, adapt, find_groups, leaves_for_recomputation, using_draw
 from bayeslora.config import MonteCLoRAConfig
 from bayeslora.distributions import CollapsedMixture, MixtureWeights, WishartCholesky, active_weights
 from bayeslora.models.likelihoods import likelihood_for
@@ -59,6 +60,7 @@ class MonteCLoRA(PyroModule):
         self._checkpointable = tuple(m for m in adapted.modules() if hasattr(m, "gradient_checkpointing"))
         self.config = config
         self.groups = find_groups(adapted)
+        self._means: dict[str, Tensor] = {}
         self.likelihood = likelihood if likelihood is not None else likelihood_for(adapted.get_base_model())
         self.num_examples = num_examples
 
@@ -85,43 +87,68 @@ class MonteCLoRA(PyroModule):
             The network's logits under this draw, and the labels.
         """
         with self.full_precision():
-            draw = {group.name: self._sample_group(group) for group in self.groups}
-        with using_draw(self.groups, draw, keep=self._recomputes()):
+            draw = self.run(pyro)
+        with using_draw(self.groups, draw, keep=self.recomputes()):
+            return self.observe(labels=labels, **inputs)
+
+    def run(self, program: Any) -> dict[str, Tensor]:
+        """The prior's program, under Pyro's primitives or a :class:`~bayeslora.recorder.Recorder`'s.
+
+        Returns:
+            Group name to A, one column a row: ``(adapters, columns, r)``.
+        """
+        return {group.name: self._sample_group(group, program) for group in self.groups}
+
+    def observe(self, labels: Tensor | None = None, **inputs: Any) -> tuple[Tensor, Tensor]:
+        """The likelihood's site, given the weights that are set; returns logits and labels."""
+        recomputed = leaves_for_recomputation(self.groups, self.network) if self.recomputes() else nullcontext()
+        with recomputed:
             logits = self.network(**inputs).logits
         # forward, not call: σ enters Pyro's global store only where the whole model is called as a Pyro model
         return logits, self.likelihood.forward(logits, labels, self.num_examples)
 
     def mean_field(self, labels: Tensor | None = None, **inputs: Any) -> tuple[Tensor, Tensor]:
         """The same with every A at its mean μ: no latent site, plain LoRA."""
-        logits = self.network(**inputs).logits
-        # forward, not call: σ enters Pyro's global store only where the whole model is called as a Pyro model
-        return logits, self.likelihood.forward(logits, labels, self.num_examples)
+        return self.observe(labels=labels, **inputs)
+
+    def mean(self, group: AdapterGroup) -> Tensor:
+        """μ of a group's adapters, one column a row: ``(adapters, columns, r)``."""
+        return self._means[group.name] if self._means else group.mean()
+
+    @contextmanager
+    def constant_means(self) -> Iterator[None]:
+        """Inside, :meth:`mean` is computed once and takes no gradient: μ gets its own through the layers."""
+        self._means = {group.name: group.mean().detach() for group in self.groups}
+        try:
+            yield
+        finally:
+            self._means = {}
 
     def weights(self, sites: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A of every group from the values of its sites: group name to ``(adapters, columns, r)``."""
         return {group.name: self._adapted_matrix(group, sites) for group in self.groups}
 
-    def _sample_group(self, group: AdapterGroup) -> Tensor:
+    def _sample_group(self, group: AdapterGroup, program: Any) -> Tensor:
         config, name = self.config, group.name
         device = group.adapters[0].lora_A.weight.device
         shape = (len(group), 1, config.num_components)
         concentration = torch.full(shape, float(config.prior_concentration), device=device)
         identity = torch.eye(group.rank, device=device).expand(len(group), 1, group.rank, group.rank)
-        adapters = pyro.plate(f"adapters_{name}", len(group), dim=-2)
-        columns = pyro.plate(f"columns_{name}", group.columns, dim=-1)
+        adapters = program.plate(f"adapters_{name}", len(group), dim=-2)
+        columns = program.plate(f"columns_{name}", group.columns, dim=-1)
         with adapters:
-            pi = pyro.sample(f"pi_{name}", MixtureWeights(concentration))
+            pi = program.sample(f"pi_{name}", MixtureWeights(concentration))
             scale = identity.diagonal(dim1=-2, dim2=-1)
-            pyro.sample(f"sigma_tril_{name}", WishartCholesky(self.degrees_of_freedom(group), scale))
+            program.sample(f"sigma_tril_{name}", WishartCholesky(self.degrees_of_freedom(group), scale))
             if config.components == "explicit":
                 standard = dist.Normal(torch.zeros((), device=device), 1).expand([group.rank]).to_event(1)
-                with pyro.plate(f"components_{name}", config.num_components, dim=-3), columns:
-                    components = pyro.sample(f"S_{name}", standard)
+                with program.plate(f"components_{name}", config.num_components, dim=-3), columns:
+                    components = program.sample(f"S_{name}", standard)
                 return self._adapted_matrix(group, {f"pi_{name}": pi, f"S_{name}": components})
             weights = active_weights(pi[..., 0, :], config.mixture)
-            prior = CollapsedMixture(group.mean(), identity[..., 0, :, :], weights, config.sample_scaler)
+            prior = CollapsedMixture(self.mean(group), identity[..., 0, :, :], weights, config.sample_scaler)
             with columns:
-                return pyro.sample(f"A_{name}", prior)
+                return program.sample(f"A_{name}", prior)
 
     def _adapted_matrix(self, group: AdapterGroup, sites: Mapping[str, Tensor]) -> Tensor:
         name = group.name
@@ -129,9 +156,9 @@ class MonteCLoRA(PyroModule):
             return sites[f"A_{name}"]
         weights = active_weights(sites[f"pi_{name}"][..., 0, :], self.config.mixture)  # (adapters, N)
         noise = torch.einsum("ak,kacr->acr", weights, sites[f"S_{name}"])
-        return group.mean() + self.config.sample_scaler * noise
+        return self.mean(group) + self.config.sample_scaler * noise
 
-    def _recomputes(self) -> bool:
+    def recomputes(self) -> bool:
         """Whether layers run again in the backward pass, and must then see the same draw."""
         return torch.is_grad_enabled() and any(module.gradient_checkpointing for module in self._checkpointable)
 

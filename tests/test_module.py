@@ -152,7 +152,7 @@ class TestOneDrawOneFunction:
     """PITFALLS 13."""
 
     def test_every_token_and_example_sees_the_same_weight(self):
-        bayes = randomize_b(module()).eval()
+        bayes = randomize_b(module(noise="shared")).eval()
         bayes.training = True  # sampling without dropout
         one = inputs_only(tiny_batch(1))
         twice = {name: value.repeat(4, 1) for name, value in one.items()} | {"labels": torch.zeros(4).long()}
@@ -229,34 +229,49 @@ def test_data_driven_posterior():
     assert (means["none"] - start).abs().max() < 0.01  # v starts where the KL is smallest
 
 
-def test_checkpointed_layers_recompute_the_same_draw():
-    """PITFALLS 8."""
-    gradients = []
-    for checkpointing in (False, True):
-        bayes = randomize_b(module("bert")).eval()
-        if checkpointing:
-            bayes.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-        for part in bayes.modules():
-            part.training = not isinstance(part, torch.nn.Dropout)  # checkpointing needs training mode
-        torch.manual_seed(7)
+def checkpointed_gradients(reentrant, *, by_hand=False, pyro_svi=False, **options):
+    """Gradients of one seeded step; ``reentrant=None`` is the plain run."""
+    bayes = randomize_b(module("bert", **options)).eval()
+    network = bayes.network.get_base_model() if by_hand else bayes
+    if reentrant is not None:
+        network.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
+    for part in bayes.modules():
+        part.training = not isinstance(part, torch.nn.Dropout)  # checkpointing needs training mode
+    torch.manual_seed(7)
+    if pyro_svi:
+        bayes.elbo.differentiable_loss(bayes.model.joint, bayes.guide.forward, **tiny_batch()).backward()
+    else:
         bayes(**tiny_batch()).loss.backward()
-        gradients.append({n: p.grad.clone() for n, p in bayes.named_parameters() if p.requires_grad})
-    for name, expected in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], expected, rtol=1e-5, atol=1e-7)
+    return {n: p.grad.clone() for n, p in bayes.named_parameters() if p.requires_grad}
 
 
-def test_reentrant_checkpointing_is_refused_with_its_reason():
-    with pytest.raises(InputError, match="reentrant"):
-        module().activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("options", [
+    {"noise": "shared"}, {"noise": "per_example"}, {"components": "explicit"}, {"pyro_svi": True}, {"by_hand": True}
+], ids=str)  # fmt: skip
+def test_checkpointed_layers_recompute_the_same_draw(reentrant, options):
+    """PITFALLS 8; ``by_hand`` switches checkpointing on in the network, behind our back."""
+    expected, found = checkpointed_gradients(None, **options), checkpointed_gradients(reentrant, **options)
+    for name, gradient in expected.items():
+        assert gradient.any() or "lora_A" not in name
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-7)
 
 
-def test_reentrant_checkpointing_behind_our_back_is_an_error_not_a_wrong_gradient():
+def test_checkpointing_with_several_particles_is_refused():
+    """Recomputed layers could only see the last particle's draw."""
+    bayes = module(num_particles=2)
+    bayes.activation_checkpointing_enable()
+    with pytest.raises(InputError, match="accumulat"):
+        bayes(**tiny_batch())
+
+
+def test_checkpointing_without_the_embeddings_is_an_error_not_a_missing_gradient():
     bayes = randomize_b(module())
-    base = bayes.network.get_base_model()
-    base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
-    base.enable_input_require_grads()
-    with pytest.raises(RuntimeError, match="second time"):
-        bayes(**tiny_batch()).loss.backward()
+    bayes.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
+    batch = tiny_batch()
+    embedded = bayes.network.get_input_embeddings()(batch.pop("input_ids"))
+    with pytest.raises(InputError, match="input_ids"):
+        bayes(inputs_embeds=embedded, **batch)
 
 
 def test_deepcopy_after_a_step_gives_an_independent_equal():
