@@ -57,7 +57,7 @@ def to_arviz(
         num_samples: Number of draws.
         seed: Decides the draws; posterior and predictions use the same one, so draw s is one network in both.
         adapters: Names of the adapters whose whole matrix A is kept.
-        batch_size: Examples per forward pass.
+        batch_size: Rows of one forward pass, see :func:`bayeslora.predict.predict`.
 
     Returns:
         ``arviz.InferenceData``, or ``xarray.DataTree`` with ArviZ 1.0 and later. Its attributes hold

@@ -1,7 +1,7 @@
 """Posterior predictive: average over whole networks, each one coherent draw of all adapters."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from bayeslora.adapters import AdapterGroup, clear_draw, using_draw
+from bayeslora.adapters import AdapterGroup, evaluation_mode, using_draw
 from bayeslora.analysis.uncertainty import mutual_information, predictive_entropy
 from bayeslora.distributions import active_weights
 from bayeslora.errors import InputError
+from bayeslora.prefix import MAX_KEPT_BYTES, Prefix
 
 if TYPE_CHECKING:
     from bayeslora.module import BayesLoRA
@@ -94,10 +95,15 @@ def predict(
         bayes: The fitted module; its training mode is restored afterwards.
         dataset: Encoded examples, a sequence of dicts such as a ``datasets.Dataset``; ``labels`` are optional.
         num_samples: S; each draw is one network for all examples. 0 runs the posterior mean instead.
-        batch_size: Examples per forward pass; changes memory and speed, not the result beyond rounding.
+        batch_size: Rows of one forward pass, examples times draws: a batch of fewer examples is run for several draws
+            at once, where the network keeps its examples in rows. Changes memory and speed, not the result beyond
+            rounding (1e-6 in the probabilities of a float32 network).
         seed: Draw s is the same for any S, batch size and data set with the same seed. ``None`` for fresh draws.
         keep_draws: Keep every draw's output, ``S × n × C`` numbers.
         progress: Show a progress bar.
+
+    Whatever the network computes before its first adapter is computed once for all draws of a batch
+    (:mod:`bayeslora.prefix`).
 
     Raises:
         InputError: for an empty data set or a negative number of draws.
@@ -113,28 +119,77 @@ def predict(
         num_samples, copies = 0, max(num_samples, 1)
     collate = Collator.for_network(bayes.network)
     batches, order = _batches_by_length(dataset, batch_size)
-    outputs: list[np.ndarray] = []
-    labels: np.ndarray | None = None
+    outputs: list[Tensor] = []
+    targets: list[Tensor | None] = []
     with _evaluating(bayes), _progress(len(batches) * max(num_samples, 1), progress) as bar:
-        for use_draw in _networks(bayes, num_samples, seed):
-            rows, found = [], []
-            with use_draw:
-                for batch in batches:
-                    inputs = collate(batch).to(bayes.network.device)
-                    target = inputs.pop("labels", None)
-                    rows.append(bayes.network(**inputs).logits.float().cpu())
-                    found.append(target)
-                    bar.update()
-            outputs.append(torch.cat(rows).numpy()[order])
-            if labels is None and all(target is not None for target in found):
-                labels = torch.cat(found).cpu().numpy()[order]
-    return _summarize(bayes, outputs * copies, labels, keep_draws)
+        draws = _Draws(bayes, num_samples, seed)
+        prefix = Prefix(bayes.network, bayes.model.groups)
+        for batch in batches:
+            inputs = collate(batch).to(bayes.network.device)
+            targets.append(inputs.pop("labels", None))
+            parts = []
+            for part in _logits(bayes, inputs, draws, prefix, batch_size):
+                parts.append(part.float().cpu())
+                bar.update(len(part))
+            outputs.append(torch.cat(parts))
+    labelled = [target.cpu() for target in targets if target is not None]
+    labels = torch.cat(labelled).numpy()[order] if len(labelled) == len(targets) else None
+    logits = torch.cat(outputs, 1).numpy()[:, order]  # (S, n, C)
+    return _summarize(bayes, logits.repeat(copies, axis=0), labels, keep_draws)
 
 
-def _summarize(bayes: "BayesLoRA", outputs: list[np.ndarray], labels: np.ndarray | None, keep: bool) -> Prediction:
+def _logits(bayes: "BayesLoRA", inputs: "Batch", draws: "_Draws", prefix: Prefix, batch_size: int) -> Iterator[Tensor]:
+    """One batch under every draw, or at the mean: shapes ``(draws, n, C)``, as many draws as fit at a time."""
+    if draws.count == 0:
+        yield bayes.network(**inputs).logits.unsqueeze(0)
+        return
+    together = _draws_together(bayes, inputs, draws, batch_size)
+    prefix.run(inputs, repeat=together > 1)
+    for start in range(0, draws.count, together):
+        count = min(together, draws.count - start)
+        repeated = {name: torch.cat([value] * count) for name, value in inputs.items()}
+        with using_draw(bayes.model.groups, draws.weights(start, count)), prefix.reused(count):
+            logits = bayes.network(**repeated).logits
+        yield logits.unflatten(0, (count, -1))
+
+
+def _draws_together(bayes: "BayesLoRA", inputs: "Batch", draws: "_Draws", batch_size: int) -> int:
+    """How many draws one forward pass takes."""
+    examples = len(next(iter(inputs.values())))
+    fitting = min(batch_size // examples, draws.count, MAX_KEPT_BYTES // draws.bytes_each)
+    without_padding = "input_ids" in inputs and getattr(bayes.config, "pad_token_id", None) is None
+    if fitting < 2 or without_padding:  # transformers' decoders then take one row only
+        return 1
+    return fitting if bayes.rows_are_examples(inputs) else 1
+
+
+class _Draws:
+    """A of every adapter in ``count`` draws: kept where they take up to a GiB, else drawn anew for every use."""
+
+    def __init__(self, bayes: "BayesLoRA", count: int, seed: int | None):
+        self.bayes, self.count = bayes, count
+        self.seed = int(torch.randint(2**62, ())) if seed is None and count else seed
+        self.bytes_each = sum(group.mean().nbytes for group in bayes.model.groups)
+        self.kept = self._draw(range(count)) if 0 < count * self.bytes_each <= MAX_KEPT_BYTES else None
+
+    def weights(self, start: int, count: int) -> dict[str, Tensor]:
+        """Group name to A of consecutive draws, as :func:`bayeslora.adapters.set_draw` takes them."""
+        if self.kept is None:
+            drawn = self._draw(range(start, start + count))
+        else:
+            drawn = {name: values[start : start + count] for name, values in self.kept.items()}
+        return drawn if count > 1 else {name: values[0] for name, values in drawn.items()}
+
+    def _draw(self, indices: range) -> dict[str, Tensor]:
+        model = self.bayes.model
+        with model.constant_means():
+            draws = [model.weights(_draw_sites(self.bayes, self.seed, index)) for index in indices]
+        return {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
+
+
+def _summarize(bayes: "BayesLoRA", logits: np.ndarray, labels: np.ndarray | None, keep: bool) -> Prediction:
     from bayeslora.models import GaussianLikelihood
 
-    logits = np.stack(outputs)  # (S, n, C)
     likelihood = bayes.model.likelihood
     if isinstance(likelihood, GaussianLikelihood):
         means = logits.reshape(logits.shape[0], -1).astype(np.float64)
@@ -166,11 +221,15 @@ def sample_sites(bayes: "BayesLoRA", num_samples: int, seed: int | None) -> Iter
     """Draws of the guide's sites, one at a time; draw s depends on (seed, s) alone."""
     if num_samples < 1:
         raise InputError(f"num_samples must be at least 1, got {num_samples}")
-    sites = {f"{kind}_{g.name}" for g in bayes.model.groups for kind in ("pi", "sigma_tril", "A", "S")}
     for index in range(num_samples):
-        with torch.no_grad(), _seeded(seed, index), pyro.validation_enabled(False):
-            trace = pyro.poutine.trace(bayes.guide.forward).get_trace()
-            yield {name: site["value"] for name, site in trace.nodes.items() if name in sites}
+        yield _draw_sites(bayes, seed, index)
+
+
+def _draw_sites(bayes: "BayesLoRA", seed: int | None, index: int) -> dict[str, Tensor]:
+    names = {f"{kind}_{g.name}" for g in bayes.model.groups for kind in ("pi", "sigma_tril", "A", "S")}
+    with torch.no_grad(), _seeded(seed, index), pyro.validation_enabled(False):
+        trace = pyro.poutine.trace(bayes.guide.forward).get_trace()
+    return {name: site["value"] for name, site in trace.nodes.items() if name in names}
 
 
 def posterior_draws(
@@ -259,26 +318,18 @@ def _batches_by_length(dataset: Any, batch_size: int) -> tuple[list[list[dict[st
     return batches, np.argsort(by_length)
 
 
-def _networks(bayes: "BayesLoRA", num_samples: int, seed: int | None) -> Iterator[Any]:
-    """A context for every network to run: the mean, or one per draw."""
-    if num_samples == 0:
-        yield nullcontext()
-        return
-    for sites in sample_sites(bayes, num_samples, seed):
-        yield using_draw(bayes.model.groups, bayes.model.weights(sites))
-
-
 @contextmanager
 def _evaluating(bayes: "BayesLoRA") -> Iterator[None]:
-    modes = [(module, module.training) for module in bayes.modules()]
-    bayes.eval()
-    clear_draw(bayes.model.groups)
+    config = bayes.config
+    caching = getattr(config, "use_cache", None)
+    if caching:
+        config.use_cache = False  # keys and values that no later token will ask for
     try:
-        with torch.inference_mode():
+        with evaluation_mode(bayes), torch.inference_mode():
             yield
     finally:
-        for module, training in modes:
-            module.training = training
+        if caching:
+            config.use_cache = caching
 
 
 @contextmanager

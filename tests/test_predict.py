@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from bayeslora import InputError
+from bayeslora import predict as predict_module
 from bayeslora.adapters import using_draw
 from tests.conftest import tiny_batch, tiny_dataset
 from tests.test_module import module, randomize_b
+from tests.test_prefix import adapted
 
 KINDS = ["bert", "gpt2", "llama"]
 
@@ -40,6 +42,13 @@ def outputs_by_hand(bayes, dataset, num_samples, seed=0):
 
 def alone(network, example):
     return network(input_ids=torch.tensor([example["input_ids"]])).logits
+
+
+def count_rows(layer):
+    """The rows of every call of ``layer`` from now on."""
+    rows = []
+    layer.register_forward_hook(lambda module, args, output: rows.append(len(args[0])))
+    return rows
 
 
 def without_labels(dataset):
@@ -94,13 +103,92 @@ def test_one_draw_is_one_function_for_all_batches():
 def test_seed_decides_the_draws():
     bayes, data = fitted(), tiny_dataset(6)
     few, many = (bayes.predict(data, num_samples=count, seed=5).sample_probs for count in (2, 4))
-    assert np.array_equal(few, many[:2])  # draw s does not depend on S
+    np.testing.assert_allclose(few, many[:2], atol=1e-6)  # draw s does not depend on S
     assert np.array_equal(many, bayes.predict(data, num_samples=4, seed=5).sample_probs)
     part = bayes.predict(data[:3], num_samples=4, seed=5).sample_probs
     np.testing.assert_allclose(part, many[:, :3], atol=1e-6)  # nor on the data set
     assert not np.allclose(few, bayes.predict(data, num_samples=2, seed=6).sample_probs, atol=1e-4)
     fresh = [bayes.predict(data, num_samples=2, seed=None).sample_probs for _ in range(2)]
     assert not np.allclose(*fresh, atol=1e-4)
+
+
+def test_fresh_draws_are_the_same_for_all_batches(monkeypatch):
+    for limit in (2**30, 0):
+        monkeypatch.setattr(predict_module, "MAX_KEPT_BYTES", limit)
+        draws = fitted().predict(tiny_dataset(1) * 4, num_samples=3, batch_size=1, seed=None).sample_probs
+        assert np.array_equal(draws, draws[:, :1].repeat(4, axis=1))
+
+
+def test_draws_too_large_to_keep(monkeypatch):
+    bayes, data = fitted(), tiny_dataset(5)
+    expected = bayes.predict(data, num_samples=4, batch_size=2).sample_probs
+    each = sum(group.mean().nbytes for group in bayes.model.groups)
+    passes = count_rows(bayes.network.get_base_model().classifier)
+    for limit, rows in ((3 * each, [6, 2]), (0, [2, 2, 2, 2])):  # memory for three draws, or for none
+        monkeypatch.setattr(predict_module, "MAX_KEPT_BYTES", limit)
+        passes.clear()
+        draws = bayes.predict(data[:2], num_samples=4, batch_size=32).sample_probs
+        np.testing.assert_allclose(draws, expected[:, :2], atol=1e-6)
+        assert passes == rows
+
+
+class TestCost:
+    """Counted in rows, the examples times draws that go through a layer."""
+
+    @pytest.mark.parametrize(
+        ("examples", "num_samples", "batch_size", "expected"),
+        [(1, 16, 32, [16]), (3, 8, 12, [12, 12]), (3, 5, 8, [6, 6, 3]), (5, 3, 5, [5] * 3), (5, 3, 4, [4] * 3 + [3])],
+    )
+    def test_draws_fill_a_forward_pass(self, examples, num_samples, batch_size, expected):
+        bayes, data = fitted(), tiny_dataset(examples)
+        alone = bayes.predict(data, num_samples=num_samples, batch_size=1).sample_probs
+        bayes.predict(data[:1], num_samples=2)  # finds out, once, whether rows are examples
+        passes = count_rows(bayes.network.get_base_model().classifier)
+        stacked = bayes.predict(data, num_samples=num_samples, batch_size=batch_size).sample_probs
+        np.testing.assert_allclose(stacked, alone, atol=1e-6)
+        assert passes == expected
+
+    @pytest.mark.parametrize("kind", ["bert", "llama"])
+    def test_frozen_blocks_run_once_for_all_draws(self, kind):
+        bayes, data = adapted(kind, last_block=True), tiny_dataset(6)
+        blocks = next(part for part in bayes.network.modules() if isinstance(part, torch.nn.ModuleList))
+        norms = [[part for part in block.modules() if "Norm" in type(part).__name__][-1] for block in blocks]
+        first, second = (count_rows(norm) for norm in norms)
+        bayes.predict(data, num_samples=8, batch_size=3)
+        assert sum(first) == 6
+        assert sum(second) == 6 * 8
+        bayes.predict(data[:1], num_samples=8)
+        for passes in (first, second):
+            passes.clear()
+        bayes.predict(data[:1], num_samples=8)
+        assert sum(first) == 1 + 2
+        assert second == [8]
+
+    @pytest.mark.parametrize("kind", ["longformer", "deberta"])
+    def test_one_draw_at_a_time_where_rows_are_not_examples(self, kind):
+        bayes, data = adapted(kind), tiny_dataset(2)
+        draws = bayes.predict(data, num_samples=3).sample_probs
+        expected = bayes.predict(data, num_samples=3, batch_size=2).sample_probs
+        assert bayes.rows_are_examples({}) is False
+        assert np.array_equal(draws, expected)
+        assert np.ptp(draws, axis=0).max() > 1e-4
+
+    def test_one_draw_at_a_time_without_a_padding_token(self):
+        """Transformers refuses more than one row then."""
+        bayes, data = fitted("gpt2"), tiny_dataset(1)
+        expected = bayes.predict(data, num_samples=3).sample_probs
+        bayes.config.pad_token_id = None
+        np.testing.assert_allclose(bayes.predict(data, num_samples=3).sample_probs, expected, atol=1e-6)
+
+
+def test_with_adapters_switched_off():
+    bayes, data = fitted(), tiny_dataset(5)
+    with bayes.disable_adapter():
+        draws = bayes.predict(data, num_samples=3).sample_probs
+        bayes.eval()
+        with torch.no_grad():
+            expected = torch.cat([alone(bayes.network, example) for example in data]).double().softmax(-1)
+    np.testing.assert_allclose(draws, np.stack([expected] * 3), atol=1e-6)
 
 
 class TestLeavesNoTrace:
@@ -122,11 +210,14 @@ class TestLeavesNoTrace:
 
     def test_after_an_error_too(self):
         bayes = fitted()
+        bayes.config.use_cache = True
         broken = tiny_dataset(3)
         broken[1]["input_ids"][0] = 10_000  # no such token
         with pytest.raises(IndexError):
             bayes.predict(broken, num_samples=2)
         assert bayes.training
+        assert bayes.config.use_cache
+        assert not any("forward" in vars(part) for part in bayes.modules())
         assert all(a.lora_A.draw.weight is None for g in bayes.model.groups for a in g.adapters)
 
     @pytest.mark.parametrize("kind", KINDS)
