@@ -4,10 +4,11 @@ No parameter is renamed or added, so the network's state dict stays PEFT's own.
 """
 
 import difflib
+import math
 import re
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,17 +46,6 @@ class Draw:
     def __reduce__(self):
         return Draw, ()
 
-    def apply(self, mean: Tensor) -> Tensor:
-        """The weight to use instead of μ."""
-        if self.weight is not None:
-            return self.weight
-        if self.noise is None:
-            return mean
-        wide = mean.to(self.noise.dtype)
-        if self.signs is None:
-            return (wide + self.noise).to(mean.dtype)
-        return torch.addcmul(wide, self.noise, self.signs.unsqueeze(-2)).to(mean.dtype)
-
 
 class SampledLinear(nn.Linear):
     """``lora_A``: uses the drawn weight while one is set, and its own weight, the mean μ (r × n_in), otherwise."""
@@ -71,14 +61,58 @@ class SampledLinear(nn.Linear):
         return new.train(linear.training)
 
     def forward(self, input: Tensor) -> Tensor:
-        weight = self.draw.apply(self.weight)
-        if weight.dim() == 2:
-            return nn.functional.linear(input, weight)
-        groups = weight.shape[0]
-        if input.shape[0] % groups:
-            raise RowsError(f"the input of an adapted layer has {input.shape[0]} rows, not a multiple of {groups}")
-        rows = input.reshape(groups, -1, input.shape[-1])
-        return torch.bmm(rows, weight.mT).reshape(*input.shape[:-1], weight.shape[1])
+        mean, draw = self.weight, self.draw
+        if draw.signs is not None:
+            rows = _in_groups(input, len(draw.signs))
+            if draw.signs.numel() * len(mean) > _KEPT_ENTRIES:
+                output = _MirroredLinear.apply(rows, mean, draw.noise, draw.signs)
+            else:
+                output = torch.bmm(rows, _mirrored(mean, draw.noise, draw.signs).to(rows.dtype).mT)
+            return output.reshape(*input.shape[:-1], -1)
+        if draw.noise is not None:
+            return nn.functional.linear(input, (mean + draw.noise).to(mean.dtype))
+        if draw.weight is None or draw.weight.dim() == 2:
+            return nn.functional.linear(input, mean if draw.weight is None else draw.weight)
+        rows = _in_groups(input, len(draw.weight))
+        return torch.bmm(rows, draw.weight.mT).reshape(*input.shape[:-1], -1)
+
+
+def _in_groups(input: Tensor, groups: int) -> Tensor:
+    """The input as ``(groups, rows, columns)``, in the type that autocast computes in."""
+    if input.shape[0] % groups:
+        raise RowsError(f"the input of an adapted layer has {input.shape[0]} rows, not a multiple of {groups}")
+    device = input.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
+    return input.reshape(groups, -1, input.shape[-1]).to(dtype)
+
+
+_KEPT_ENTRIES = 2**16  # of all examples' weights in a layer: more are made twice rather than kept for backward
+
+
+class _MirroredLinear(torch.autograd.Function):
+    """Every example through its own weight μ + noise ∘ signs: input (B, T, n), μ and noise (r, n), signs (B, n).
+
+    What autograd would do, but the B weights are made again in the backward pass instead of kept.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, mean: Tensor, noise: Tensor, signs: Tensor) -> Tensor:
+        ctx.save_for_backward(input, mean, noise, signs)
+        return torch.bmm(input, _mirrored(mean, noise, signs).to(input.dtype).mT)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        input, mean, noise, signs = ctx.saved_tensors
+        to_input = None
+        if ctx.needs_input_grad[0]:
+            to_input = torch.bmm(gradient, _mirrored(mean, noise, signs).to(input.dtype))
+        to_weights = torch.bmm(gradient.mT, input).to(noise.dtype)
+        to_mean = to_weights.sum(0).to(mean.dtype)
+        return to_input, to_mean, to_weights.mul_(signs.unsqueeze(1)).sum(0), None
+
+
+def _mirrored(mean: Tensor, noise: Tensor, signs: Tensor) -> Tensor:
+    return torch.addcmul(mean.to(noise.dtype), noise, signs.unsqueeze(1))
 
 
 class RowsError(RuntimeError):
@@ -133,6 +167,11 @@ class AdapterGroup:
         """μ of every adapter in float32 (or wider), one column a row: shape ``(adapters, columns, r)``."""
         stacked = torch.stack([adapter.lora_A.weight for adapter in self.adapters])
         return stacked.to(torch.promote_types(stacked.dtype, torch.float32)).mT
+
+    def mean_scale(self) -> Tensor:
+        """Root mean square of the entries of μ, without gradient: shape ``(adapters,)``."""
+        norms = torch._foreach_norm([adapter.lora_A.weight.detach() for adapter in self.adapters])
+        return torch.stack(norms).float() / math.sqrt(self.columns * self.rank)
 
 
 def adapt(network: nn.Module, config: MonteCLoRAConfig) -> PeftModel:
@@ -478,6 +517,11 @@ def evaluation_mode(network: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def is_compiled(network: nn.Module) -> bool:
+    """Whether the network or a part of it was compiled in place."""
+    return any(module._compiled_call_impl is not None for module in network.modules())
+
+
 def rows_are_examples(network: nn.Module, groups: tuple[AdapterGroup, ...], inputs: Mapping[str, Tensor]) -> bool:
     """Whether the examples of a batch can each have their own weights: false where some adapted layer sees them along
     another dimension than the first (Longformer's attention), or sees something else (DeBERTa's relative positions).
@@ -499,8 +543,9 @@ def rows_are_examples(network: nn.Module, groups: tuple[AdapterGroup, ...], inpu
             network(**batch)
         return [output.float() for output in outputs]
 
+    eager = torch.compiler.set_stance("force_eager") if is_compiled(network) else nullcontext()
     try:
-        with evaluation_mode(network), torch.no_grad():
+        with eager, evaluation_mode(network), torch.no_grad():
             together = run(weights, pair)
             for i in range(2):
                 single = run({name: drawn[i] for name, drawn in weights.items()}, alone[i])

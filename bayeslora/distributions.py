@@ -6,6 +6,7 @@ of a Wishart draw, so no matrix is ever decomposed; and given :math:`(\pi, \Sigm
 one Gaussian, so time and memory do not grow with N.
 """
 
+import functools
 import math
 from typing import ClassVar
 
@@ -187,9 +188,15 @@ class WishartCholesky(TorchDistribution):
     @property
     def expected_log_det(self) -> Tensor:
         """E[log|Σ|] = Σ_i ψ((ν−i)/2) + r·log 2 + Σ_i log v_i, shape ``batch_shape``."""
-        scale, chi_df = _accurate(self.scale), _accurate(self._chi_df)
-        log_det = torch.digamma(chi_df / 2).sum() + self.rank * math.log(2) + scale.log().sum(-1)
+        log_det = _accurate(self.scale).log().sum(-1) + _expected_log_chi_squares(self.df, self.rank)
         return log_det.to(self.scale.dtype)
+
+
+@functools.cache
+def _expected_log_chi_squares(df: float, rank: int) -> float:
+    """E[Σ_i log χ²(ν − i)] = Σ_i ψ((ν−i)/2) + r·log 2, for i = 0..r−1."""
+    half = (df - torch.arange(rank, dtype=torch.float64)) / 2
+    return float(torch.digamma(half).sum()) + rank * math.log(2)
 
 
 @register_kl(WishartCholesky, WishartCholesky)
@@ -296,9 +303,8 @@ def expected_column_kl(covariance: WishartCholesky) -> Tensor:
     Returns:
         Nats, shape ``covariance.batch_shape``.
     """
-    scale, chi_df = _accurate(covariance.scale), _accurate(covariance._chi_df)
-    trace_minus_log_det = (covariance.df * scale - scale.log()).sum(-1) - torch.digamma(chi_df / 2).sum()
-    kl = (trace_minus_log_det - covariance.rank * (1 + math.log(2))) / 2
+    scale, df, rank = _accurate(covariance.scale), covariance.df, covariance.rank
+    kl = ((df * scale - scale.log()).sum(-1) - (_expected_log_chi_squares(df, rank) + rank)) / 2
     return kl.to(covariance.scale.dtype)
 
 

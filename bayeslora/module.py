@@ -218,11 +218,10 @@ class BayesLoRA(nn.Module):
     def _run_directly(self, outputs: list[Tensor], **batch: Any) -> tuple[Nodes, Nodes]:
         """One particle without Pyro's handlers around the latent sites: same sites, values and gradients."""
         guide = Recorder()
-        with self.model.constant_means(), self.model.full_precision():
+        with self.model.centred(), self.model.full_precision():
             self.guide.run(guide)
             model = Recorder(guide.values())
-            draw = self.model.run(model)
-            noise = {group.name: draw[group.name] - self.model.mean(group) for group in self.model.groups}
+            noise = self.model.run(model)
             signs = self._signs(batch) if self._has_own_noise(batch) else None
         with using_noise(self.model.groups, noise, signs, keep=self.model.recomputes()):
             observed = pyro.poutine.trace(self.model.observe).get_trace(**batch)
@@ -231,7 +230,8 @@ class BayesLoRA(nn.Module):
 
     def _has_own_noise(self, batch: dict[str, Tensor]) -> bool:
         """Whether each example of a training batch gets its own noise."""
-        if self.monteclora_config.noise == "shared" or not self.guide.symmetric_columns:
+        alone = len(batch["labels"]) == 1
+        if alone or self.monteclora_config.noise == "shared" or not self.guide.symmetric_columns:
             return False
         unknown = self._rows is None
         rows = self.rows_are_examples({name: value for name, value in batch.items() if name != "labels"})

@@ -44,8 +44,7 @@ def noise_to_signal(bayes: "BayesLoRA") -> Tensor:
     for group in bayes.model.groups:
         log_v, _ = bayes.guide.variational_parameters(group)
         variance = _expected_squares(bayes.guide, group) * bayes.model.degrees_of_freedom(group) * log_v.exp().mean(-1)
-        signal = group.mean().square().mean((-2, -1)).sqrt()
-        ratios.append(bayes.monteclora_config.sample_scaler * variance.sqrt() / signal)
+        ratios.append(bayes.monteclora_config.sample_scaler * variance.sqrt() / group.mean_scale())
     return torch.cat(ratios)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from bayeslora.adapters import AdapterGroup, evaluation_mode, using_draw
+from bayeslora.adapters import AdapterGroup, evaluation_mode, is_compiled, using_draw
 from bayeslora.analysis.uncertainty import mutual_information, predictive_entropy
 from bayeslora.distributions import active_weights
 from bayeslora.errors import InputError
@@ -160,6 +160,8 @@ def _draws_together(bayes: "BayesLoRA", inputs: "Batch", draws: "_Draws", batch_
     without_padding = "input_ids" in inputs and getattr(bayes.config, "pad_token_id", None) is None
     if fitting < 2 or without_padding:  # transformers' decoders then take one row only
         return 1
+    if is_compiled(bayes.network):  # other shapes would be other graphs
+        return 1
     return fitting if bayes.rows_are_examples(inputs) else 1
 
 
@@ -182,8 +184,7 @@ class _Draws:
 
     def _draw(self, indices: range) -> dict[str, Tensor]:
         model = self.bayes.model
-        with model.constant_means():
-            draws = [model.weights(_draw_sites(self.bayes, self.seed, index)) for index in indices]
+        draws = [model.weights(_draw_sites(self.bayes, self.seed, index)) for index in indices]
         return {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
 
 
@@ -253,7 +254,7 @@ def posterior_draws(
             for adapter, matrix in zip(group.adapters, drawn[group.name], strict=True):
                 if adapter.name in matrices:
                     matrices[adapter.name].append(matrix.mT.cpu().numpy())
-    means = [group.mean().detach().square().mean((-2, -1)).sqrt() for group in bayes.model.groups]
+    means = [group.mean_scale() for group in bayes.model.groups]
     return PosteriorDraws(
         bayes.adapter_names,
         np.stack(weights),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
-from bayeslora.adapters import AdapterGroup, SampledLinear
+from bayeslora.adapters import AdapterGroup, SampledLinear, is_compiled
 
 MAX_KEPT_BYTES = 2**30
 _PLAIN = (Tensor, bool, int, float, str, torch.dtype, torch.device, type(None))
@@ -31,7 +31,8 @@ class Prefix:
     def __init__(self, network: nn.Module, groups: tuple[AdapterGroup, ...]):
         self.network = network
         self.adapters = [adapter.lora_A for group in groups for adapter in group.adapters]
-        self.modules = list(dict.fromkeys(_without_adapters(network)))
+        reusable = () if is_compiled(network) else _without_adapters(network)  # parts left out would be other graphs
+        self.modules = list(dict.fromkeys(reusable))
         self.outputs: dict[nn.Module, Output] = {}
         self._rows: dict[nn.Module, list[bool]] | None = None  # which tensors of an output have a row per example
 
@@ -42,6 +43,8 @@ class Prefix:
             inputs: The network's, examples along the first dimension.
             repeat: Prepare for :meth:`reused` with ``copies``; once, this runs one or two examples more.
         """
+        if not self.modules:
+            return
         self.outputs = self._outputs(inputs)
         if repeat and self._rows is None:
             examples = len(next(iter(inputs.values())))

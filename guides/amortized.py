@@ -44,9 +44,7 @@ class AmortizedGuide(Guide):
 
     def variational_parameters(self, group: AdapterGroup) -> tuple[Tensor, Tensor]:
         kind, fixed = getattr(self, f"kind_{group.name}"), getattr(self, f"fixed_{group.name}")
-        with torch.no_grad():  # it describes the adapter; μ itself is trained by the task
-            norm = torch.linalg.vector_norm(self.model.mean(group), dim=(-2, -1))
-            scale_of_mean = (norm / math.sqrt(group.columns * group.rank)).clamp(min=1e-6).log()
+        scale_of_mean = group.mean_scale().clamp(min=1e-6).log()  # describes the adapter; the task trains μ itself
         features = torch.cat([fixed, scale_of_mean.unsqueeze(-1)], dim=-1)  # (adapters, features)
         hidden = torch.tanh(self.hidden(features) + self.embedding(kind))
         output = self.output(hidden)

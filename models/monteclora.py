@@ -60,7 +60,7 @@ class MonteCLoRA(PyroModule):
         self._checkpointable = tuple(m for m in adapted.modules() if hasattr(m, "gradient_checkpointing"))
         self.config = config
         self.groups = find_groups(adapted)
-        self._means: dict[str, Tensor] = {}
+        self._is_centred = False
         self.likelihood = likelihood if likelihood is not None else likelihood_for(adapted.get_base_model())
         self.num_examples = num_examples
 
@@ -112,17 +112,21 @@ class MonteCLoRA(PyroModule):
         return self.observe(labels=labels, **inputs)
 
     def mean(self, group: AdapterGroup) -> Tensor:
-        """μ of a group's adapters, one column a row: ``(adapters, columns, r)``."""
-        return self._means[group.name] if self._means else group.mean()
+        """μ of a group's adapters, one column a row, ``(adapters, columns, r)``; 0 inside :meth:`centred`."""
+        return self._zero.expand(len(group), group.columns, group.rank) if self._is_centred else group.mean()
 
     @contextmanager
-    def constant_means(self) -> Iterator[None]:
-        """Inside, :meth:`mean` is computed once and takes no gradient: μ gets its own through the layers."""
-        self._means = {group.name: group.mean().detach() for group in self.groups}
+    def centred(self) -> Iterator[None]:
+        """Inside, both programs leave μ out: they draw A − μ, whose law does not depend on μ."""
+        self._is_centred = True
         try:
             yield
         finally:
-            self._means = {}
+            self._is_centred = False
+
+    @property
+    def _zero(self) -> Tensor:
+        return torch.zeros((), device=self.groups[0].adapters[0].lora_A.weight.device)
 
     def weights(self, sites: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A of every group from the values of its sites: group name to ``(adapters, columns, r)``."""
