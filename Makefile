@@ -25,7 +25,7 @@ types: $(VENV)/.installed
 	cd build/typed && $(abspath $(BIN))/mypy --config-file $(abspath pyproject.toml) -p bayeslora
 
 benchmark: $(VENV)/.installed
-	$(BIN)/python benchmarks/step_time.py
+	$(BIN)/python benchmarks/training_cost.py
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "bayeslora needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
