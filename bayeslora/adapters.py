@@ -62,7 +62,7 @@ class SampledLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         mean, draw = self.weight, self.draw
-        if draw.signs is not None:
+        if draw.signs is not None and draw.noise is not None:
             rows = _in_groups(input, len(draw.signs))
             if draw.signs.numel() * len(mean) > _KEPT_ENTRIES:
                 output = _MirroredLinear.apply(rows, mean, draw.noise, draw.signs)
@@ -101,7 +101,7 @@ class _MirroredLinear(torch.autograd.Function):
         return torch.bmm(input, _mirrored(mean, noise, signs).to(input.dtype).mT)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         input, mean, noise, signs = ctx.saved_tensors
         to_input = None
         if ctx.needs_input_grad[0]:
@@ -477,7 +477,8 @@ def leaves_for_recomputation(groups: tuple[AdapterGroup, ...], network: nn.Modul
         passed.append(module)
         return output + entry.to(output.dtype)
 
-    handle = network.get_input_embeddings().register_forward_hook(enter)
+    embeddings: nn.Module = network.get_input_embeddings()  # type: ignore[operator]
+    handle = embeddings.register_forward_hook(enter)
     try:
         yield
     finally:
@@ -498,7 +499,7 @@ class _Handover(torch.autograd.Function):
         return tensors[0].new_zeros(())
 
     @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple:  # type: ignore[override]
+    def backward(ctx: Any, *_: Tensor) -> tuple:
         gradients = [leaf.grad for leaf in ctx.leaves]
         for leaf in ctx.leaves:
             leaf.grad = None

@@ -259,7 +259,7 @@ _MANIFEST_ENTRIES: dict[str, Callable[[Any], bool]] = {
 
 def load_posterior(bayes: "BayesLoRA", folder: Path) -> None:
     """Read the guide's and the likelihood's parameters."""
-    modules = {"guide.": bayes.guide, "model.": bayes.model}
+    modules: dict[str, nn.Module] = {"guide.": bayes.guide, "model.": bayes.model}
     expected = {prefix + name: v for prefix, module in modules.items() for name, v in module.state_dict().items()}
     path = folder / POSTERIOR
     state = load_state(path, expected, f"{path} does not fit this network: it belongs to another model or guide")

@@ -58,6 +58,7 @@ class BayesLoRA(nn.Module):
 
     # Trainer must divide the loss by the accumulation steps itself: the objective is a mean over the micro-batch
     accepts_loss_kwargs = False
+    guide: Any
 
     def __init__(
         self,

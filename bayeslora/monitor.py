@@ -41,14 +41,15 @@ def noise_to_signal(bayes: "BayesLoRA") -> Tensor:
         Shape ``(adapters,)``, in the order of ``bayes.adapter_names``.
     """
     ratios = []
+    guide: Any = bayes.guide
     for group in bayes.model.groups:
-        log_v, _ = bayes.guide.variational_parameters(group)
-        variance = _expected_squares(bayes.guide, group) * bayes.model.degrees_of_freedom(group) * log_v.exp().mean(-1)
+        log_v, _ = guide.variational_parameters(group)
+        variance = _expected_squares(guide, group) * bayes.model.degrees_of_freedom(group) * log_v.exp().mean(-1)
         ratios.append(bayes.monteclora_config.sample_scaler * variance.sqrt() / group.mean_scale())
     return torch.cat(ratios)
 
 
-def _expected_squares(guide: Guide, group: Any) -> Tensor:
+def _expected_squares(guide: Any, group: Any) -> Tensor:
     _, log_alpha = guide.variational_parameters(group)
     return expected_cooperation(Dirichlet(log_alpha.exp(), validate_args=False))
 
@@ -99,6 +100,7 @@ class GroupedTensorBoard(TensorBoardCallback):
     They lie in the run's ``tensorboard/`` folder; a resumed run continues its curves where its checkpoint was.
     """
 
+    logging_dir: str | None
     _next_step = 0
 
     def _init_summary_writer(self, args: Any) -> None:
