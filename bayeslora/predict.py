@@ -233,6 +233,7 @@ def _draw_sites(bayes: "BayesLoRA", seed: int | None, index: int) -> dict[str, T
     return {name: site["value"] for name, site in trace.nodes.items() if name in names}
 
 
+@torch.no_grad()
 def posterior_draws(
     bayes: "BayesLoRA", *, num_samples: int, seed: int | None, adapters: Sequence[str] = ()
 ) -> PosteriorDraws:

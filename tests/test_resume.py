@@ -86,7 +86,9 @@ class TestKilled:
         assert sum(report["status"] == signal.SIGKILL for report in reports) >= 3
         assert len({len(report["left"]) for report in reports}) >= 3
         expected = self.outcome(tmp_path / "whole")
-        assert [entry["step"] for entry in expected["history"] if "eval_loss" in entry] == [2, 4, 6, 8, 8]
+        *looks, stopped, final = [entry["step"] for entry in expected["history"] if "eval_loss" in entry]
+        assert looks == list(range(2, stopped, 2))
+        assert final == stopped < 12  # early
         for report in reports:
             assert report["again"] == 0, child.stderr
             assert self.outcome(tmp_path / str(report["moment"])) == expected, report
