@@ -28,6 +28,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "kl_weight": 1e-5,
         "num_components": 4,
         "guide": "mean_field",
+        "noise": "shared",
         "scale_init": 1.0,
     },
     # The defaults of this class.
