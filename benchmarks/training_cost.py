@@ -118,9 +118,14 @@ def measure(setting: Setting, rounds: int, warm_up: int = 3) -> dict[str, dict[s
     steps, batch = {method: build(method, setting) for method in METHODS}, random_batch(setting)
     seconds: dict[str, list[float]] = {method: [] for method in METHODS}
     for round_number in range(rounds + warm_up):
-        for method, step in steps.items():
+        for method, step in list(steps.items()):
             started = time.perf_counter()
-            step(batch)
+            try:
+                step(batch)
+            except torch.linalg.LinAlgError as error:  # PEFT's MonteCLoRA decomposes matrices, and cannot always
+                print(f"{method} fails at {setting}: {str(error).splitlines()[0]}", flush=True)
+                del steps[method], seconds[method]
+                continue
             if round_number >= warm_up:
                 seconds[method].append(time.perf_counter() - started)
     result = {}
@@ -183,13 +188,15 @@ def growth_tables(study: str, points: list[dict]) -> list[str]:
     lines = [f"| time to LoRA, {word} = | " + " | ".join(map(str, values)) + " | own step, last to first |",
              "|---|" + "---:|" * (len(values) + 1)]  # fmt: skip
     for method in METHODS:
-        rows = [point["methods"][method] for point in points]
-        cells = [f"{row['ratio']:.3f}" for row in rows]
-        lines.append(f"| {method} | " + " | ".join(cells) + f" | {rows[-1]['seconds'] / rows[0]['seconds']:.2f} |")
+        rows = [point["methods"].get(method) for point in points]
+        cells = [f"{row['ratio']:.3f}" if row else "fails" for row in rows]
+        growth = f"{rows[-1]['seconds'] / rows[0]['seconds']:.2f}" if rows[0] and rows[-1] else ""
+        lines.append(f"| {method} | " + " | ".join(cells) + f" | {growth} |")
     lines += ["", f"| peak MiB beyond LoRA's, {word} = | " + " | ".join(map(str, values)) + " |",
               "|---|" + "---:|" * len(values)]  # fmt: skip
     for method in METHODS[1:]:
-        cells = [f"{p['methods'][method]['peak_mib'] - p['methods'][LORA]['peak_mib']:+.0f}" for p in points]
+        pairs = [(point["methods"].get(method), point["methods"][LORA]) for point in points]
+        cells = [f"{row['peak_mib'] - base['peak_mib']:+.0f}" if row else "" for row, base in pairs]
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return lines
 
@@ -224,7 +231,7 @@ def main() -> None:
     settings = [setting for study in arguments.only for setting in STUDIES[study][1]]
     for setting in tqdm(dict.fromkeys(settings), unit="setting"):
         methods = measure(setting, arguments.rounds)
-        for method in METHODS:
+        for method in methods:
             with fresh.Pool(1) as pool:
                 methods[method]["peak_mib"] = pool.apply(peak_mib, (method, setting, arguments.threads))
         known[setting] = {"setting": asdict(setting), "methods": methods}
