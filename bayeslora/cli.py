@@ -182,6 +182,7 @@ def _add_method_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--normalization", choices=("paper", "elbo"), help="how KL and data are weighed")
     group.add_argument("--guide", help="amortized or mean_field")
     group.add_argument("--mixture", choices=("dense", "sparse"))
+    group.add_argument("--noise", choices=("per_example", "shared"), help="a draw for each example, or one a batch")
     group.add_argument("--mode", choices=("joint", "post_hoc"))
 
 
@@ -302,7 +303,7 @@ def _config(arguments: argparse.Namespace) -> "MonteCLoRAConfig":
     from bayeslora.config import MonteCLoRAConfig
 
     words = ("lora_alpha", "num_components", "sample_scaler", "kl_weight", "cooperation", "normalization", "guide",
-             "mixture", "mode")  # fmt: skip
+             "mixture", "noise", "mode")  # fmt: skip
     changes = {word: getattr(arguments, word) for word in words if getattr(arguments, word) is not None}
     if arguments.rank is not None:
         changes["r"] = arguments.rank
