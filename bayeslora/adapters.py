@@ -425,11 +425,8 @@ def using_draw(
     ``keep`` leaves it set, for checkpointed layers that run again in the backward pass.
     """
     set_draw(groups, weights)
-    try:
+    with _cleared_after(groups, keep):
         yield
-    finally:
-        if not keep:
-            clear_draw(groups)
 
 
 @contextmanager
@@ -442,6 +439,12 @@ def using_noise(
 ) -> Iterator[None]:
     """Run the network with deviations from its means (see :func:`set_noise`); ``keep`` as in :func:`using_draw`."""
     set_noise(groups, noise, signs)
+    with _cleared_after(groups, keep):
+        yield
+
+
+@contextmanager
+def _cleared_after(groups: tuple[AdapterGroup, ...], keep: bool) -> Iterator[None]:
     try:
         yield
     finally:
