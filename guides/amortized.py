@@ -61,6 +61,6 @@ def _description(adapter: Adapter, depth: float) -> Tensor:
             math.log(layer.in_features) / 10,
             math.log(layer.out_features) / 10,
             float(rows.mean().log()) / 2,
-            float(rows.log().std()),
+            float(rows.log().std()) if len(rows) > 1 else 0.0,
         ]
     )
