@@ -7,61 +7,120 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 _HOMES = {
-    "apply_temperature": "bayeslora.analysis.temperature",
-    "fit_temperature": "bayeslora.analysis.temperature",
     "accuracy": "bayeslora.analysis.calibration",
+    "adapter_table": "bayeslora.analysis.variance",
+    "apply_temperature": "bayeslora.analysis.temperature",
+    "area_under_risk_coverage": "bayeslora.analysis.selective",
+    "bootstrap_interval": "bayeslora.analysis.bootstrap",
+    "brier_decomposition": "bayeslora.analysis.brier",
     "brier_score": "bayeslora.analysis.calibration",
     "build_inference_data": "bayeslora.analysis.inference_data",
     "calibration_summary": "bayeslora.analysis.calibration",
+    "classwise_calibration_error": "bayeslora.analysis.reliability",
     "comparison_table": "bayeslora.analysis.comparison",
-    "expected_calibration_error": "bayeslora.analysis.calibration",
+    "contraction": "bayeslora.analysis.variance",
+    "detection_curve": "bayeslora.analysis.detection",
+    "detection_scores": "bayeslora.analysis.detection",
+    "draws_needed": "bayeslora.analysis.variance",
+    "effective_components": "bayeslora.analysis.variance",
+    "eigenvalues": "bayeslora.analysis.variance",
+    "excess_area_under_risk_coverage": "bayeslora.analysis.selective",
+    "expected_calibration_error": "bayeslora.analysis.reliability",
+    "expected_entropy": "bayeslora.analysis.uncertainty",
+    "fit_temperature": "bayeslora.analysis.temperature",
     "load_arviz": "bayeslora.analysis.inference_data",
+    "maximum_calibration_error": "bayeslora.analysis.reliability",
+    "mixture_entropy": "bayeslora.analysis.variance",
     "mutual_information": "bayeslora.analysis.uncertainty",
     "negative_log_likelihood": "bayeslora.analysis.calibration",
+    "noise_contraction": "bayeslora.analysis.variance",
     "plot_calibration": "bayeslora.analysis.plots",
     "plot_posterior_spread": "bayeslora.analysis.plots",
     "predictive_entropy": "bayeslora.analysis.uncertainty",
-    "reliability_curve": "bayeslora.analysis.calibration",
+    "rank_correlation": "bayeslora.analysis.agreement",
+    "reliability_curve": "bayeslora.analysis.reliability",
+    "risk_coverage": "bayeslora.analysis.selective",
     "save_arviz": "bayeslora.analysis.inference_data",
+    "sharpness": "bayeslora.analysis.calibration",
     "to_arviz": "bayeslora.analysis.inference_data",
     "to_markdown": "bayeslora.analysis.comparison",
+    "vote_entropy": "bayeslora.analysis.agreement",
 }
 
 __all__ = [
     "accuracy",
+    "adapter_table",
     "apply_temperature",
+    "area_under_risk_coverage",
+    "bootstrap_interval",
+    "brier_decomposition",
     "brier_score",
     "build_inference_data",
     "calibration_summary",
+    "classwise_calibration_error",
     "comparison_table",
+    "contraction",
+    "detection_curve",
+    "detection_scores",
+    "draws_needed",
+    "effective_components",
+    "eigenvalues",
+    "excess_area_under_risk_coverage",
     "expected_calibration_error",
+    "expected_entropy",
     "fit_temperature",
     "load_arviz",
+    "maximum_calibration_error",
+    "mixture_entropy",
     "mutual_information",
     "negative_log_likelihood",
+    "noise_contraction",
     "plot_calibration",
     "plot_posterior_spread",
     "predictive_entropy",
+    "rank_correlation",
     "reliability_curve",
+    "risk_coverage",
     "save_arviz",
+    "sharpness",
     "to_arviz",
     "to_markdown",
+    "vote_entropy",
 ]
 
 if TYPE_CHECKING:
+    from bayeslora.analysis.agreement import rank_correlation, vote_entropy
+    from bayeslora.analysis.bootstrap import bootstrap_interval
+    from bayeslora.analysis.brier import brier_decomposition
     from bayeslora.analysis.calibration import (
         accuracy,
         brier_score,
         calibration_summary,
-        expected_calibration_error,
         negative_log_likelihood,
-        reliability_curve,
+        sharpness,
     )
     from bayeslora.analysis.comparison import comparison_table, to_markdown
+    from bayeslora.analysis.detection import detection_curve, detection_scores
     from bayeslora.analysis.inference_data import build_inference_data, load_arviz, save_arviz, to_arviz
     from bayeslora.analysis.plots import plot_calibration, plot_posterior_spread
+    from bayeslora.analysis.reliability import (
+        classwise_calibration_error,
+        expected_calibration_error,
+        maximum_calibration_error,
+        reliability_curve,
+    )
+    from bayeslora.analysis.selective import area_under_risk_coverage, excess_area_under_risk_coverage, risk_coverage
     from bayeslora.analysis.temperature import apply_temperature, fit_temperature
-    from bayeslora.analysis.uncertainty import mutual_information, predictive_entropy
+    from bayeslora.analysis.uncertainty import expected_entropy, mutual_information, predictive_entropy
+    from bayeslora.analysis.variance import (
+        adapter_table,
+        contraction,
+        draws_needed,
+        effective_components,
+        eigenvalues,
+        mixture_entropy,
+        noise_contraction,
+    )
 
 
 def __getattr__(name: str) -> Any:

@@ -75,8 +75,32 @@ def check_labels(labels: ArrayLike, *, num_examples: int, num_classes: int, name
     return indices
 
 
-def check_level(level: float) -> float:
-    """A coverage level strictly between 0 and 1."""
+def check_probs_and_labels(probs: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities ``(examples, classes)`` and a class index for each example, both checked."""
+    values = check_probs(probs)
+    num_examples, num_classes = values.shape
+    return values, check_labels(labels, num_examples=num_examples, num_classes=num_classes)
+
+
+def check_examples(values: ArrayLike, *, name: str, size: int | None = None) -> np.ndarray:
+    """One finite number per example as a float64 array of shape ``(examples,)``.
+
+    Raises:
+        InputError: Another shape, nothing in it, or values that are not finite.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 1 or (size is not None and len(array) != size):
+        expected = "(examples,)" if size is None else f"({size},)"
+        raise InputError(f"{name} must have shape {expected}, but has shape {array.shape}")
+    if not len(array):
+        raise InputError(f"{name} is empty: no examples")
+    if not np.isfinite(array).all():
+        raise InputError(f"{name} holds NaN or infinite values")
+    return array
+
+
+def check_level(level: float, *, name: str = "level") -> float:
+    """A share strictly between 0 and 1, such as a coverage level."""
     if not 0.0 < level < 1.0:
-        raise InputError(f"level must lie between 0 and 1, for example 0.95, but is {level}")
+        raise InputError(f"{name} must lie between 0 and 1, for example 0.95, but is {level}")
     return level

@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from bayeslora.analysis.adapter_names import ShortName, network_order, short_names
-from bayeslora.analysis.calibration import (
+from bayeslora.analysis.checks import check_level
+from bayeslora.analysis.reliability import (
     ReliabilityCurve,
     expected_calibration_error,
     reliability_curve,
 )
-from bayeslora.analysis.checks import check_level
 from bayeslora.errors import InputError
 
 COLUMN_WIDTH = 3.4  # inches

@@ -24,6 +24,28 @@ def predictive_entropy(probs: ArrayLike) -> np.ndarray:
     return entr(check_probs(probs)).sum(axis=-1)
 
 
+def expected_entropy(sample_probs: ArrayLike) -> np.ndarray:
+    r"""The aleatoric part of the uncertainty: what stays when the weights are known, in nats.
+
+    .. math:: \frac{1}{S} \sum_s H(p_{si})
+
+    ``predictive_entropy(sample_probs.mean(0))`` is this plus `mutual_information`, exactly.
+
+    Args:
+        sample_probs: Probabilities under each draw, shape ``(draws, examples, classes)``.
+
+    Returns:
+        Shape ``(examples,)``, between 0 and ``log(classes)``.
+
+    Raises:
+        InputError: The array does not fit that description.
+
+    References:
+        Depeweg et al. (2018), *Decomposition of Uncertainty in Bayesian Deep Learning*, Eq. 3.
+    """
+    return entr(_check(sample_probs)).sum(axis=-1).mean(axis=0)
+
+
 def mutual_information(sample_probs: ArrayLike) -> np.ndarray:
     r"""The part of the uncertainty that the posterior adds: disagreement between draws, in nats.
 
@@ -45,7 +67,9 @@ def mutual_information(sample_probs: ArrayLike) -> np.ndarray:
     References:
         Houlsby et al. (2011), *Bayesian Active Learning for Classification and Preference Learning*, Eq. 2.
     """
-    values = check_probs(sample_probs, name="sample_probs", axes=("draws", "examples", "classes"))
-    total = entr(values.mean(axis=0)).sum(axis=-1)
-    expected = entr(values).sum(axis=-1).mean(axis=0)
-    return total - expected
+    values = _check(sample_probs)
+    return predictive_entropy(values.mean(axis=0)) - expected_entropy(values)
+
+
+def _check(sample_probs: ArrayLike) -> np.ndarray:
+    return check_probs(sample_probs, name="sample_probs", axes=("draws", "examples", "classes"))

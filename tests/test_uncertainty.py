@@ -5,7 +5,7 @@ import pytest
 from scipy.special import digamma, rel_entr
 from scipy.stats import entropy
 
-from bayeslora.analysis import mutual_information, predictive_entropy
+from bayeslora.analysis import expected_entropy, mutual_information, predictive_entropy
 from bayeslora.errors import InputError
 
 
@@ -73,3 +73,14 @@ def test_dirichlet_posterior_has_a_closed_form():
 def test_wrong_input_is_named(function, values, message):
     with pytest.raises(InputError, match=message):
         function(values)
+
+
+def test_entropy_is_expected_entropy_plus_mutual_information():
+    draws = dirichlet_draws(7, 30, [0.3, 1, 2], seed=3)
+    total = predictive_entropy(draws.mean(axis=0))
+    np.testing.assert_allclose(expected_entropy(draws) + mutual_information(draws), total, rtol=1e-14)
+
+
+def test_expected_entropy_is_the_mean_of_scipys():
+    draws = dirichlet_draws(5, 20, [0.3, 1, 2], seed=4)
+    np.testing.assert_allclose(expected_entropy(draws), entropy(draws, axis=-1).mean(axis=0))
