@@ -117,28 +117,37 @@ def predict(
     copies = 1
     if bayes.monteclora_config.sample_scaler == 0:  # plain LoRA: every draw is the mean network
         num_samples, copies = 0, max(num_samples, 1)
-    collate = Collator.for_network(bayes.network)
-    batches, order = _batches_by_length(dataset, batch_size)
+    batches, order = batches_by_length(dataset, batch_size)
     outputs: list[Tensor] = []
     targets: list[Tensor | None] = []
-    with _evaluating(bayes), _progress(len(batches) * max(num_samples, 1), progress) as bar:
-        draws = _Draws(bayes, num_samples, seed)
-        prefix = Prefix(bayes.network, bayes.model.groups)
-        for batch in batches:
-            inputs = collate(batch).to(bayes.network.device)
-            targets.append(inputs.pop("labels", None))
-            parts = []
-            for part in _logits(bayes, inputs, draws, prefix, batch_size):
-                parts.append(part.float().cpu())
-                bar.update(len(part))
-            outputs.append(torch.cat(parts))
+    with evaluating(bayes):
+        for logits, target in run_batches(bayes, batches, Draws(bayes, num_samples, seed), batch_size, progress):
+            outputs.append(logits)
+            targets.append(target)
     labelled = [target.cpu() for target in targets if target is not None]
     labels = torch.cat(labelled).numpy()[order] if len(labelled) == len(targets) else None
     logits = torch.cat(outputs, 1).numpy()[:, order]  # (S, n, C)
     return _summarize(bayes, logits.repeat(copies, axis=0), labels, keep_draws)
 
 
-def _logits(bayes: "BayesLoRA", inputs: "Batch", draws: "_Draws", prefix: Prefix, batch_size: int) -> Iterator[Tensor]:
+def run_batches(
+    bayes: "BayesLoRA", batches: Sequence[Sequence[dict[str, Any]]], draws: "Draws", batch_size: int, progress: bool
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Logits of each batch under every draw, ``(draws, n, C)`` (the mean's, if there is no draw), and its labels."""
+    collate = Collator.for_network(bayes.network)
+    prefix = Prefix(bayes.network, bayes.model.groups)
+    with _progress(len(batches) * max(draws.count, 1), progress) as bar:
+        for batch in batches:
+            inputs = collate(batch).to(bayes.network.device)
+            labels = inputs.pop("labels", None)
+            parts = []
+            for part in _logits(bayes, inputs, draws, prefix, batch_size):
+                parts.append(part.float().cpu())
+                bar.update(len(part))
+            yield torch.cat(parts), labels
+
+
+def _logits(bayes: "BayesLoRA", inputs: "Batch", draws: "Draws", prefix: Prefix, batch_size: int) -> Iterator[Tensor]:
     """One batch under every draw, or at the mean: shapes ``(draws, n, C)``, as many draws as fit at a time."""
     if draws.count == 0:
         yield bayes.network(**inputs).logits.unsqueeze(0)
@@ -153,7 +162,7 @@ def _logits(bayes: "BayesLoRA", inputs: "Batch", draws: "_Draws", prefix: Prefix
         yield logits.unflatten(0, (count, -1))
 
 
-def _draws_together(bayes: "BayesLoRA", inputs: "Batch", draws: "_Draws", batch_size: int) -> int:
+def _draws_together(bayes: "BayesLoRA", inputs: "Batch", draws: "Draws", batch_size: int) -> int:
     """How many draws one forward pass takes."""
     examples = len(next(iter(inputs.values())))
     fitting = min(batch_size // examples, draws.count, MAX_KEPT_BYTES // draws.bytes_each)
@@ -165,7 +174,7 @@ def _draws_together(bayes: "BayesLoRA", inputs: "Batch", draws: "_Draws", batch_
     return fitting if bayes.rows_are_examples(inputs) else 1
 
 
-class _Draws:
+class Draws:
     """A of every adapter in ``count`` draws: kept where they take up to a GiB, else drawn anew for every use."""
 
     def __init__(self, bayes: "BayesLoRA", count: int, seed: int | None):
@@ -308,7 +317,7 @@ class Batch(dict):
         return Batch({name: value.to(device) for name, value in self.items()})
 
 
-def _batches_by_length(dataset: Any, batch_size: int) -> tuple[list[list[dict[str, Any]]], np.ndarray]:
+def batches_by_length(dataset: Any, batch_size: int) -> tuple[list[list[dict[str, Any]]], np.ndarray]:
     """Batches of similar length, longest first, and the order that undoes the sorting."""
     examples = [dataset[index] for index in range(len(dataset))]
     lengths = [-len(example["input_ids"]) if "input_ids" in example else 0 for example in examples]
@@ -321,7 +330,8 @@ def _batches_by_length(dataset: Any, batch_size: int) -> tuple[list[list[dict[st
 
 
 @contextmanager
-def _evaluating(bayes: "BayesLoRA") -> Iterator[None]:
+def evaluating(bayes: "BayesLoRA") -> Iterator[None]:
+    """No gradients, no dropout and no cache of keys and values inside."""
     config = bayes.config
     caching = getattr(config, "use_cache", None)
     if caching:
