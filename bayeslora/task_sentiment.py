@@ -8,6 +8,7 @@ References:
 """
 
 import html
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,8 +43,9 @@ def read_sentiment(data_dir: str | Path | None = None) -> "dict[str, Dataset]":
             ``None`` fetches them (see :func:`bayeslora.assets.rated_sentences`).
 
     Returns:
-        Data sets with ``text``, ``label`` (1 if the mean rating is positive), ``rating`` (the published mean)
-        and ``rating_sd`` (standard deviation over the raters). For 199 of the 4200 tweets the published mean
+        Data sets with ``text``, ``label`` (1 if the mean rating is positive), ``rating`` (the published mean),
+        ``rating_sd`` (standard deviation over the raters) and ``share_positive`` (share of the raters whose rating
+        is above 0, those at 0 counting half). For 199 of the 4200 tweets the published mean
         differs from the mean of the published raters, by up to 1.13 but never in sign.
 
     Raises:
@@ -84,16 +86,27 @@ def _split_movies(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]
 
 def _read_domain(folder: Path, stem: str) -> list[dict[str, Any]]:
     """The sentences with a sign, joined to their raters by id: the order of the files differs."""
-    spreads = {key: sd for key, _, sd, _ in _read_rows(folder / f"{stem}_anonDataRatings.txt", 4)}
+    raters = {key: (sd, ratings) for key, _, sd, ratings in _read_rows(folder / f"{stem}_anonDataRatings.txt", 4)}
     rows = []
     for key, mean, text in _read_rows(folder / f"{stem}_GroundTruth.txt", 3):
         try:
-            rating, spread = float(mean), float(spreads[key])
-        except (KeyError, ValueError) as error:
+            spread, ratings = raters[key]
+            numbers = float(mean), float(spread), _share_positive(ratings)
+        except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{folder}: sentence {key!r} of {stem} has no readable ratings ({error})") from error
+        rating, deviation, positive = numbers
         if rating != 0:
-            rows.append({"text": _plain(text), "label": int(rating > 0), "rating": rating, "rating_sd": spread})
+            row = {"text": _plain(text), "label": int(rating > 0), "rating": rating}
+            rows.append(row | {"rating_sd": deviation, "share_positive": positive})
     return rows
+
+
+def _share_positive(ratings: str) -> float:
+    """Of "[2, 0, -1]", the share above 0, with those at 0 as halves."""
+    votes = [(value > 0) + (value == 0) / 2 for value in json.loads(ratings)]
+    if not votes:
+        raise ValueError("nobody rated it")
+    return sum(votes) / len(votes)
 
 
 def _read_rows(path: Path, fields: int) -> list[list[str]]:

@@ -5,11 +5,12 @@ References:
     Understanding*; Wang et al. (2019), *SuperGLUE: A Stickier Benchmark for General-Purpose Language
     Understanding Systems*.
     Hutto & Gilbert (2014), *VADER* (the task ``sentiment``, see :mod:`bayeslora.task_sentiment`).
+    For ``clinc_oos`` and ``ag_news`` see :mod:`bayeslora.task_out_of_scope`.
 """
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from bayeslora.task_data import check_texts, read_hub, read_local
 from bayeslora.task_labels import is_labelled, prepare_labels
 from bayeslora.task_metrics import REGRESSION_METRICS, score
 from bayeslora.task_network import load_network
+from bayeslora.task_out_of_scope import borrow, separate
 from bayeslora.task_sentiment import SHIFTED_DOMAINS, read_sentiment
 
 if TYPE_CHECKING:
@@ -32,13 +34,20 @@ _ROWS_AT_ONCE = 1000
 
 @dataclass(frozen=True)
 class NamedTask:
-    """What is known of a task before its data is read; ``label_names`` are in the order of the integers."""
+    """What is known of a task before its data is read.
+
+    ``label_names`` are in the order of the integers, or empty where the data name them. ``hub_config`` is the task's
+    name unless given. Examples whose label is ``out_of_scope_label`` belong to no class.
+    """
 
     repository: str
     text_columns: tuple[str, ...]
     label_names: tuple[str, ...]
     metrics: tuple[str, ...] = ("accuracy",)
     shift_splits: tuple[str, ...] = ()
+    label_column: str = "label"
+    hub_config: str | None = None
+    out_of_scope_label: str | None = None
 
 
 _ENTAILMENT = ("entailment", "not_entailment")
@@ -59,6 +68,12 @@ NAMED_TASKS = {
     "wic": NamedTask(_SUPERGLUE, ("word", "sentence1", "sentence2"), ("False", "True")),
     "boolq": NamedTask(_SUPERGLUE, ("question", "passage"), ("False", "True")),
     "sentiment": NamedTask("", ("text",), ("negative", "positive"), shift_splits=tuple(SHIFTED_DOMAINS)),
+    "clinc_oos": NamedTask(
+        "clinc/clinc_oos", ("text",), (), label_column="intent", hub_config="plus", out_of_scope_label="oos"
+    ),
+    "ag_news": NamedTask(
+        "fancyzhx/ag_news", ("text",), ("World", "Sports", "Business", "Sci/Tech"), hub_config="default"
+    ),
 }
 
 # MNLI's matched splits come from the training genres: they are the ordinary ones
@@ -73,7 +88,9 @@ def load_task(
     label_column: str | None = None,
     label_names: Sequence[str] | None = None,
 ) -> "Task":
-    """Read a task's data and check it: a named GLUE or SuperGLUE task, ``sentiment``, or your own.
+    """Read a task's data and check it: a named GLUE or SuperGLUE task, another of :data:`NAMED_TASKS`, or your own.
+
+    ``clinc_oos`` has 150 intents, and the questions that ask for none of them in a split ``out_of_scope``.
 
     Args:
         name: One of :data:`NAMED_TASKS`, or any name for data of your own.
@@ -96,10 +113,13 @@ def load_task(
     """
     known = NAMED_TASKS.get(name)
     columns = _text_columns(name, known, data_dir, text_columns)
-    if known and label_column in (None, "label"):
+    official = known is not None and label_column in (None, known.label_column)
+    label_column = label_column or (known.label_column if known else "label")
+    splits = _arrange(_read(name, known, data_dir, columns))
+    if known and official:
         label_names = label_names or known.label_names
-    label_column = label_column or "label"
-    splits = _arrange(_read(name, known.repository if known else "", data_dir, columns))
+        if known.out_of_scope_label:
+            splits = separate(name, splits, label_column, known.out_of_scope_label)
     check_texts(name, splits, columns)
     splits, names = prepare_labels(name, splits, label_column, label_names)
     from datasets import DatasetDict
@@ -112,6 +132,7 @@ def load_task(
         label_names=names,
         metrics=_metrics(known, names),
         shift_splits=tuple(split for split in known.shift_splits if split in splits) if known else (),
+        out_of_scope_splits=tuple(split for split in splits if split.endswith("out_of_scope")) if official else (),
         data_dir=str(Path(data_dir).expanduser().absolute()) if data_dir else None,
     )
 
@@ -128,6 +149,7 @@ class Task:
         label_names: Names of the classes by index; empty for regression.
         metrics: What :meth:`score` computes.
         shift_splits: Labelled splits from another distribution than the training split.
+        out_of_scope_splits: Unlabelled splits whose examples belong to no class.
         data_dir: Where the data came from; None for the hub.
     """
 
@@ -138,6 +160,7 @@ class Task:
     label_names: tuple[str, ...]
     metrics: tuple[str, ...]
     shift_splits: tuple[str, ...] = ()
+    out_of_scope_splits: tuple[str, ...] = ()
     data_dir: str | None = None
 
     @property
@@ -234,6 +257,30 @@ class Task:
             parts.append(Dataset.from_dict(inputs))
         return concatenate_datasets(parts)
 
+    def with_out_of_scope(self, other: "Task", split: str = "test") -> "Task":
+        """This task and the texts of another, such as news for a model of sentiment, as a further unlabelled split.
+
+        The new split is called ``other.name``. A task on pairs gets each text with the one after it. :attr:`recipe`
+        stays that of the task itself.
+
+        Args:
+            other: Where the texts come from: its first text column.
+            split: Which of its splits.
+
+        Raises:
+            InputError: ``other`` has no such split, or this task has a split of that name.
+
+        Example:
+            >>> load_task("sst2").with_out_of_scope(load_task("ag_news"))  # doctest: +SKIP
+        """
+        if other.name in self.data:
+            raise InputError(f"task {self.name!r} has a split {other.name!r} already")
+        from datasets import DatasetDict
+
+        texts = other.split(split)[other.text_columns[0]][:]
+        data = DatasetDict({**self.data, other.name: borrow(texts, self.text_columns)})
+        return replace(self, data=data, out_of_scope_splits=(*self.out_of_scope_splits, other.name))
+
     def score(self, predictions: ArrayLike, labels: ArrayLike) -> dict[str, float]:
         """The task's metrics, each by its name in :attr:`metrics`.
 
@@ -301,11 +348,14 @@ def _text_columns(
     return columns
 
 
-def _read(name: str, repository: str, data_dir: str | Path | None, columns: tuple[str, ...]) -> "dict[str, Dataset]":
+def _read(
+    name: str, known: NamedTask | None, data_dir: str | Path | None, columns: tuple[str, ...]
+) -> "dict[str, Dataset]":
     if name == "sentiment":
         return read_sentiment(data_dir)
-    if data_dir is None:
-        return read_hub(name, repository, name)
+    if data_dir is None and known:
+        return read_hub(name, known.repository, known.hub_config or name)
+    assert data_dir is not None  # a task without a name has a folder
     return read_local(name, data_dir, columns)
 
 

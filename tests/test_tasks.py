@@ -29,6 +29,7 @@ OFFICIAL = {
     "mnli": (["premise", "hypothesis"], ["entailment", "neutral", "contradiction"]),
     "wic": (["word", "sentence1", "sentence2"], ["False", "True"]),
     "boolq": (["question", "passage"], ["False", "True"]),
+    "ag_news": (["text"], ["World", "Sports", "Business", "Sci/Tech"]),
 }
 OFFICIAL_METRICS = {
     "mrpc": ("accuracy", "f1"),
@@ -108,7 +109,7 @@ def test_importing_is_light():
 
 
 def test_every_named_task_is_tested():
-    assert set(OFFICIAL) | {"sentiment"} == set(NAMED_TASKS)
+    assert set(OFFICIAL) | {"sentiment", "clinc_oos"} == set(NAMED_TASKS)
 
 
 @pytest.mark.parametrize("ending", ["parquet", "csv", "jsonl", "json"])
@@ -659,8 +660,9 @@ def test_official_counts(real_data, name, counts, unlabelled):
 
 
 def test_intents_as_data_of_ones_own(real_data):
-    by_name = load_task("clinc_oos", real_data, text_columns="text", label_column="intent")
-    by_number = load_task("clinc_oos", real_data, text_columns="text")
+    folder = real_data / "clinc_oos"
+    by_name = load_task("intents", folder, text_columns="text", label_column="intent")
+    by_number = load_task("intents", folder, text_columns="text")
     assert by_name.num_labels == by_number.num_labels == 151
     assert {"oos", "weather"} < set(by_name.label_names)
 
@@ -693,7 +695,7 @@ def test_sentiment_splits(sentiment):
     }
     assert sentiment.label_names == ("negative", "positive")
     assert sentiment.shift_splits == ("amazon", "nytimes", "tweets")
-    assert sentiment.split("train").column_names == ["text", "label", "rating", "rating_sd"]
+    assert sentiment.split("train").column_names == ["text", "label", "rating", "rating_sd", "share_positive"]
 
 
 def test_the_shuffle_never_changes(sentiment):
@@ -713,6 +715,7 @@ def test_sentences_are_plain_text_with_their_own_ratings(sentiment):
     assert not [row for row in rows if row["label"] != (row["rating"] > 0)]
     rock = next(row for row in rows if row["text"].startswith("The Rock is destined"))
     assert (rock["label"], rock["rating"], rock["rating_sd"]) == (1, pytest.approx(2.26666666667), 1.06249)
+    assert rock["share_positive"] == pytest.approx(14.5 / 15)  # one of its fifteen raters gave 0
     # the raters of this one stand in another line of their file
     mistake = next(row for row in rows if row["text"].startswith("i made the mistake of thinking i could"))
     assert (mistake["label"], mistake["rating"], mistake["rating_sd"]) == (0, -1.8, 0.74833)
@@ -747,3 +750,8 @@ def test_sentiment_from_a_folder_and_its_errors(tmp_path):
     path.write_text("99\t-1.0\tnobody rated this\n")
     with pytest.raises(InputError, match="sentence '99' of tweets has no readable ratings"):
         load_task("sentiment", tmp_path)
+    path.write_text("0\t-1.0\tthe ratings are torn\n")
+    for torn in ("[1, 2", "[]", "3"):
+        (tmp_path / "tweets_anonDataRatings.txt").write_text(f"0\t-1.0\t0.5\t{torn}\n")
+        with pytest.raises(InputError, match="sentence '0' of tweets has no readable ratings"):
+            load_task("sentiment", tmp_path)
