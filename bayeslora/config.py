@@ -70,7 +70,7 @@ class MonteCLoRAConfig:
             the noise at random (flipout, Wen et al. 2018): each example's law is the same, and the gradient has
             less variance. ``"shared"`` uses one draw for the whole batch; so does training wherever rows of an
             adapted layer's input are not examples, and with a guide whose columns are not symmetric.
-        guide: ``"amortized"`` or ``"mean_field"``.
+        guide: ``"amortized"``, ``"mean_field"`` or ``"gaussian"`` (:mod:`bayeslora.guides`).
         mode: ``"joint"`` trains everything; ``"post_hoc"`` freezes μ, B and the head, and trains only v and α.
         prior_concentration: α0 of the prior Dir(α0·1_N).
         degrees_of_freedom: ν of both Wishart distributions, at least r; the adapter's rank when ``None``.

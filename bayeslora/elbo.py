@@ -151,8 +151,8 @@ class CooperativeELBO(TraceMeanField_ELBO):
         return loss, parts
 
     def _site_kl(self, model_site: dict, guide_site: dict, counts: "_Counts") -> Tensor:
-        """One site's KL under the chosen normalisation, from a tensor of the site's batch shape."""
-        kl = self._batched_kl(model_site, guide_site).expand(guide_site["fn"].batch_shape)
+        """One site's KL under the chosen normalisation, from a tensor of the model site's batch shape."""
+        kl = self._batched_kl(model_site, guide_site).expand(model_site["fn"].batch_shape)
         if self.normalization == "elbo":
             return kl.sum() / counts.examples
         # the mean over columns is one column's KL, "once per layer"; components are counted N times
@@ -168,7 +168,10 @@ class CooperativeELBO(TraceMeanField_ELBO):
             except NotImplementedError:
                 pass
         value = guide_site["value"]
-        return guide_site["fn"].log_prob(value) - model_site["fn"].log_prob(value)
+        posterior, prior = guide_site["fn"].log_prob(value), model_site["fn"].log_prob(value)
+        if posterior.shape == prior.shape:
+            return posterior - prior
+        return (posterior.sum() - prior.sum()) / prior.numel()  # a joint density has no share of each column
 
     def _auxiliary_kl(self, guide_site: dict, num_examples: float) -> Tensor:
         if self.normalization == "paper":

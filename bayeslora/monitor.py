@@ -4,13 +4,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pyro.distributions import Dirichlet
 from torch import Tensor
 from transformers import ProgressCallback
 from transformers.integrations import TensorBoardCallback
 
-from bayeslora.distributions import expected_cooperation
-from bayeslora.guides import Guide
+from bayeslora.guides import Guide, MixtureGuide
 
 if TYPE_CHECKING:
     from bayeslora.module import BayesLoRA
@@ -25,42 +23,35 @@ def effective_components(bayes: "BayesLoRA") -> Tensor:
     Returns:
         Shape ``(adapters,)``, in the order of ``bayes.adapter_names``.
     """
-    return torch.cat([1 / _expected_squares(bayes.guide, group) for group in bayes.model.groups])
+    return torch.cat([1 / bayes.guide.expected_squares(group) for group in bayes.model.groups])
 
 
 @torch.no_grad()
-def noise_to_signal(bayes: "BayesLoRA") -> Tensor:
-    r"""Standard deviation of an entry of A around μ, over the root mean square of μ, for every adapter.
-
-    .. math:: \mathrm{sd} = \epsilon \sqrt{E[\textstyle\sum_k \pi_k^2]\; \nu\; \bar v}
-
-    as :math:`E[\Sigma] = \nu\,\mathrm{diag}(v)`; the variance is averaged over the r entries of a column. Of the dense
-    mixture: the sparse one has no closed form.
+def noise_to_signal(bayes: "BayesLoRA") -> Tensor | None:
+    """Standard deviation of an entry of A around μ, over the root mean square of μ, for every adapter.
 
     Returns:
-        Shape ``(adapters,)``, in the order of ``bayes.adapter_names``.
+        Shape ``(adapters,)``, in the order of ``bayes.adapter_names``; None where the guide has no formula for it.
     """
     ratios = []
-    guide: Any = bayes.guide
     for group in bayes.model.groups:
-        log_v, _ = guide.variational_parameters(group)
-        variance = _expected_squares(guide, group) * bayes.model.degrees_of_freedom(group) * log_v.exp().mean(-1)
-        ratios.append(bayes.monteclora_config.sample_scaler * variance.sqrt() / group.mean_scale())
+        variance = bayes.guide.noise_variance(group)
+        if variance is None:
+            return None
+        ratios.append(variance.sqrt() / group.mean_scale())
     return torch.cat(ratios)
 
 
-def _expected_squares(guide: Any, group: Any) -> Tensor:
-    _, log_alpha = guide.variational_parameters(group)
-    return expected_cooperation(Dirichlet(log_alpha.exp(), validate_args=False))
-
-
 def posterior_logs(bayes: "BayesLoRA") -> dict[str, float]:
-    """The posterior in numbers, by the names they are logged under; nothing where the guide has no v and α."""
+    """The posterior in numbers, by the names they are logged under, where the guide has them."""
+    logs: dict[str, float] = {}
     if not bayes.sampling or not isinstance(bayes.guide, Guide):
-        return {}
-    logs = {"posterior/effective_components": float(effective_components(bayes).mean())}
-    if bayes.monteclora_config.mixture == "dense":
-        ratios = noise_to_signal(bayes).tolist()
+        return logs
+    if isinstance(bayes.guide, MixtureGuide):
+        logs["posterior/effective_components"] = float(effective_components(bayes).mean())
+    noise = noise_to_signal(bayes)
+    if noise is not None:
+        ratios = noise.tolist()
         logs |= {
             "posterior/noise_to_signal_mean": sum(ratios) / len(ratios),
             "posterior/noise_to_signal_max": max(ratios),

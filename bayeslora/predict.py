@@ -14,7 +14,6 @@ from tqdm.auto import tqdm
 
 from bayeslora.adapters import AdapterGroup, evaluation_mode, is_compiled, using_draw
 from bayeslora.analysis.uncertainty import mutual_information, predictive_entropy
-from bayeslora.distributions import active_weights
 from bayeslora.errors import InputError
 from bayeslora.prefix import MAX_KEPT_BYTES, Prefix
 
@@ -68,8 +67,8 @@ class Prediction:
 @dataclass(frozen=True)
 class PosteriorDraws:
     """S draws of K adapters: ``mixture_weights`` (S, K, N), ``covariance`` Σ (S, K, r, r), padded with NaN where
-    ranks differ, ``noise_scale`` (S, K), the standard deviation of an entry of A around μ given (π, Σ),
-    ``mean_scale`` (K,), the root mean square of μ, and ``A``, by adapter name, each (S, r, n_in)."""
+    ranks differ, ``noise_scale`` (S, K), the root mean square of A − μ, ``mean_scale`` (K,), that of μ, and
+    ``A``, by adapter name, each (S, r, n_in)."""
 
     adapters: list[str]
     mixture_weights: np.ndarray
@@ -237,9 +236,13 @@ def sample_sites(bayes: "BayesLoRA", num_samples: int, seed: int | None) -> Iter
 
 def _draw_sites(bayes: "BayesLoRA", seed: int | None, index: int) -> dict[str, Tensor]:
     names = {f"{kind}_{g.name}" for g in bayes.model.groups for kind in ("pi", "sigma_tril", "A", "S")}
+    return {name: site["value"] for name, site in draw_trace(bayes, seed, index).nodes.items() if name in names}
+
+
+def draw_trace(bayes: "BayesLoRA", seed: int | None, index: int) -> pyro.poutine.Trace:
+    """Pyro's trace of the guide in draw ``index``, as every function here draws it."""
     with torch.no_grad(), _seeded(seed, index), pyro.validation_enabled(False):
-        trace = pyro.poutine.trace(bayes.guide.forward).get_trace()
-    return {name: site["value"] for name, site in trace.nodes.items() if name in names}
+        return pyro.poutine.trace(bayes.guide.forward).get_trace()
 
 
 @torch.no_grad()
@@ -257,7 +260,7 @@ def posterior_draws(
     rank = max(group.rank for group in bayes.model.groups)
     for sites in sample_sites(bayes, num_samples, seed):
         drawn = bayes.model.weights(sites)
-        per_group = [_group_arrays(bayes, group, sites, rank) for group in bayes.model.groups]
+        per_group = [_group_arrays(group, sites, drawn[group.name], rank) for group in bayes.model.groups]
         for collected, parts in zip((weights, covariances, scales), zip(*per_group, strict=True), strict=True):
             collected.append(np.concatenate(parts))
         for group in bayes.model.groups:
@@ -275,13 +278,11 @@ def posterior_draws(
     )
 
 
-def _group_arrays(bayes: "BayesLoRA", group: AdapterGroup, sites: dict[str, Tensor], rank: int):
-    """π, Σ padded to ``rank`` and the noise scale ε·sqrt(Σ_k w_k² · tr Σ / r) of one group, adapters first."""
+def _group_arrays(group: AdapterGroup, sites: dict[str, Tensor], drawn: Tensor, rank: int):
+    """π, Σ padded to ``rank`` and the root mean square of A − μ of one group, adapters first."""
     pi, factor = sites[f"pi_{group.name}"][:, 0], sites[f"sigma_tril_{group.name}"][:, 0]
     covariance = factor @ factor.mT
-    active = active_weights(pi, bayes.monteclora_config.mixture).square().sum(-1)
-    mean_variance = covariance.diagonal(dim1=-2, dim2=-1).mean(-1)
-    noise = bayes.monteclora_config.sample_scaler * (active * mean_variance).sqrt()
+    noise = (drawn - group.mean()).square().mean((-2, -1)).sqrt()
     missing = rank - group.rank
     padded = torch.nn.functional.pad(covariance, (0, missing, 0, missing), value=float("nan"))
     return pi.cpu().numpy(), padded.cpu().numpy(), noise.cpu().numpy()

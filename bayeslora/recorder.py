@@ -37,7 +37,7 @@ class Recorder:
 
     def sample(self, name: str, fn: Any, *, infer: dict[str, Any] | None = None) -> Tensor:
         """The site's value, given or drawn, of shape ``plates + fn.event_shape``."""
-        shape = [1] * max(-frame.dim for frame in self._plates)
+        shape = [1] * max((-frame.dim for frame in self._plates), default=0)
         for frame in self._plates:
             shape[frame.dim] = frame.size
         if fn.batch_shape != tuple(shape):

@@ -2,8 +2,14 @@
 
 from bayeslora.guides.amortized import AmortizedGuide
 from bayeslora.guides.base import Guide
+from bayeslora.guides.gaussian import GaussianGuide
 from bayeslora.guides.mean_field import MeanFieldGuide
+from bayeslora.guides.mixture import MixtureGuide
 
-GUIDES: dict[str, type[Guide]] = {"mean_field": MeanFieldGuide, "amortized": AmortizedGuide}
+GUIDES: dict[str, type[Guide]] = {
+    "mean_field": MeanFieldGuide,
+    "amortized": AmortizedGuide,
+    "gaussian": GaussianGuide,
+}
 
-__all__ = ["GUIDES", "AmortizedGuide", "Guide", "MeanFieldGuide"]
+__all__ = ["GUIDES", "AmortizedGuide", "GaussianGuide", "Guide", "MeanFieldGuide", "MixtureGuide"]

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from bayeslora.adapters import Adapter, AdapterGroup, frozen_weight
-from bayeslora.guides.base import Guide, initial_log_alpha, initial_scale
+from bayeslora.guides.mixture import MixtureGuide, initial_log_alpha, initial_scale
 from bayeslora.models import MonteCLoRA
 
 NUM_FEATURES = 6
 WIDTH = 32
 
 
-class AmortizedGuide(Guide):
+class AmortizedGuide(MixtureGuide):
     """v and α of an adapter as a function of its description: O(1) parameters in the number of layers.
 
     The description is the kind of projection (an embedding), its depth, log n_in, log n_out, the scale and the row

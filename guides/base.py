@@ -1,37 +1,28 @@
-"""What every MonteCLoRA guide shares: given v and α, the three sites of the posterior."""
+"""What every guide shares: a program over the groups of adapters, under Pyro or without its handlers."""
 
 from typing import Any
 
 import pyro
-import pyro.distributions as dist
-import torch
 from pyro.nn import PyroModule
 from torch import Tensor
 
 from bayeslora.adapters import AdapterGroup
-from bayeslora.distributions import (
-    CollapsedMixture,
-    MixtureWeights,
-    WishartCholesky,
-    active_weights,
-    expected_column_kl,
-)
 from bayeslora.models import MonteCLoRA
 
 
 class Guide(PyroModule):
-    r"""q(π, Σ, A) = Dir(π; α) · W(Σ; diag(v), ν) · ∏_i N(A_i; μ_i, ε²·Σ_k π_k²·Σ) for every adapter.
+    """A variational family over the sites of :class:`~bayeslora.models.MonteCLoRA`.
 
-    A subclass says where v and α come from, in :meth:`variational_parameters`; it is called like the model and
-    ignores its arguments.
+    A subclass makes its parameters in ``__init__`` and samples the sites in :meth:`sample_group`. The guide is called
+    like the model and ignores its arguments.
 
     Args:
         model: The model whose sites it approximates.
     """
 
-    #: A column's deviation from μ is as likely as its mirror image, whatever the other columns are; per-example noise
-    #: rests on it. A subclass with correlated or skewed columns sets it to False.
-    symmetric_columns = True
+    #: Whether a column's deviation from μ is as likely as its mirror image, whatever the other columns are; each
+    #: example of a training batch can then have its own noise.
+    symmetric_columns = False
 
     def __init__(self, model: MonteCLoRA):
         super().__init__("guide")
@@ -42,9 +33,36 @@ class Guide(PyroModule):
     def model(self) -> MonteCLoRA:
         return self._model[0]
 
-    def variational_parameters(self, group: AdapterGroup) -> tuple[Tensor, Tensor]:
-        """log v of shape ``(adapters, r)`` and log α of shape ``(adapters, N)``."""
-        raise NotImplementedError(f"{type(self).__name__} must define variational_parameters(group)")
+    def sample_group(self, group: AdapterGroup, program: Any) -> dict[str, Tensor]:
+        """Sample the model's three sites for one group of adapters, and return them: site name to value.
+
+        ``program.sample(name, distribution)`` is Pyro's. Names and shapes are the model's
+        (:mod:`bayeslora.models.monteclora`). A site whose entries are independent over adapters and columns goes into
+        the :meth:`plates`; a joint one stays outside and has them in its event: ``(adapters, columns, r)``. The mean
+        of A is ``self.model.mean(group)``. ``infer={"expected_kl": ...}`` gives a site's KL where it is known, in
+        nats, of a shape that expands to ``(adapters, columns)``; it is else estimated at the draw.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define sample_group(group, program)")
+
+    def plates(self, group: AdapterGroup, program: Any) -> tuple[Any, Any]:
+        """The model's plates over a group's adapters and over their columns, to be entered once each."""
+        adapters = program.plate(f"adapters_{group.name}", len(group), dim=-2)
+        return adapters, program.plate(f"columns_{group.name}", group.columns, dim=-1)
+
+    def sample_priors(self, group: AdapterGroup, program: Any) -> dict[str, Tensor]:
+        """π and Σ from their priors, for a guide that describes A alone; inside the plate over adapters."""
+        pi, factor = f"pi_{group.name}", f"sigma_tril_{group.name}"
+        return {
+            pi: program.sample(pi, self.model.weights_prior(group)),
+            factor: program.sample(factor, self.model.covariance_prior(group)),
+        }
+
+    def noise_variance(self, group: AdapterGroup) -> Tensor | None:
+        """Variance of an entry of A around μ, averaged over entries, ``(adapters,)``; None where there is no formula.
+
+        Only logs depend on it.
+        """
+        return None
 
     def forward(self, *args, **kwargs) -> dict[str, Tensor]:
         """Sample every site once; returns site name to value."""
@@ -55,49 +73,5 @@ class Guide(PyroModule):
         draw: dict[str, Tensor] = {}
         with self.model.full_precision():
             for group in self.model.groups:
-                draw |= self._sample_group(group, program)
+                draw |= self.sample_group(group, program)
         return draw
-
-    def _sample_group(self, group: AdapterGroup, program: Any) -> dict[str, Tensor]:
-        config, name = self.config, group.name
-        log_v, log_alpha = self.variational_parameters(group)
-        wishart = WishartCholesky(self.model.degrees_of_freedom(group), log_v.exp().unsqueeze(-2))
-        column_kl = {"expected_kl": expected_column_kl(wishart)}  # (adapters, 1), exact over Σ
-        columns = program.plate(f"columns_{name}", group.columns, dim=-1)
-        with program.plate(f"adapters_{name}", len(group), dim=-2):
-            pi = program.sample(f"pi_{name}", MixtureWeights(log_alpha.exp().unsqueeze(-2)))
-            factor = program.sample(f"sigma_tril_{name}", wishart)
-            if config.components == "explicit":
-                normal = dist.MultivariateNormal(factor.new_zeros(group.rank), scale_tril=factor)
-                with program.plate(f"components_{name}", config.num_components, dim=-3), columns:
-                    site, value = f"S_{name}", program.sample(f"S_{name}", normal, infer=column_kl)
-            else:
-                weights = active_weights(pi[..., 0, :], config.mixture)
-                posterior = CollapsedMixture(
-                    self.model.mean(group), factor[..., 0, :, :], weights, config.sample_scaler
-                )
-                with columns:
-                    site, value = f"A_{name}", program.sample(f"A_{name}", posterior, infer=column_kl)
-        return {f"pi_{name}": pi, f"sigma_tril_{name}": factor, site: value}
-
-
-def initial_scale(model: MonteCLoRA, group: AdapterGroup) -> float:
-    r"""Where v starts: the configured value, or the minimum of :math:`KL_W + m\,E[KL_N]`.
-
-    Its derivative in :math:`v_j` is :math:`\tfrac12(\nu(1 - 1/v_j) + m(\nu - 1/v_j))`, so
-    :math:`v_j = (\nu + m) / (\nu + m\nu)`, with m the columns' KL as often as the objective counts it: N times
-    under ``normalization="paper"``, once a column under ``"elbo"``.
-    """
-    config = model.config
-    if config.scale_init is not None:
-        return config.scale_init
-    df = model.degrees_of_freedom(group)
-    times = config.num_components if config.normalization == "paper" else group.columns
-    if config.normalization == "elbo" and config.components == "explicit":
-        times *= config.num_components
-    return (df + times) / (df + times * df)
-
-
-def initial_log_alpha(how: str, *shape: int) -> Tensor:
-    """Starting log α: zeros for ``"ones"``, uniform on [0, 1) for ``"random"`` (paper, ablation of α)."""
-    return torch.zeros(shape) if how == "ones" else torch.rand(shape)

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from bayeslora.adapters import AdapterGroup
-from bayeslora.guides.base import Guide, initial_log_alpha, initial_scale
+from bayeslora.guides.mixture import MixtureGuide, initial_log_alpha, initial_scale
 from bayeslora.models import MonteCLoRA
 
 
-class MeanFieldGuide(Guide):
+class MeanFieldGuide(MixtureGuide):
     """r + N parameters for every adapter: log v and log α (paper, section 4.1)."""
 
     def __init__(self, model: MonteCLoRA):

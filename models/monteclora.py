@@ -72,9 +72,19 @@ class MonteCLoRA(PyroModule):
         """ν of a group: the configured value, or its rank."""
         return float(self.config.degrees_of_freedom or group.rank)
 
+    def weights_prior(self, group: AdapterGroup) -> MixtureWeights:
+        """p(π) = Dirichlet(α0·1_N) of a group's adapters, batch shape ``(adapters, 1)``."""
+        shape = (len(group), 1, self.config.num_components)
+        return MixtureWeights(torch.full(shape, float(self.config.prior_concentration), device=_device(group)))
+
+    def covariance_prior(self, group: AdapterGroup) -> WishartCholesky:
+        """p(Σ) = Wishart(I_r, ν), on its Cholesky factor, batch shape ``(adapters, 1)``."""
+        scale = torch.ones((len(group), 1, group.rank), device=_device(group))
+        return WishartCholesky(self.degrees_of_freedom(group), scale)
+
     def full_precision(self) -> torch.autocast:
         """Switches autocast off inside: factors and noise stay in float32, whatever the network computes in."""
-        return torch.autocast(self.groups[0].adapters[0].lora_A.weight.device.type, enabled=False)
+        return torch.autocast(_device(self.groups[0]).type, enabled=False)
 
     def forward(self, labels: Tensor | None = None, **inputs: Any) -> Tensor:
         self._register_parameters()
@@ -126,7 +136,7 @@ class MonteCLoRA(PyroModule):
 
     @property
     def _zero(self) -> Tensor:
-        return torch.zeros((), device=self.groups[0].adapters[0].lora_A.weight.device)
+        return torch.zeros((), device=_device(self.groups[0]))
 
     def weights(self, sites: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A of every group from the values of its sites: group name to ``(adapters, columns, r)``."""
@@ -134,23 +144,20 @@ class MonteCLoRA(PyroModule):
 
     def _sample_group(self, group: AdapterGroup, program: Any) -> Tensor:
         config, name = self.config, group.name
-        device = group.adapters[0].lora_A.weight.device
-        shape = (len(group), 1, config.num_components)
-        concentration = torch.full(shape, float(config.prior_concentration), device=device)
-        identity = torch.eye(group.rank, device=device).expand(len(group), 1, group.rank, group.rank)
+        device = _device(group)
+        identity = torch.eye(group.rank, device=device).expand(len(group), group.rank, group.rank)
         adapters = program.plate(f"adapters_{name}", len(group), dim=-2)
         columns = program.plate(f"columns_{name}", group.columns, dim=-1)
         with adapters:
-            pi = program.sample(f"pi_{name}", MixtureWeights(concentration))
-            scale = identity.diagonal(dim1=-2, dim2=-1)
-            program.sample(f"sigma_tril_{name}", WishartCholesky(self.degrees_of_freedom(group), scale))
+            pi = program.sample(f"pi_{name}", self.weights_prior(group))
+            program.sample(f"sigma_tril_{name}", self.covariance_prior(group))
             if config.components == "explicit":
                 standard = dist.Normal(torch.zeros((), device=device), 1).expand([group.rank]).to_event(1)
                 with program.plate(f"components_{name}", config.num_components, dim=-3), columns:
                     components = program.sample(f"S_{name}", standard)
                 return self._adapted_matrix(group, {f"pi_{name}": pi, f"S_{name}": components})
             weights = active_weights(pi[..., 0, :], config.mixture)
-            prior = CollapsedMixture(self.mean(group), identity[..., 0, :, :], weights, config.sample_scaler)
+            prior = CollapsedMixture(self.mean(group), identity, weights, config.sample_scaler)
             with columns:
                 return program.sample(f"A_{name}", prior)
 
@@ -175,3 +182,7 @@ class MonteCLoRA(PyroModule):
                         f"Pyro's parameter store already holds another network's 'network.{name}'; "
                         "call pyro.clear_param_store() before fitting a second model"
                     )
+
+
+def _device(group: AdapterGroup) -> torch.device:
+    return group.adapters[0].lora_A.weight.device

@@ -47,6 +47,19 @@ def test_your_own_csv(tmp_path):
     assert (adapter / "posterior.safetensors").is_file()
 
 
+def test_your_own_guide(tmp_path):
+    scores = example("your_own_guide").main(str(tmp_path), train_examples=32, max_steps=2)
+    assert list(scores) == ["AmortizedGuide", "LowRankGuide"]
+    assert all(math.isfinite(score["nll"]) for score in scores.values())
+
+
+def test_the_guide_in_the_documentation_is_the_examples():
+    page = (ROOT / "docs" / "write_a_guide.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert block in (ROOT / "examples" / "your_own_guide.py").read_text(encoding="utf-8")
+    assert len(block.splitlines()) <= 30
+
+
 def test_no_example_is_untested():
     tested = set(re.findall(r'example\("(\w+)"\)', Path(__file__).read_text(encoding="utf-8")))
     assert tested == {path.stem for path in (ROOT / "examples").glob("*.py")}

@@ -1,0 +1,90 @@
+"""The paper's family: given v and α, the three sites of the posterior."""
+
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from bayeslora.adapters import AdapterGroup
+from bayeslora.distributions import (
+    CollapsedMixture,
+    MixtureWeights,
+    WishartCholesky,
+    active_weights,
+    expected_column_kl,
+    expected_cooperation,
+)
+from bayeslora.guides.base import Guide
+from bayeslora.models import MonteCLoRA
+
+
+class MixtureGuide(Guide):
+    r"""q(π, Σ, A) = Dir(π; α) · W(Σ; diag(v), ν) · ∏_i N(A_i; μ_i, ε²·Σ_k π_k²·Σ) for every adapter.
+
+    A subclass says where v and α come from, in :meth:`variational_parameters`.
+    """
+
+    symmetric_columns = True
+
+    def variational_parameters(self, group: AdapterGroup) -> tuple[Tensor, Tensor]:
+        """log v of shape ``(adapters, r)`` and log α of shape ``(adapters, N)``."""
+        raise NotImplementedError(f"{type(self).__name__} must define variational_parameters(group)")
+
+    def sample_group(self, group: AdapterGroup, program: Any) -> dict[str, Tensor]:
+        config, name = self.config, group.name
+        log_v, log_alpha = self.variational_parameters(group)
+        wishart = WishartCholesky(self.model.degrees_of_freedom(group), log_v.exp().unsqueeze(-2))
+        column_kl = {"expected_kl": expected_column_kl(wishart)}  # (adapters, 1), exact over Σ
+        adapters, columns = self.plates(group, program)
+        with adapters:
+            pi = program.sample(f"pi_{name}", MixtureWeights(log_alpha.exp().unsqueeze(-2)))
+            factor = program.sample(f"sigma_tril_{name}", wishart)
+            if config.components == "explicit":
+                normal = dist.MultivariateNormal(factor.new_zeros(group.rank), scale_tril=factor)
+                with program.plate(f"components_{name}", config.num_components, dim=-3), columns:
+                    site, value = f"S_{name}", program.sample(f"S_{name}", normal, infer=column_kl)
+            else:
+                weights = active_weights(pi[..., 0, :], config.mixture)
+                posterior = CollapsedMixture(
+                    self.model.mean(group), factor[..., 0, :, :], weights, config.sample_scaler
+                )
+                with columns:
+                    site, value = f"A_{name}", program.sample(f"A_{name}", posterior, infer=column_kl)
+        return {f"pi_{name}": pi, f"sigma_tril_{name}": factor, site: value}
+
+    def expected_squares(self, group: AdapterGroup) -> Tensor:
+        """E[Σ_k π_k²], shape ``(adapters,)``."""
+        _, log_alpha = self.variational_parameters(group)
+        return expected_cooperation(dist.Dirichlet(log_alpha.exp(), validate_args=False))
+
+    def noise_variance(self, group: AdapterGroup) -> Tensor | None:
+        r""":math:`\epsilon^2\,E[\sum_k \pi_k^2]\,\nu\,\bar v`, as :math:`E[\Sigma] = \nu\,\mathrm{diag}(v)`; the sparse
+        mixture has no closed form."""
+        if self.config.mixture == "sparse":
+            return None
+        log_v, _ = self.variational_parameters(group)
+        scale = self.model.degrees_of_freedom(group) * log_v.exp().mean(-1)
+        return self.config.sample_scaler**2 * self.expected_squares(group) * scale
+
+
+def initial_scale(model: MonteCLoRA, group: AdapterGroup) -> float:
+    r"""Where v starts: the configured value, or the minimum of :math:`KL_W + m\,E[KL_N]`.
+
+    Its derivative in :math:`v_j` is :math:`\tfrac12(\nu(1 - 1/v_j) + m(\nu - 1/v_j))`, so
+    :math:`v_j = (\nu + m) / (\nu + m\nu)`, with m the columns' KL as often as the objective counts it: N times
+    under ``normalization="paper"``, once a column under ``"elbo"``.
+    """
+    config = model.config
+    if config.scale_init is not None:
+        return config.scale_init
+    df = model.degrees_of_freedom(group)
+    times = config.num_components if config.normalization == "paper" else group.columns
+    if config.normalization == "elbo" and config.components == "explicit":
+        times *= config.num_components
+    return (df + times) / (df + times * df)
+
+
+def initial_log_alpha(how: str, *shape: int) -> Tensor:
+    """Starting log α: zeros for ``"ones"``, uniform on [0, 1) for ``"random"`` (paper, ablation of α)."""
+    return torch.zeros(shape) if how == "ones" else torch.rand(shape)
