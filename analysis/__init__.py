@@ -34,8 +34,20 @@ _HOMES = {
     "mutual_information": "bayeslora.analysis.uncertainty",
     "negative_log_likelihood": "bayeslora.analysis.calibration",
     "noise_contraction": "bayeslora.analysis.variance",
-    "plot_calibration": "bayeslora.analysis.plots",
-    "plot_posterior_spread": "bayeslora.analysis.plots",
+    "plot_adapters": "bayeslora.analysis.plots_posterior",
+    "plot_agreement": "bayeslora.analysis.plots_uncertainty",
+    "plot_brier_parts": "bayeslora.analysis.plots_calibration",
+    "plot_calibration": "bayeslora.analysis.plots_calibration",
+    "plot_contraction": "bayeslora.analysis.plots_posterior",
+    "plot_detection": "bayeslora.analysis.plots_uncertainty",
+    "plot_draws_needed": "bayeslora.analysis.plots_posterior",
+    "plot_eigenvalues": "bayeslora.analysis.plots_posterior",
+    "plot_entropy_parts": "bayeslora.analysis.plots_uncertainty",
+    "plot_layer_map": "bayeslora.analysis.plots_posterior",
+    "plot_posterior_spread": "bayeslora.analysis.plots_posterior",
+    "plot_risk_coverage": "bayeslora.analysis.plots_uncertainty",
+    "plot_spread_against_mean": "bayeslora.analysis.plots_posterior",
+    "plot_variance_shares": "bayeslora.analysis.plots_posterior",
     "predictive_entropy": "bayeslora.analysis.uncertainty",
     "rank_correlation": "bayeslora.analysis.agreement",
     "reliability_curve": "bayeslora.analysis.reliability",
@@ -44,6 +56,7 @@ _HOMES = {
     "sharpness": "bayeslora.analysis.calibration",
     "to_arviz": "bayeslora.analysis.inference_data",
     "to_markdown": "bayeslora.analysis.comparison",
+    "variance_shares": "bayeslora.analysis.variance",
     "vote_entropy": "bayeslora.analysis.agreement",
 }
 
@@ -75,8 +88,20 @@ __all__ = [
     "mutual_information",
     "negative_log_likelihood",
     "noise_contraction",
+    "plot_adapters",
+    "plot_agreement",
+    "plot_brier_parts",
     "plot_calibration",
+    "plot_contraction",
+    "plot_detection",
+    "plot_draws_needed",
+    "plot_eigenvalues",
+    "plot_entropy_parts",
+    "plot_layer_map",
     "plot_posterior_spread",
+    "plot_risk_coverage",
+    "plot_spread_against_mean",
+    "plot_variance_shares",
     "predictive_entropy",
     "rank_correlation",
     "reliability_curve",
@@ -85,6 +110,7 @@ __all__ = [
     "sharpness",
     "to_arviz",
     "to_markdown",
+    "variance_shares",
     "vote_entropy",
 ]
 
@@ -102,7 +128,23 @@ if TYPE_CHECKING:
     from bayeslora.analysis.comparison import comparison_table, to_markdown
     from bayeslora.analysis.detection import detection_curve, detection_scores
     from bayeslora.analysis.inference_data import build_inference_data, load_arviz, save_arviz, to_arviz
-    from bayeslora.analysis.plots import plot_calibration, plot_posterior_spread
+    from bayeslora.analysis.plots_calibration import plot_brier_parts, plot_calibration
+    from bayeslora.analysis.plots_posterior import (
+        plot_adapters,
+        plot_contraction,
+        plot_draws_needed,
+        plot_eigenvalues,
+        plot_layer_map,
+        plot_posterior_spread,
+        plot_spread_against_mean,
+        plot_variance_shares,
+    )
+    from bayeslora.analysis.plots_uncertainty import (
+        plot_agreement,
+        plot_detection,
+        plot_entropy_parts,
+        plot_risk_coverage,
+    )
     from bayeslora.analysis.reliability import (
         classwise_calibration_error,
         expected_calibration_error,
@@ -120,6 +162,7 @@ if TYPE_CHECKING:
         eigenvalues,
         mixture_entropy,
         noise_contraction,
+        variance_shares,
     )
 
 

@@ -31,7 +31,8 @@ def rank_correlation(
     """Spearman's correlation with its percentile bootstrap interval over examples.
 
     Args:
-        uncertainty: Of the model, such as its predictive entropy; shape ``(examples,)``.
+        uncertainty: Of the model, such as its predictive entropy; shape ``(examples,)``. With several runs,
+            ``(examples, runs)``: the correlation is then the mean of theirs.
         disagreement: Of people on the same examples, such as the standard deviation of their ratings.
         num_resamples, level, seed: As for `bootstrap_interval`.
 
@@ -41,13 +42,15 @@ def rank_correlation(
     Raises:
         InputError: The arrays do not fit that description.
     """
-    ours = check_examples(uncertainty, name="uncertainty")
-    theirs = check_examples(disagreement, name="disagreement", size=len(ours))
+    theirs = check_examples(disagreement, name="disagreement")
+    runs = np.asarray(uncertainty)
+    runs = runs[:, None] if runs.ndim == 1 else runs
+    ours = np.stack([check_examples(run, name="uncertainty", size=len(theirs)) for run in runs.T], axis=1)
     return bootstrap_interval(_spearman, ours, theirs, num_resamples=num_resamples, level=level, seed=seed)
 
 
-def _spearman(first: np.ndarray, second: np.ndarray) -> float:
-    """NaN if either side is constant, without the warning."""
-    if np.ptp(first) == 0 or np.ptp(second) == 0:
+def _spearman(runs: np.ndarray, other: np.ndarray) -> float:
+    """Mean over runs ``(examples, runs)``; NaN if either side is constant, without the warning."""
+    if np.ptp(runs, axis=0).min() == 0 or np.ptp(other) == 0:
         return float("nan")
-    return float(spearmanr(first, second).statistic)
+    return float(np.mean([spearmanr(run, other).statistic for run in runs.T]))

@@ -1,5 +1,6 @@
 """The draws of the adapters: eigenvalues, mixture balance, contraction, and how many draws are enough."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -8,6 +9,8 @@ from numpy.typing import ArrayLike
 from scipy.special import entr
 
 from bayeslora.analysis.adapter_names import network_order, short_names
+from bayeslora.analysis.bootstrap import resample_counts
+from bayeslora.analysis.checks import check_level
 from bayeslora.errors import InputError
 
 
@@ -163,6 +166,63 @@ def adapter_draws(data: Any, variable: str) -> np.ndarray:
         raise InputError(f"the posterior has no variable {variable!r} over adapters; it has {', '.join(fitting)}")
     values = posterior[variable].transpose("chain", "draw", "adapter", ...).values
     return values.reshape(-1, *values.shape[2:])
+
+
+class VarianceShares(NamedTuple):
+    """Shares of the variance of the logits, see `variance_shares`.
+
+    Attributes:
+        parts: Names of the P parts.
+        estimate: ``(P + 1,)``: each part's variance over the total, and last the remainder, one minus their sum.
+        lower, upper: ``(P + 1,)``, ends of the intervals.
+        level: Their coverage.
+        num_draws: How many draws they are from.
+    """
+
+    parts: list[str]
+    estimate: np.ndarray
+    lower: np.ndarray
+    upper: np.ndarray
+    level: float
+    num_draws: int
+
+
+def variance_shares(
+    parts: Sequence[str],
+    deviations: ArrayLike,
+    *,
+    level: float = 0.9,
+    num_resamples: int = 1000,
+    seed: int = 0,
+) -> VarianceShares:
+    """Which part of the network causes how much of the uncertainty, with a bootstrap interval over the draws.
+
+    Args:
+        parts: Names of the P parts, as :func:`bayeslora.attribution.attribute_variance` returns them.
+        deviations: Its squared deviations, shape ``(draws, P + 1)``, the last column for all parts together.
+        level: Coverage of the intervals.
+        num_resamples: Sets of draws to take.
+        seed: Decides them.
+
+    Raises:
+        InputError: The shapes do not fit, the total is zero, or an option is out of range.
+    """
+    check_level(level)
+    squares = np.asarray(deviations, dtype=np.float64)
+    if squares.ndim != 2 or squares.shape[1] != len(parts) + 1 or len(squares) < 2:
+        raise InputError(
+            f"deviations must have shape (draws, {len(parts) + 1}) with two draws or more, but is {squares.shape}"
+        )
+    if not squares[:, -1].sum() > 0:
+        raise InputError("the draws do not differ: there is no variance to share out")
+    counts = np.concatenate(list(resample_counts(len(squares), num_resamples, seed)()))
+    ends = np.quantile(_shares(counts @ squares), [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return VarianceShares(list(parts), _shares(squares.sum(axis=0)), ends[0], ends[1], level, len(squares))
+
+
+def _shares(sums: np.ndarray) -> np.ndarray:
+    shares = sums[..., :-1] / sums[..., -1:]
+    return np.concatenate([shares, 1 - shares.sum(axis=-1, keepdims=True)], axis=-1)
 
 
 class DrawsNeeded(NamedTuple):

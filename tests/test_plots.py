@@ -39,7 +39,7 @@ def _close_figures():
 @pytest.fixture
 def axes():
     """An Axes that pyplot does not know."""
-    return Figure(figsize=(3.4, 4.0)).subplots()
+    return Figure(figsize=(3.3, 4.0)).subplots()
 
 
 def posterior(names, *, num_draws: int = 40, num_chains: int = 1) -> dict[str, xarray.Dataset]:
@@ -150,7 +150,7 @@ def test_new_figure_is_high_enough_for_its_rows(names):
     assert len(boxes) == len(names)
     assert all(upper.y0 >= lower.y1 for upper, lower in pairwise(boxes))
     assert min(box.x0 for box in boxes) >= 0
-    assert ax.figure.get_size_inches()[0] == pytest.approx(3.4)
+    assert ax.figure.get_size_inches()[0] == pytest.approx(3.3)
 
 
 def test_axis_says_what_and_how_much(axes):

@@ -152,7 +152,17 @@ def test_rank_correlation_and_its_interval():
     np.testing.assert_allclose([found.lower, found.upper], fisher, atol=0.02)
 
 
+def test_several_runs_have_the_mean_of_their_correlations():
+    rng = np.random.default_rng(6)
+    people = rng.random(100)
+    runs = people[:, None] + rng.normal(size=(100, 3)) * [0.2, 0.5, 2]
+    found = rank_correlation(runs, people, num_resamples=300)
+    one_by_one = [rank_correlation(run, people, num_resamples=300) for run in runs.T]
+    assert found.estimate == pytest.approx(np.mean([run.estimate for run in one_by_one]))
+    assert found.lower < found.estimate < found.upper
+
+
 def test_nothing_correlates_with_a_constant():
     assert np.isnan(rank_correlation(np.ones(20), np.arange(20))).all()
-    with pytest.raises(InputError, match=r"disagreement must have shape \(3,\), but has shape \(2,\)"):
+    with pytest.raises(InputError, match=r"uncertainty must have shape \(2,\), but has shape \(3,\)"):
         rank_correlation([1, 2, 3], [1, 2])

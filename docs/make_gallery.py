@@ -1,0 +1,166 @@
+"""Draw every picture of ``bayeslora.analysis`` from made-up numbers, and list them in ``docs/gallery.md``.
+
+The numbers come from small generators with known properties (an overconfident forecaster beside a calibrated one, a
+network of four layers), so the pictures show what each diagnostic looks like, not what bayeslora achieves.
+
+    python docs/make_gallery.py            # writes docs/gallery.md and docs/gallery/*.png
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import numpy as np
+import xarray
+from matplotlib import pyplot
+
+from bayeslora import analysis
+
+NAMES = [
+    f"encoder.layer.{layer}.{kind}"
+    for layer in range(4)
+    for kind in ("attention.self.query", "attention.self.value", "attention.output.dense", "intermediate.dense")
+]
+DRAWS, RANK, COMPONENTS = 64, 8, 4
+
+
+def forecasts(temperature: float, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities of 800 examples over three classes, calibrated at temperature 1, and labels."""
+    rng = np.random.default_rng(seed)
+    logits = 1.5 * rng.normal(size=(800, 3))
+    labels = (logits + rng.gumbel(size=logits.shape)).argmax(axis=1)
+    powers = np.exp(logits / temperature)
+    return powers / powers.sum(axis=1, keepdims=True), labels
+
+
+def draws_of_forecasts(spread: float, *, seed: int = 0) -> np.ndarray:
+    """Probabilities under 32 draws of 300 examples: ``(draws, examples, classes)``."""
+    rng = np.random.default_rng(seed)
+    logits = 1.5 * rng.normal(size=(300, 2)) + spread * rng.normal(size=(32, 300, 2))
+    powers = np.exp(logits)
+    return powers / powers.sum(axis=-1, keepdims=True)
+
+
+def posterior(*, wide: float = 1.0, seed: int = 0) -> dict[str, xarray.Dataset]:
+    """Draws of sixteen adapters as the groups of ArviZ data that the pictures need."""
+    rng = np.random.default_rng(seed)
+    depth = np.array([int(name.split(".")[2]) for name in NAMES])
+    scale = wide * (0.4 + 0.25 * depth + 0.5 * np.array(["dense" in name for name in NAMES]))
+    factors = rng.normal(size=(1, DRAWS, len(NAMES), RANK, RANK + 2)) * np.sqrt(scale)[:, None, None]
+    covariance = factors @ np.swapaxes(factors, -1, -2) / RANK
+    noise = 0.01 * np.sqrt(np.trace(covariance, axis1=-2, axis2=-1) / RANK)
+    weights = rng.dirichlet(np.full(COMPONENTS, 2.0), size=(1, DRAWS, len(NAMES)))
+    mean = 0.012 * np.exp(0.35 * rng.normal(size=len(NAMES)))
+    dims = ("chain", "draw", "adapter")
+    variables = {
+        "noise_scale": (dims, noise),
+        "noise_to_signal": (dims, noise / mean),
+        "mixture_weights": ((*dims, "component"), weights),
+        "covariance": ((*dims, "rank", "rank_other"), covariance),
+    }
+    coords = {"adapter": NAMES}
+    return {
+        "posterior": xarray.Dataset(variables, coords=coords),
+        "constant_data": xarray.Dataset({"mean_scale": ("adapter", mean)}, coords=coords),
+    }
+
+
+def variance_parts() -> Any:
+    """Shares of four layers in the variance of the logits; together they move it a tenth less than one by one."""
+    rng = np.random.default_rng(3)
+    layers = rng.normal(size=(DRAWS, 4, 50)) * np.array([0.2, 0.3, 0.6, 1.0])[:, None]
+    whole = 0.95 * layers.sum(axis=1, keepdims=True)
+    return analysis.variance_shares(
+        [f"layer {layer}" for layer in range(4)], np.square(np.concatenate([layers, whole], axis=1)).mean(axis=-1)
+    )
+
+
+def people() -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Uncertainty of two methods about 600 sentences, and how their raters' votes differ."""
+    rng = np.random.default_rng(4)
+    ambiguity = rng.beta(1, 3, size=600) / 2
+    disagreement = analysis.vote_entropy(rng.binomial(15, ambiguity) / 15)
+    noise = rng.normal(size=(2, 600))
+    weights = zip(("LoRA", "posterior predictive"), (0.5, 0.25), noise, strict=True)
+    return {name: np.log(2) * np.clip(2 * ambiguity + w * e, 0, 1) for name, w, e in weights}, disagreement
+
+
+def main(folder: Path) -> list[Path]:
+    """Write ``gallery.md`` and its pictures into ``folder``; returns the pictures."""
+    data, prior = posterior(), posterior(wide=2.0, seed=1)
+    group = data["posterior"]
+    noise, before = group["noise_scale"].values[0], prior["posterior"]["noise_scale"].values[0]
+    mean = data["constant_data"]["mean_scale"].values
+    sharp, calm = forecasts(0.45), forecasts(1.0)
+    methods = {"LoRA": sharp, "posterior predictive": calm}
+    entropies = {
+        "LoRA": [draws_of_forecasts(0.0, seed=seed)[0] for seed in (5, 6)],
+        "posterior predictive": [draws_of_forecasts(spread, seed=5).mean(axis=0) for spread in (0.2, 1.5)],
+    }
+    uncertain = {
+        name: (analysis.predictive_entropy(probs), probs.argmax(axis=1) != labels)
+        for name, (probs, labels) in methods.items()
+    }
+    parts = {
+        name: (analysis.expected_entropy(drawn), analysis.mutual_information(drawn))
+        for name, drawn in (("test", draws_of_forecasts(0.4)), ("another domain", draws_of_forecasts(1.5)))
+    }
+    pictures: list[tuple[str, str, Callable[[], Any]]] = [
+        ("posterior_spread", "Noise over mean of each adapter, draw by draw.",
+         lambda: analysis.plot_posterior_spread(data)),
+        ("effective_components", "How many of the four components carry each adapter's mixture, 1/Σπ².",
+         lambda: analysis.plot_adapters(
+             NAMES, analysis.effective_components(group["mixture_weights"].values[0]),
+             quantity="effective components  (of 4)")),
+        ("contraction", "How much narrower than the prior each posterior is.",
+         lambda: analysis.plot_contraction(NAMES, noise, before)),
+        ("layer_map", "One number per adapter over the whole network: layers from left to right.",
+         lambda: analysis.plot_layer_map(
+             NAMES, np.median(noise, axis=0) / mean, quantity="median noise / mean of A  (ratio of RMS)")),
+        ("spread_against_mean", "Is the noise large because the mean is?",
+         lambda: analysis.plot_spread_against_mean(NAMES, mean, noise)),
+        ("eigenvalues", "The column covariance Σ, from its widest direction down.",
+         lambda: analysis.plot_eigenvalues(NAMES, analysis.eigenvalues(group["covariance"].values[0]))),
+        ("draws_needed", "How many draws of the posterior are enough for a stated error?",
+         lambda: analysis.plot_draws_needed(analysis.draws_needed(draws_of_forecasts(0.6), tolerance=0.02))),
+        ("variance_shares", "Which layers cause the uncertainty? Bars are shares, lines their intervals.",
+         lambda: analysis.plot_variance_shares(variance_parts())),
+        ("calibration", "Reliability diagram with exact binomial intervals.",
+         lambda: analysis.plot_calibration(methods)),
+        ("calibration_equal_mass", "The same in bins of equally many examples, with bootstrap intervals.",
+         lambda: analysis.plot_calibration(methods, binning="mass", interval="bootstrap")),
+        ("brier_parts", "What a Brier score is made of.",
+         lambda: analysis.plot_brier_parts(methods)),
+        ("risk_coverage", "Answer only where sure: how many errors are left?",
+         lambda: analysis.plot_risk_coverage(uncertain)),
+        ("detection", "Foreign inputs found by their entropy, against false alarms.",
+         lambda: analysis.plot_detection(
+             {name: tuple(map(analysis.predictive_entropy, pair)) for name, pair in entropies.items()})),
+        ("entropy_parts", "Noise that stays, and what the draws disagree about.",
+         lambda: analysis.plot_entropy_parts(parts)),
+        ("agreement", "Is the model unsure where people disagree?",
+         lambda: analysis.plot_agreement(*people(), unit="entropy of the raters' votes  (nats)")),
+    ]  # fmt: skip
+    (folder / "gallery").mkdir(parents=True, exist_ok=True)
+    lines = ["# Gallery", "", "Made-up numbers, drawn by `python docs/make_gallery.py`; the functions are those of",
+             "`bayeslora.analysis`.", ""]  # fmt: skip
+    written = []
+    for name, caption, draw in pictures:
+        path = folder / "gallery" / f"{name}.png"
+        ax = draw()
+        ax.figure.savefig(path, dpi=150)
+        pyplot.close(ax.figure)
+        lines += [f"## {name.replace('_', ' ').capitalize()}", "", caption, "", f"![{caption}](gallery/{name}.png)", ""]
+        written.append(path)
+    (folder / "gallery.md").write_text("\n".join(lines), encoding="utf-8")
+    return written
+
+
+if __name__ == "__main__":
+    target = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent
+    print("\n".join(str(path) for path in main(target)))
