@@ -1,6 +1,6 @@
 """Posterior predictive: average over whole networks, each one coherent draw of all adapters."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -241,7 +241,7 @@ def _draw_sites(bayes: "BayesLoRA", seed: int | None, index: int) -> dict[str, T
 
 def draw_trace(bayes: "BayesLoRA", seed: int | None, index: int) -> pyro.poutine.Trace:
     """Pyro's trace of the guide in draw ``index``, as every function here draws it."""
-    with torch.no_grad(), _seeded(seed, index), pyro.validation_enabled(False):
+    with torch.no_grad(), seeded(seed, index), pyro.validation_enabled(False):
         return pyro.poutine.trace(bayes.guide.forward).get_trace()
 
 
@@ -250,6 +250,14 @@ def posterior_draws(
     bayes: "BayesLoRA", *, num_samples: int, seed: int | None, adapters: Sequence[str] = ()
 ) -> PosteriorDraws:
     """See :meth:`bayeslora.BayesLoRA.posterior_draws`."""
+    return collect_draws(bayes, sample_sites(bayes, num_samples, seed), adapters)
+
+
+@torch.no_grad()
+def collect_draws(
+    bayes: "BayesLoRA", draws: Iterable[dict[str, Tensor]], adapters: Sequence[str] = ()
+) -> PosteriorDraws:
+    """Values of the model's sites, draw by draw, as arrays per adapter, with A itself for the named ``adapters``."""
     unknown = sorted(set(adapters) - set(bayes.adapter_names))
     if unknown:
         raise InputError(f"no adapter {unknown[0]!r}; there are {', '.join(bayes.adapter_names)}")
@@ -258,7 +266,7 @@ def posterior_draws(
     scales: list[np.ndarray] = []
     matrices: dict[str, list[np.ndarray]] = {name: [] for name in adapters}
     rank = max(group.rank for group in bayes.model.groups)
-    for sites in sample_sites(bayes, num_samples, seed):
+    for sites in draws:
         drawn = bayes.model.weights(sites)
         per_group = [_group_arrays(group, sites, drawn[group.name], rank) for group in bayes.model.groups]
         for collected, parts in zip((weights, covariances, scales), zip(*per_group, strict=True), strict=True):
@@ -274,7 +282,7 @@ def posterior_draws(
         np.stack(covariances),
         np.stack(scales),
         torch.cat(means).cpu().numpy(),
-        {name: np.stack(draws) for name, draws in matrices.items()},
+        {name: np.stack(matrix) for name, matrix in matrices.items()},
     )
 
 
@@ -346,7 +354,7 @@ def evaluating(bayes: "BayesLoRA") -> Iterator[None]:
 
 
 @contextmanager
-def _seeded(seed: int | None, index: int) -> Iterator[None]:
+def seeded(seed: int | None, index: int) -> Iterator[None]:
     """The generator of draw ``index`` inside, the caller's own outside."""
     if seed is None:
         yield
