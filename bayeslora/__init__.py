@@ -20,6 +20,7 @@ _HOMES = {
     "MonteCLoRAConfig": "bayeslora.config",
     "TrainingDivergedError": "bayeslora.errors",
     "compare": "bayeslora.comparison",
+    "diagnose": "bayeslora.diagnostics",
     "fit": "bayeslora.training",
     "load_task": "bayeslora.tasks",
 }
@@ -32,6 +33,7 @@ __all__ = [
     "TrainingDivergedError",
     "__version__",
     "compare",
+    "diagnose",
     "fit",
     "load_task",
 ]
@@ -39,6 +41,7 @@ __all__ = [
 if TYPE_CHECKING:
     from bayeslora.comparison import compare
     from bayeslora.config import MonteCLoRAConfig
+    from bayeslora.diagnostics import diagnose
     from bayeslora.elbo import CooperativeELBO
     from bayeslora.errors import InputError, TrainingDivergedError
     from bayeslora.module import BayesLoRA

@@ -24,6 +24,7 @@ examples:
   bayeslora fit --model demo --task sst2 --data-dir data/sst2 --output runs/sst2 --max-train-examples 2000
   bayeslora evaluate runs/mrpc --split validation --json
   bayeslora predict runs/mrpc --text "A man plays a guitar." --text-pair "Somebody makes music."
+  bayeslora diagnose runs/mrpc --restarts runs/mrpc-seed1
   bayeslora compare --model demo --task sentiment --max-train-examples 500 --seeds 0 1 2 --output runs/compare
 
 Your own data: a folder with train.csv and validation.csv (or parquet, json, jsonl) works as
@@ -60,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_fit(commands)
     _add_evaluate(commands)
     _add_predict(commands)
+    _add_diagnose(commands)
     _add_compare(commands)
     return parser
 
@@ -125,6 +127,19 @@ def _add_predict(commands: Any) -> None:
     parser.add_argument("--max-examples", type=int, help="a random subset of this size of the split")
 
 
+def _add_diagnose(commands: Any) -> None:
+    parser = _command(
+        commands, "diagnose", run_diagnose, "ask how far a fitted run's posterior can be trusted",
+        "Importance sampling (Pareto k), agreement of runs from other seeds, convergence of the ELBO's parts, whether\n"
+        "the labels shape the noise, and the amortization gap: a number, a verdict and a sentence of advice for each.",
+    )  # fmt: skip
+    _add_run_options(parser, num_samples=100)
+    parser.add_argument("--restarts", type=Path, nargs="+", default=[], metavar="RUN_DIR",
+                        help="the same fitted from other seeds")  # fmt: skip
+    parser.add_argument("--steps", type=int, default=50, help="batches behind the last two answers")
+    parser.add_argument("--json", action="store_true", help="one JSON list on standard output, nothing else")
+
+
 def _add_compare(commands: Any) -> None:
     parser = _command(
         commands, "compare", run_compare, "train LoRA and MonteCLoRA at equal budget, and tabulate both",
@@ -180,17 +195,17 @@ def _add_method_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--kl-weight", type=float, help="η")
     group.add_argument("--cooperation", type=float, help="λ_C, weight of the cooperative loss")
     group.add_argument("--normalization", choices=("paper", "elbo"), help="how KL and data are weighed")
-    group.add_argument("--guide", help="amortized or mean_field")
+    group.add_argument("--guide", help="amortized (default), mean_field or gaussian")
     group.add_argument("--mixture", choices=("dense", "sparse"))
     group.add_argument("--noise", choices=("per_example", "shared"), help="a draw for each example, or one a batch")
     group.add_argument("--mode", choices=("joint", "post_hoc"))
 
 
-def _add_run_options(parser: argparse.ArgumentParser) -> None:
+def _add_run_options(parser: argparse.ArgumentParser, *, num_samples: int = 16) -> None:
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="what fit wrote")
     parser.add_argument("--model", metavar="PATH_OR_HUB_NAME", help="where the base model is now, if it moved")
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="where the data is now, if it moved")
-    parser.add_argument("--num-samples", type=int, default=16, help="draws of the posterior; 0 is its mean")
+    parser.add_argument("--num-samples", type=int, default=num_samples, help="draws of the posterior; 0 is its mean")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0, help="decides the draws")
 
@@ -272,6 +287,29 @@ def run_predict(arguments: argparse.Namespace) -> None:
     for index in range(len(data)):
         text = {"text": arguments.text[index]} if arguments.text else {"index": index}
         print(json.dumps(text | _one_prediction(prediction, index), ensure_ascii=False))
+
+
+def run_diagnose(arguments: argparse.Namespace) -> None:
+    bayes, task, tokenizer, record = _open_run(arguments)
+    from bayeslora.diagnostics import diagnose
+
+    restarts = [_open_run(argparse.Namespace(**{**vars(arguments), "run_dir": d}))[0] for d in arguments.restarts]
+    found = diagnose(
+        bayes,
+        task.encode(tokenizer, "train", max_length=record["max_length"], limit=bayes.num_examples, labelled=True),
+        restarts=restarts,
+        history=record.get("history", []),
+        num_samples=arguments.num_samples,
+        steps=arguments.steps,
+        batch_size=arguments.batch_size,
+        seed=arguments.seed,
+    )
+    if arguments.json:
+        print(json.dumps([one.to_dict() for one in found]))
+        return
+    for one in found:
+        print(f"{one.name:18} {one.value:9.4f}  {one.verdict:9} {one.advice}")
+        print(f"{'':30}{one.rule}; {one.source}")
 
 
 def run_compare(arguments: argparse.Namespace) -> None:

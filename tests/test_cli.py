@@ -11,7 +11,7 @@ from transformers import BertTokenizerFast
 from bayeslora.cli import build_parser, main
 from tests.conftest import VOCABULARY, tiny_network
 
-COMMANDS = ("demo", "fit", "evaluate", "predict", "compare")
+COMMANDS = ("demo", "fit", "evaluate", "predict", "diagnose", "compare")
 WORDS = ("good", "bad", "film", "plot", "the", "a", "is", "was", "fine", "dull", "very", "not")
 
 
@@ -137,6 +137,20 @@ def test_predict_texts(run, capsys):
 def test_predict_an_unlabelled_split(run, capsys):
     assert main(["predict", str(run), "--split", "unlabelled", "--num-samples", "2"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_diagnose_for_people_and_programs(run, capsys):
+    command = ["diagnose", str(run), "--restarts", str(run), "--num-samples", "25", "--steps", "3"]
+    assert main(command) == 0
+    text = capsys.readouterr().out
+    assert main([*command, "--json"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1
+    found = {one["name"]: one for one in json.loads(out)}
+    assert {"pareto_k", "restart_r_hat", "data_drivenness", "amortization_gap"} <= set(found)
+    assert found["restart_r_hat"]["value"] == pytest.approx(1, abs=0.05)  # a run agrees with itself
+    for name, one in found.items():
+        assert re.search(rf"^{name} +\S+ +{one['verdict']} +{re.escape(one['advice'])}$", text, re.MULTILINE)
 
 
 def test_compare_continues_and_refuses_other_settings(model, data, tmp_path, capsys):
