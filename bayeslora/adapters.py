@@ -28,16 +28,15 @@ one_at_a_time = threading.RLock()  # the draw in a network and Pyro's stack of h
 class Draw:
     """What is drawn for one layer; empty in every copy, so a network can be deep-copied at any time.
 
-    Either ``weight``, the drawn A: ``(r, n_in)``, or ``(groups, r, n_in)`` for as many equal, consecutive groups of
-    rows of the input. Or ``noise``, the deviation from μ, ``(r, n_in)``, and with ``signs``, ``(rows, n_in)`` of ±1,
-    an own mirror image of it for every row.
+    ``weight`` is the drawn A: ``(r, n_in)``, or ``(groups, r, n_in)`` for as many equal, consecutive groups of rows of
+    the input. With ``signs``, ``(examples, r)`` of ±1, it is μ and below it the deviation from μ, ``(2r, n_in)``: every
+    example's A is μ plus its own mirror image of the deviation's rows.
     """
 
-    __slots__ = ("noise", "signs", "weight")
+    __slots__ = ("signs", "weight")
 
     def __init__(self) -> None:
         self.weight: Tensor | None = None
-        self.noise: Tensor | None = None
         self.signs: Tensor | None = None
 
     def __deepcopy__(self, memo: dict) -> "Draw":
@@ -61,58 +60,31 @@ class SampledLinear(nn.Linear):
         return new.train(linear.training)
 
     def forward(self, input: Tensor) -> Tensor:
-        mean, draw = self.weight, self.draw
-        if draw.signs is not None and draw.noise is not None:
-            rows = _in_groups(input, len(draw.signs))
-            if draw.signs.numel() * len(mean) > _KEPT_ENTRIES:
-                output = _MirroredLinear.apply(rows, mean, draw.noise, draw.signs)
-            else:
-                output = torch.bmm(rows, _mirrored(mean, draw.noise, draw.signs).to(rows.dtype).mT)
-            return output.reshape(*input.shape[:-1], -1)
-        if draw.noise is not None:
-            return nn.functional.linear(input, (mean + draw.noise).to(mean.dtype))
-        if draw.weight is None or draw.weight.dim() == 2:
-            return nn.functional.linear(input, mean if draw.weight is None else draw.weight)
-        rows = _in_groups(input, len(draw.weight))
-        return torch.bmm(rows, draw.weight.mT).reshape(*input.shape[:-1], -1)
+        weight, signs = self.draw.weight, self.draw.signs
+        if weight is None:
+            return nn.functional.linear(input, self.weight)
+        if signs is not None:
+            both = _in_groups(nn.functional.linear(input, weight), len(signs))
+            of_mean, of_noise = both.unflatten(-1, (2, -1)).unbind(-2)
+            output = torch.addcmul(of_mean, of_noise, signs.unsqueeze(1).to(both.dtype))
+        elif weight.dim() == 3:
+            output = torch.bmm(_in_groups(_as_computed(input), len(weight)), weight.mT)
+        else:
+            return nn.functional.linear(input, weight)
+        return output.reshape(*input.shape[:-1], -1)
 
 
-def _in_groups(input: Tensor, groups: int) -> Tensor:
-    """The input as ``(groups, rows, columns)``, in the type that autocast computes in."""
-    if input.shape[0] % groups:
-        raise RowsError(f"the input of an adapted layer has {input.shape[0]} rows, not a multiple of {groups}")
+def _in_groups(rows: Tensor, groups: int) -> Tensor:
+    """Equal, consecutive groups of rows: ``(groups, rows, columns)``."""
+    if rows.shape[0] % groups:
+        raise RowsError(f"the input of an adapted layer has {rows.shape[0]} rows, not a multiple of {groups}")
+    return rows.reshape(groups, -1, rows.shape[-1])
+
+
+def _as_computed(input: Tensor) -> Tensor:
+    """In the type that autocast computes in."""
     device = input.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
-    return input.reshape(groups, -1, input.shape[-1]).to(dtype)
-
-
-_KEPT_ENTRIES = 2**16  # of all examples' weights in a layer: more are made twice rather than kept for backward
-
-
-class _MirroredLinear(torch.autograd.Function):
-    """Every example through its own weight μ + noise ∘ signs: input (B, T, n), μ and noise (r, n), signs (B, n).
-
-    What autograd would do, but the B weights are made again in the backward pass instead of kept.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, mean: Tensor, noise: Tensor, signs: Tensor) -> Tensor:
-        ctx.save_for_backward(input, mean, noise, signs)
-        return torch.bmm(input, _mirrored(mean, noise, signs).to(input.dtype).mT)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        input, mean, noise, signs = ctx.saved_tensors
-        to_input = None
-        if ctx.needs_input_grad[0]:
-            to_input = torch.bmm(gradient, _mirrored(mean, noise, signs).to(input.dtype))
-        to_weights = torch.bmm(gradient.mT, input).to(noise.dtype)
-        to_mean = to_weights.sum(0).to(mean.dtype)
-        return to_input, to_mean, to_weights.mul_(signs.unsqueeze(1)).sum(0), None
-
-
-def _mirrored(mean: Tensor, noise: Tensor, signs: Tensor) -> Tensor:
-    return torch.addcmul(mean.to(noise.dtype), noise, signs.unsqueeze(1))
+    return input.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else input
 
 
 class RowsError(RuntimeError):
@@ -400,12 +372,19 @@ def set_noise(
 
     Args:
         noise: Group name to A − μ, one column a row: ``(adapters, columns, r)``.
-        signs: Group name to ±1, ``(adapters, examples, columns)``: every example's own mirror image of the columns.
+        signs: Group name to ±1, ``(adapters, examples, r)``: every example's own mirror image of the rows of A − μ.
     """
     for group in groups:
-        of_group = [None] * len(group) if signs is None else signs[group.name].unbind()
-        for adapter, deviation, sign in zip(group.adapters, noise[group.name].mT.unbind(), of_group, strict=True):
-            adapter.lora_A.draw.noise, adapter.lora_A.draw.signs = deviation, sign
+        mean = torch.stack([adapter.lora_A.weight for adapter in group.adapters])
+        deviation, draws = noise[group.name].mT, [adapter.lora_A.draw for adapter in group.adapters]
+        if signs is None:
+            weights = (mean + deviation).to(mean.dtype)
+        else:
+            weights = torch.cat([mean, deviation.to(mean.dtype)], dim=-2)
+            for draw, sign in zip(draws, signs[group.name].unbind(), strict=True):
+                draw.signs = sign
+        for draw, weight in zip(draws, weights.unbind(), strict=True):
+            draw.weight = weight
 
 
 def clear_draw(groups: tuple[AdapterGroup, ...]) -> None:
@@ -413,7 +392,7 @@ def clear_draw(groups: tuple[AdapterGroup, ...]) -> None:
     for group in groups:
         for adapter in group.adapters:
             draw = adapter.lora_A.draw
-            draw.weight = draw.noise = draw.signs = None
+            draw.weight = draw.signs = None
 
 
 @contextmanager
@@ -460,20 +439,15 @@ def leaves_for_recomputation(groups: tuple[AdapterGroup, ...], network: nn.Modul
     all blocks share. So each adapter gets a leaf instead, and the leaves' gradients go on into the draw's graph where
     the network's input ends its own backward pass, after the last block.
     """
-    slots, tensors = [], []
-    for group in groups:
-        for draw in (adapter.lora_A.draw for adapter in group.adapters):
-            for name in ("weight", "noise"):
-                tensor = getattr(draw, name)
-                if tensor is not None and tensor.requires_grad:
-                    slots.append((draw, name))
-                    tensors.append(tensor)
-    if not tensors:
+    draws = [adapter.lora_A.draw for group in groups for adapter in group.adapters]
+    drawn = [(draw, draw.weight) for draw in draws if draw.weight is not None and draw.weight.requires_grad]
+    if not drawn:
         yield
         return
-    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
-    for (draw, name), leaf in zip(slots, leaves, strict=True):
-        setattr(draw, name, leaf)
+    leaves, tensors = [], [weight for _, weight in drawn]
+    for draw, weight in drawn:
+        draw.weight = weight.detach().requires_grad_()
+        leaves.append(draw.weight)
     entry, passed = _Handover.apply(leaves, *tensors), []
 
     def enter(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:

@@ -232,7 +232,7 @@ class BayesLoRA(nn.Module):
     def _has_own_noise(self, batch: dict[str, Tensor]) -> bool:
         """Whether each example of a training batch gets its own noise."""
         alone = len(batch["labels"]) == 1
-        if alone or self.monteclora_config.noise == "shared" or not self.guide.symmetric_columns:
+        if alone or self.monteclora_config.noise == "shared" or not self.guide.symmetric_rows:
             return False
         unknown = self._rows is None
         rows = self.rows_are_examples({name: value for name, value in batch.items() if name != "labels"})
@@ -253,10 +253,10 @@ class BayesLoRA(nn.Module):
         return self._rows
 
     def _signs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """±1 for every adapter, example and column: each example's own mirror image of the noise."""
+        """±1 for every adapter, example and row of A: each example's own mirror image of the noise."""
         examples = len(batch["labels"])
         device = batch["labels"].device
-        return {g.name: random_signs(len(g), examples, g.columns, device=device) for g in self.model.groups}
+        return {g.name: random_signs(len(g), examples, g.rank, device=device) for g in self.model.groups}
 
     def _loss_at_mean(self, **batch: Any) -> SequenceClassifierOutput:
         with pyro.validation_enabled(False):
@@ -314,11 +314,17 @@ class BayesLoRA(nn.Module):
         return {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
 
     def posterior_draws(
-        self, *, num_samples: int = 64, seed: int | None = 0, adapters: Sequence[str] = ()
+        self, *, num_samples: int = 64, seed: int | None = 0, adapters: Sequence[str] = (), first_draw: int = 0
     ) -> PosteriorDraws:
-        """Draws per adapter as numpy arrays, with A itself for the named ``adapters``."""
+        """Draws per adapter as numpy arrays, with A itself for the named ``adapters``, from draw ``first_draw`` on."""
         with one_at_a_time:
-            return posterior_draws(self, num_samples=num_samples, seed=seed, adapters=adapters)
+            return posterior_draws(self, num_samples=num_samples, seed=seed, adapters=adapters, first_draw=first_draw)
+
+    def prior_draws(self, **options: Any) -> PosteriorDraws:
+        """The same from the prior; see :func:`bayeslora.prior.prior_draws`."""
+        from bayeslora.prior import prior_draws
+
+        return prior_draws(self, **options)
 
     def predict(self, dataset: Any, num_samples: int = 16, **options: Any) -> Prediction:
         """Posterior predictive; see :func:`bayeslora.predict.predict`."""

@@ -20,9 +20,9 @@ class Guide(PyroModule):
         model: The model whose sites it approximates.
     """
 
-    #: Whether a column's deviation from μ is as likely as its mirror image, whatever the other columns are; each
-    #: example of a training batch can then have its own noise.
-    symmetric_columns = False
+    #: Whether the sign of any row of A − μ can be turned without a change of its law; each example of a training batch
+    #: can then have its own noise.
+    symmetric_rows = False
 
     def __init__(self, model: MonteCLoRA):
         super().__init__("guide")

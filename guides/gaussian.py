@@ -27,7 +27,7 @@ class GaussianGuide(Guide):
         Wang et al. (2024), *BLoB: Bayesian Low-Rank Adaptation by Backpropagation*.
     """
 
-    symmetric_columns = True
+    symmetric_rows = True
 
     def __init__(self, model: MonteCLoRA):
         super().__init__(model)

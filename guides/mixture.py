@@ -25,7 +25,7 @@ class MixtureGuide(Guide):
     A subclass says where v and α come from, in :meth:`variational_parameters`.
     """
 
-    symmetric_columns = True
+    symmetric_rows = True  # turns Σ into DΣD with a diagonal D of ±1, which is as likely
 
     def variational_parameters(self, group: AdapterGroup) -> tuple[Tensor, Tensor]:
         """log v of shape ``(adapters, r)`` and log α of shape ``(adapters, N)``."""

@@ -175,9 +175,9 @@ def test_rows_are_examples_where_they_are(kind):
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_a_guide_with_dependent_columns_shares_the_noise():
+def test_a_guide_with_dependent_rows_shares_the_noise():
     class OneSign(MeanFieldGuide):
-        symmetric_columns = False
+        symmetric_rows = False
 
     bayes = module(guide=OneSign)
     logits = bayes(**same_example(2)).logits
