@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import entr
-from scipy.stats import spearmanr
+from scipy.stats import rankdata
 
 from bayeslora.analysis.bootstrap import Interval, bootstrap_interval
 from bayeslora.analysis.checks import check_examples
@@ -53,4 +53,6 @@ def _spearman(runs: np.ndarray, other: np.ndarray) -> float:
     """Mean over runs ``(examples, runs)``; NaN if either side is constant, without the warning."""
     if np.ptp(runs, axis=0).min() == 0 or np.ptp(other) == 0:
         return float("nan")
-    return float(np.mean([spearmanr(run, other).statistic for run in runs.T]))
+    ranks, order = rankdata(runs, axis=0), rankdata(other)
+    ranks, order = ranks - ranks.mean(axis=0), order - order.mean()
+    return float(np.mean(order @ ranks / np.sqrt(np.square(ranks).sum(axis=0) * np.square(order).sum())))

@@ -160,6 +160,13 @@ def test_bootstrap_band_covers_the_truth_as_often_as_it_says():
     assert abs(np.mean(hits) - 0.9) < 4 * deviation
 
 
+def test_bootstrap_band_is_of_the_bin_that_was_drawn():
+    """Where all answers are right (or wrong) they are so in every resampled set, however many of them it has."""
+    probs = np.repeat([[0.9, 0.1], [0.6, 0.4]], 6, axis=0)
+    curve = reliability_curve(probs, np.repeat([0, 1], 6), num_bins=4, interval="bootstrap")
+    np.testing.assert_array_equal([curve.lower[2:], curve.upper[2:]], [[0, 1], [0, 1]])
+
+
 def test_empty_bins_have_no_band_and_the_seed_decides():
     curve = reliability_curve(PROBS, LABELS, num_bins=4, interval="bootstrap", seed=1)
     np.testing.assert_array_equal(np.isnan(curve.lower), [True, True, False, False])

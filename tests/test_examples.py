@@ -60,6 +60,15 @@ def test_the_guide_in_the_documentation_is_the_examples():
     assert len(block.splitlines()) <= 30
 
 
+def test_against_people(tmp_path, capsys):
+    small = {"seeds": (0,), "train_examples": 32, "test_examples": 24, "num_samples": 2, "max_steps": 2}
+    table = example("against_people").main(str(tmp_path), **small)
+    assert len(table) == 2 * 4 * 2  # splits, uncertainties, kinds of disagreement
+    assert all(-1 <= found.lower <= found.estimate <= found.upper <= 1 for found in table.values())
+    assert capsys.readouterr().out.count(" to ") == 16
+    assert (tmp_path / "against_people.png").is_file()
+
+
 def test_no_example_is_untested():
     tested = set(re.findall(r'example\("(\w+)"\)', Path(__file__).read_text(encoding="utf-8")))
     assert tested == {path.stem for path in (ROOT / "examples").glob("*.py")}

@@ -145,6 +145,8 @@ def test_rank_correlation_and_its_interval():
     rng = np.random.default_rng(5)
     first = rng.normal(size=600)
     second = first + rng.normal(size=600)
+    tied = second.round()
+    assert rank_correlation(first, tied, num_resamples=1).estimate == pytest.approx(spearmanr(first, tied).statistic)
     found = rank_correlation(first, np.exp(second))
     assert found.estimate == pytest.approx(spearmanr(first, second).statistic)
     half = 1.96 * np.sqrt((1 + found.estimate**2 / 2) / 597)
