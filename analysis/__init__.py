@@ -28,6 +28,8 @@ _HOMES = {
     "expected_calibration_error": "bayeslora.analysis.reliability",
     "expected_entropy": "bayeslora.analysis.uncertainty",
     "fit_temperature": "bayeslora.analysis.temperature",
+    "held_out_elpd": "bayeslora.analysis.elpd",
+    "leave_one_out": "bayeslora.analysis.elpd",
     "load_arviz": "bayeslora.analysis.inference_data",
     "maximum_calibration_error": "bayeslora.analysis.reliability",
     "mixture_entropy": "bayeslora.analysis.variance",
@@ -82,6 +84,8 @@ __all__ = [
     "expected_calibration_error",
     "expected_entropy",
     "fit_temperature",
+    "held_out_elpd",
+    "leave_one_out",
     "load_arviz",
     "maximum_calibration_error",
     "mixture_entropy",
@@ -127,6 +131,7 @@ if TYPE_CHECKING:
     )
     from bayeslora.analysis.comparison import comparison_table, to_markdown
     from bayeslora.analysis.detection import detection_curve, detection_scores
+    from bayeslora.analysis.elpd import held_out_elpd, leave_one_out
     from bayeslora.analysis.inference_data import build_inference_data, load_arviz, save_arviz, to_arviz
     from bayeslora.analysis.plots_calibration import plot_brier_parts, plot_calibration
     from bayeslora.analysis.plots_posterior import (

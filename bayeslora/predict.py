@@ -16,6 +16,7 @@ from bayeslora.adapters import AdapterGroup, evaluation_mode, is_compiled, using
 from bayeslora.analysis.uncertainty import mutual_information, predictive_entropy
 from bayeslora.errors import InputError
 from bayeslora.prefix import MAX_KEPT_BYTES, Prefix
+from bayeslora.recorder import Recorder
 
 if TYPE_CHECKING:
     from bayeslora.module import BayesLoRA
@@ -87,6 +88,8 @@ def predict(
     seed: int | None = 0,
     keep_draws: bool = True,
     progress: bool = True,
+    first_draw: int = 0,
+    prior: bool = False,
 ) -> Prediction:
     """Average the predictive over draws of the posterior.
 
@@ -100,6 +103,8 @@ def predict(
         seed: Draw s is the same for any S, batch size and data set with the same seed. ``None`` for fresh draws.
         keep_draws: Keep every draw's output, ``S × n × C`` numbers.
         progress: Show a progress bar.
+        first_draw: Use the draws ``first_draw .. first_draw + num_samples - 1`` of ``seed``, to go on in blocks.
+        prior: Draw from the prior around the means that the network has now, instead of the posterior.
 
     Whatever the network computes before its first adapter is computed once for all draws of a batch
     (:mod:`bayeslora.prefix`).
@@ -120,7 +125,8 @@ def predict(
     outputs: list[Tensor] = []
     targets: list[Tensor | None] = []
     with evaluating(bayes):
-        for logits, target in run_batches(bayes, batches, Draws(bayes, num_samples, seed), batch_size, progress):
+        draws = Draws(bayes, num_samples, seed, first=first_draw, prior=prior)
+        for logits, target in run_batches(bayes, batches, draws, batch_size, progress):
             outputs.append(logits)
             targets.append(target)
     labelled = [target.cpu() for target in targets if target is not None]
@@ -174,10 +180,14 @@ def _draws_together(bayes: "BayesLoRA", inputs: "Batch", draws: "Draws", batch_s
 
 
 class Draws:
-    """A of every adapter in ``count`` draws: kept where they take up to a GiB, else drawn anew for every use."""
+    """A of every adapter in ``count`` draws: kept where they take up to a GiB, else drawn anew for every use.
 
-    def __init__(self, bayes: "BayesLoRA", count: int, seed: int | None):
-        self.bayes, self.count = bayes, count
+    They are those from number ``first`` on, of the posterior or of the ``prior``.
+    """
+
+    def __init__(self, bayes: "BayesLoRA", count: int, seed: int | None, *, first: int = 0, prior: bool = False):
+        self.bayes, self.count, self.first = bayes, count, first
+        self.draw_sites = prior_sites if prior else posterior_sites
         self.seed = int(torch.randint(2**62, ())) if seed is None and count else seed
         self.bytes_each = sum(group.mean().nbytes for group in bayes.model.groups)
         self.kept = self._draw(range(count)) if 0 < count * self.bytes_each <= MAX_KEPT_BYTES else None
@@ -192,7 +202,8 @@ class Draws:
 
     def _draw(self, indices: range) -> dict[str, Tensor]:
         model = self.bayes.model
-        draws = [model.weights(_draw_sites(self.bayes, self.seed, index)) for index in indices]
+        numbers = [self.first + index for index in indices]
+        draws = [model.weights(self.draw_sites(self.bayes, self.seed, number)) for number in numbers]
         return {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
 
 
@@ -226,15 +237,26 @@ def _summarize(bayes: "BayesLoRA", logits: np.ndarray, labels: np.ndarray | None
     )
 
 
-def sample_sites(bayes: "BayesLoRA", num_samples: int, seed: int | None) -> Iterator[dict[str, Tensor]]:
-    """Draws of the guide's sites, one at a time; draw s depends on (seed, s) alone."""
+def sample_sites(
+    bayes: "BayesLoRA", num_samples: int, seed: int | None, *, first_draw: int = 0, prior: bool = False
+) -> Iterator[dict[str, Tensor]]:
+    """Draws of the model's sites from the guide or the prior, one at a time; draw s depends on (seed, s) alone."""
     if num_samples < 1:
         raise InputError(f"num_samples must be at least 1, got {num_samples}")
-    for index in range(num_samples):
-        yield _draw_sites(bayes, seed, index)
+    for index in range(first_draw, first_draw + num_samples):
+        yield prior_sites(bayes, seed, index) if prior else posterior_sites(bayes, seed, index)
 
 
-def _draw_sites(bayes: "BayesLoRA", seed: int | None, index: int) -> dict[str, Tensor]:
+def prior_sites(bayes: "BayesLoRA", seed: int | None, index: int) -> dict[str, Tensor]:
+    """Values of the model's sites in draw ``index`` from the prior."""
+    recorder = Recorder()
+    with torch.no_grad(), seeded(seed, index), bayes.model.full_precision():
+        bayes.model.run(recorder)
+    return recorder.values()
+
+
+def posterior_sites(bayes: "BayesLoRA", seed: int | None, index: int) -> dict[str, Tensor]:
+    """Values of the model's sites in draw ``index`` from the guide."""
     names = {f"{kind}_{g.name}" for g in bayes.model.groups for kind in ("pi", "sigma_tril", "A", "S")}
     return {name: site["value"] for name, site in draw_trace(bayes, seed, index).nodes.items() if name in names}
 
@@ -247,10 +269,10 @@ def draw_trace(bayes: "BayesLoRA", seed: int | None, index: int) -> pyro.poutine
 
 @torch.no_grad()
 def posterior_draws(
-    bayes: "BayesLoRA", *, num_samples: int, seed: int | None, adapters: Sequence[str] = ()
+    bayes: "BayesLoRA", *, num_samples: int, seed: int | None, adapters: Sequence[str] = (), first_draw: int = 0
 ) -> PosteriorDraws:
     """See :meth:`bayeslora.BayesLoRA.posterior_draws`."""
-    return collect_draws(bayes, sample_sites(bayes, num_samples, seed), adapters)
+    return collect_draws(bayes, sample_sites(bayes, num_samples, seed, first_draw=first_draw), adapters)
 
 
 @torch.no_grad()

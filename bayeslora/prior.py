@@ -1,22 +1,17 @@
 """Draws from the prior, in the form of the posterior's: what did the data change?"""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
 from bayeslora.adapters import one_at_a_time
-from bayeslora.errors import InputError
-from bayeslora.predict import PosteriorDraws, collect_draws, seeded
-from bayeslora.recorder import Recorder
+from bayeslora.predict import PosteriorDraws, collect_draws, sample_sites
 
 if TYPE_CHECKING:
     from bayeslora.module import BayesLoRA
 
 
 def prior_draws(
-    bayes: "BayesLoRA", *, num_samples: int = 64, seed: int = 0, adapters: Sequence[str] = ()
+    bayes: "BayesLoRA", *, num_samples: int = 64, seed: int = 0, adapters: Sequence[str] = (), first_draw: int = 0
 ) -> PosteriorDraws:
     """Draws of (π, Σ, A) of every adapter from the prior, around the means μ that the network has now.
 
@@ -25,6 +20,7 @@ def prior_draws(
         num_samples: S.
         seed: Draw s depends on it and s alone.
         adapters: Names of the adapters whose whole matrix A is kept.
+        first_draw: Number of the first draw, to go on in blocks.
 
     Returns:
         As :meth:`bayeslora.BayesLoRA.posterior_draws`; compare the two with
@@ -34,15 +30,6 @@ def prior_draws(
     Raises:
         InputError: fewer than one draw, or an unknown adapter.
     """
-    if num_samples < 1:
-        raise InputError(f"num_samples must be at least 1, got {num_samples}")
     with one_at_a_time:
-        return collect_draws(bayes, _draws(bayes, num_samples, seed), adapters)
-
-
-def _draws(bayes: "BayesLoRA", num_samples: int, seed: int) -> Iterator[dict[str, Tensor]]:
-    for index in range(num_samples):
-        recorder = Recorder()
-        with torch.no_grad(), seeded(seed, index), bayes.model.full_precision():
-            bayes.model.run(recorder)
-        yield recorder.values()
+        draws = sample_sites(bayes, num_samples, seed, first_draw=first_draw, prior=True)
+        return collect_draws(bayes, draws, adapters)

@@ -11,7 +11,14 @@ import pytest
 import xarray
 
 import bayeslora.analysis
-from bayeslora.analysis import build_inference_data, load_arviz, save_arviz, to_arviz
+from bayeslora.analysis import (
+    build_inference_data,
+    held_out_elpd,
+    leave_one_out,
+    load_arviz,
+    save_arviz,
+    to_arviz,
+)
 from bayeslora.errors import InputError
 
 # ArviZ before 1.0 announces its successor once a day, at import.
@@ -40,8 +47,18 @@ class FakeBayes:
     def version_info(self):
         return {"bayeslora": "0.1.0", "torch": "2.9.0"}
 
-    def posterior_draws(self, *, num_samples, seed, adapters):
-        self.calls.append(("posterior_draws", num_samples, seed, tuple(adapters)))
+    def posterior_draws(self, *, num_samples, seed, adapters, first_draw=0):
+        self.calls.append(("posterior_draws", num_samples, seed, tuple(adapters), first_draw))
+        return self._draws(num_samples, seed, adapters)
+
+    def prior_draws(self, *, num_samples, seed, adapters, first_draw=0):
+        """Other draws, with ten times the noise."""
+        self.calls.append(("prior_draws", num_samples, seed, tuple(adapters), first_draw))
+        draws = self._draws(num_samples, seed + 1000, adapters)
+        draws.noise_scale *= 10
+        return draws
+
+    def _draws(self, num_samples, seed, adapters):
         rng = np.random.default_rng(seed)
         covariance = np.full((num_samples, 3, 3, 3), np.nan)
         for k, rank in enumerate(RANKS):
@@ -60,8 +77,8 @@ class FakeBayes:
             },
         )
 
-    def predict(self, dataset, *, num_samples, seed, batch_size):
-        self.calls.append(("predict", len(dataset), num_samples, seed, batch_size))
+    def predict(self, dataset, *, num_samples, seed, batch_size, first_draw=0, prior=False):
+        self.calls.append(("predict", len(dataset), num_samples, seed, batch_size, first_draw, prior))
         with np.errstate(divide="ignore"):
             log_probs = np.log(np.broadcast_to(CLASS_PROBS, (num_samples, len(dataset), 3)))
         return SimpleNamespace(
@@ -72,7 +89,7 @@ class FakeBayes:
 class FakeCoin(FakeBayes):
     """Coins of one kind, ``P(1) = theta`` with a flat prior: draws from the exact posterior of theta."""
 
-    def predict(self, dataset, *, num_samples, seed, batch_size):
+    def predict(self, dataset, *, num_samples, seed, batch_size, first_draw=0, prior=False):
         ones = sum(dataset)
         theta = np.random.default_rng(seed).beta(1 + ones, 1 + len(dataset) - ones, size=(num_samples, 1))
         log_probs = np.log(np.stack([1 - theta, theta], axis=-1))
@@ -86,7 +103,7 @@ class FakeCoin(FakeBayes):
 class FakeRegression(FakeBayes):
     """``y_i ~ N(theta, 1)`` with ``theta ~ N(0, 100)``: draws from the exact posterior of theta."""
 
-    def predict(self, dataset, *, num_samples, seed, batch_size):
+    def predict(self, dataset, *, num_samples, seed, batch_size, first_draw=0, prior=False):
         targets = np.asarray(dataset)
         mean, variance = normal_posterior(targets)
         theta = np.random.default_rng(seed).normal(mean, np.sqrt(variance), size=(num_samples, 1))
@@ -127,25 +144,32 @@ def data():
 def test_arguments_reach_the_model():
     bayes = FakeBayes()
     to_arviz(bayes, "abcde", num_samples=7, seed=11, adapters=NAMES[1:], batch_size=2)
-    assert bayes.calls == [("posterior_draws", 7, 11, tuple(NAMES[1:])), ("predict", 5, 7, 11, 2)]
+    assert bayes.calls == [
+        ("posterior_draws", 7, 11, tuple(NAMES[1:]), 0),
+        ("prior_draws", 7, 11, tuple(NAMES[1:]), 0),
+        ("predict", 5, 7, 11, 2, 0, False),
+        ("predict", 5, 7, 11, 2, 0, True),
+    ]
 
 
 def test_groups_variables_and_dimensions(data):
     sampled = ("chain", "draw")
+    drawn = {
+        "mixture_weights": (*sampled, "adapter", "component"),
+        "covariance": (*sampled, "adapter", "rank", "rank_other"),
+        "noise_scale": (*sampled, "adapter"),
+        "noise_to_signal": (*sampled, "adapter"),
+        "noise_to_signal_map": (*sampled, "layer", "projection"),
+        f"A[{NAMES[0]}]": (*sampled, "rank", "column"),
+        f"A[{NAMES[1]}]": (*sampled, "rank", "column"),
+    }
+    predicted = {"class_probs": (*sampled, "example", "class"), "labels": (*sampled, "example")}
     expected = {
-        "posterior": {
-            "mixture_weights": (*sampled, "adapter", "component"),
-            "covariance": (*sampled, "adapter", "rank", "rank_other"),
-            "noise_scale": (*sampled, "adapter"),
-            "noise_to_signal": (*sampled, "adapter"),
-            f"A[{NAMES[0]}]": (*sampled, "rank", "column"),
-            f"A[{NAMES[1]}]": (*sampled, "rank", "column"),
-        },
-        "constant_data": {"mean_scale": ("adapter",)},
-        "posterior_predictive": {
-            "class_probs": (*sampled, "example", "label"),
-            "labels": (*sampled, "example"),
-        },
+        "posterior": drawn,
+        "prior": drawn,
+        "constant_data": dict.fromkeys(("mean_scale", "layer_of", "projection_of"), ("adapter",)),
+        "posterior_predictive": predicted,
+        "prior_predictive": predicted,
         "log_likelihood": {"labels": (*sampled, "example")},
         "observed_data": {"labels": ("example",)},
     }
@@ -154,7 +178,7 @@ def test_groups_variables_and_dimensions(data):
     assert found == expected
     assert dict(dataset_of(data, "posterior").sizes) == {
         **{"chain": 1, "draw": 50, "adapter": 3, "component": 4},
-        **{"rank": 3, "rank_other": 3, "column": 6},
+        **{"rank": 3, "rank_other": 3, "column": 6, "layer": 2, "projection": 3},
     }
 
 
@@ -164,8 +188,35 @@ def test_every_dimension_is_named(data):
     assert list(data["constant_data"]["adapter"].values) == NAMES
     for name, size in {"component": 4, "rank": 3, "rank_other": 3, "column": 6, "draw": 50}.items():
         np.testing.assert_array_equal(posterior[name], np.arange(size))
-    assert list(predictive["label"].values) == list(LABEL_NAMES)
+    assert list(predictive["class"].values) == list(LABEL_NAMES)
     np.testing.assert_array_equal(predictive["example"], np.arange(5))
+
+
+def test_adapters_are_found_by_layer_and_projection(data):
+    posterior, constant = data["posterior"], data["constant_data"]
+    np.testing.assert_array_equal(constant["layer_of"], [0, 0, -1])
+    assert list(constant["projection_of"].values) == ["query", "dense", "head/up"]
+    grid = posterior["noise_to_signal_map"]
+    for name, layer, projection in zip(NAMES, [0, 0, -1], ["query", "dense", "head/up"], strict=True):
+        np.testing.assert_array_equal(
+            grid.sel(layer=layer, projection=projection), posterior["noise_to_signal"].sel(adapter=name)
+        )
+    assert np.isnan(grid.sel(layer=-1, projection="query")).all()
+
+
+def test_prior_holds_the_priors_draws(data):
+    draws = FakeBayes().prior_draws(num_samples=50, seed=3, adapters=NAMES[:2])
+    np.testing.assert_array_equal(data["prior"]["noise_scale"][0], draws.noise_scale)
+    np.testing.assert_array_equal(data["prior"][f"A[{NAMES[1]}]"][0], draws.A[NAMES[1]])
+    drawn = [data[group]["labels"].values for group in ("posterior_predictive", "prior_predictive")]
+    assert (drawn[0] != drawn[1]).any()  # the same probabilities, other labels
+
+
+def test_prior_can_be_left_out():
+    bayes = FakeBayes()
+    found = group_names(to_arviz(bayes, "abcde", num_samples=3, prior=False))
+    assert found == {"posterior", "constant_data", "posterior_predictive", "log_likelihood", "observed_data"}
+    assert [call[0] for call in bayes.calls] == ["posterior_draws", "predict"]
 
 
 def test_posterior_holds_the_draws(data):
@@ -201,6 +252,7 @@ def test_attributes_say_how_it_was_made(data):
     assert json.loads(data.attrs["config"]) == {"num_components": 4, "sample_scaler": 0.005}
     assert json.loads(data.attrs["versions"]) == {"bayeslora": "0.1.0", "torch": "2.9.0"}
     assert (data.attrs["seed"], data.attrs["num_samples"]) == (3, 50)
+    assert (data.attrs["inference_library"], data.attrs["inference_library_version"]) == ("bayeslora", "0.1.0")
 
 
 def test_log_likelihood_is_the_log_probability_of_the_label(data):
@@ -228,14 +280,14 @@ def test_seed_decides_everything():
 
 def test_without_data_set_only_the_posterior():
     bayes = FakeBayes()
-    assert group_names(to_arviz(bayes, num_samples=3)) == {"posterior", "constant_data"}
-    assert [call[0] for call in bayes.calls] == ["posterior_draws"]
+    assert group_names(to_arviz(bayes, num_samples=3)) == {"posterior", "prior", "constant_data"}
+    assert [call[0] for call in bayes.calls] == ["posterior_draws", "prior_draws"]
 
 
 def test_without_labels_nothing_observed_and_classes_are_numbered():
     data = to_arviz(FakeBayes(labels=None, label_names=None), "abcde", num_samples=3)
-    assert group_names(data) == {"posterior", "constant_data", "posterior_predictive"}
-    np.testing.assert_array_equal(data["posterior_predictive"]["label"], [0, 1, 2])
+    assert group_names(data) == {"posterior", "prior", "constant_data", "posterior_predictive", "prior_predictive"}
+    np.testing.assert_array_equal(data["posterior_predictive"]["class"], [0, 1, 2])
 
 
 def test_regression_has_means_and_real_labels():
@@ -254,9 +306,50 @@ def test_regression_has_means_and_real_labels():
 def test_regression_without_a_noise_scale_draws_no_labels():
     bayes = FakeRegression()
     bayes.predict = lambda *_, **__: SimpleNamespace(sample_means=np.zeros((3, 5)), labels=None)
-    data = to_arviz(bayes, "abcde", num_samples=3)
+    data = to_arviz(bayes, "abcde", num_samples=3, prior=False)
     assert group_names(data) == {"posterior", "constant_data", "posterior_predictive"}
     assert set(dataset_of(data, "posterior_predictive").data_vars) == {"mean"}
+
+
+HISTORY = [
+    {"step": 5, "loss": 1.5, "elbo/task": 0.7, "elbo/kl_pi_r8": 2.0, "elbo/kl_A_r8": 30.0, "epoch": 0.5}
+    | {f"noise_to_signal/{name}": 0.1 * k for k, name in enumerate(NAMES)},
+    {"step": 10, "loss": 1.25, "elbo/task": 0.5, "elbo/kl_pi_r8": 2.5, "elbo/kl_A_r8": 20.0, "epoch": 1.0},
+    {"step": 10, "eval_loss": 0.6, "eval_runtime": 3.2, "epoch": 1.0},
+    {"step": 10, "eval_loss": 0.4},  # of the best checkpoint, at the end
+    {"train_runtime": 9.0, "step": 10, "total_flos": 7.0, "train_loss": 1.4},
+    {"note": "no step"},
+]
+
+
+def test_sample_stats_hold_what_the_run_logged_at_each_step():
+    data = to_arviz(FakeBayes(), num_samples=3, history=HISTORY)
+    stats = dataset_of(data, "sample_stats")
+    assert set(stats.data_vars) == {"loss", "elbo_task", "elbo_kl_site", "eval_loss", "noise_to_signal_trace"}
+    np.testing.assert_array_equal(stats["step"], [5, 10])
+    np.testing.assert_array_equal(stats["loss"], [1.5, 1.25])
+    np.testing.assert_array_equal(stats["eval_loss"], [np.nan, 0.6])
+    assert stats["elbo_kl_site"].dims == ("step", "site")
+    np.testing.assert_array_equal(stats["elbo_kl_site"].sel(site="A_r8"), [30, 20])
+    np.testing.assert_array_equal(stats["noise_to_signal_trace"].sel(step=5), [0, 0.1, 0.2])
+    assert list(stats["adapter"].values) == NAMES
+
+
+@pytest.mark.parametrize(
+    ("history", "message"),
+    [
+        ([{"step": 1, "loss": "low"}, {"loss": 2.0}], "holds no number of any step"),
+        ([{"step": 1, "noise_to_signal/other": 0.1}], "a network with other adapters"),
+    ],
+)
+def test_a_history_of_something_else_is_refused(history, message):
+    with pytest.raises(InputError, match=message):
+        to_arviz(FakeBayes(), num_samples=3, history=history)
+
+
+def test_run_and_history_exclude_each_other():
+    with pytest.raises(InputError, match=r"run= or history=, not both"):
+        to_arviz(FakeBayes(), num_samples=3, run="runs/x", history=HISTORY)
 
 
 def test_posterior_and_predictions_must_share_a_seed():
@@ -346,7 +439,7 @@ def test_arviz_summary_of_everything_runs(data):
     import arviz
 
     table = arviz.summary(data)
-    assert len(table) == 3 * 4 + 3 * 9 + 3 + 3 + 2 * 18
+    assert len(table) == 3 * 4 + 3 * 9 + 3 + 3 + 2 * 3 + 2 * 18
 
 
 def normal_leave_one_out(targets) -> float:
@@ -378,8 +471,9 @@ COIN_DATA = [1] * 14 + [0] * 26
 def test_arviz_leave_one_out_finds_the_exact_value(bayes, targets, exact):
     import arviz
 
-    data = to_arviz(bayes, targets, num_samples=4000)
-    result = arviz.loo(data)
+    data = to_arviz(bayes, targets, num_samples=4000, prior=False)
+    result = leave_one_out(data)
+    assert type(result) is type(arviz.loo(data))
     estimate = result.elpd if hasattr(result, "elpd") else result.elpd_loo
     pointwise = data["log_likelihood"]["labels"].values[0]
     weights = np.exp(-pointwise)
@@ -388,6 +482,85 @@ def test_arviz_leave_one_out_finds_the_exact_value(bayes, targets, exact):
     bound = 3 * errors.sum()  # all the errors have one cause, theta, and may add up
     assert abs(estimate - exact) < bound
     assert in_sample - exact > bound  # so the check tells the two apart
+    held_out = held_out_elpd(data)  # as if the draws had not seen these data
+    assert (held_out.elpd if hasattr(held_out, "elpd") else held_out.elpd_loo) == pytest.approx(in_sample)
+
+
+class FakePoint(FakeBayes):
+    """A point estimate, such as plain LoRA: every draw is the same network."""
+
+    def predict(self, dataset, *, num_samples, seed, batch_size, first_draw=0, prior=False):
+        log_probs = np.log(np.random.default_rng(1).dirichlet(np.ones(3), size=len(dataset)))
+        return SimpleNamespace(
+            sample_log_probs=np.broadcast_to(log_probs, (num_samples, *log_probs.shape)),
+            labels=np.arange(len(dataset)) % 3,
+            label_names=LABEL_NAMES,
+        )
+
+
+class FakeDraws(FakePoint):
+    """The same with noise: every draw is another network."""
+
+    def predict(self, dataset, *, num_samples, seed, batch_size, first_draw=0, prior=False):
+        point = super().predict(dataset, num_samples=num_samples, seed=seed, batch_size=batch_size)
+        logits = point.sample_log_probs + 0.3 * np.random.default_rng(2).normal(size=point.sample_log_probs.shape)
+        point.sample_log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        return point
+
+
+def test_identical_draws_have_no_leave_one_out():
+    point = to_arviz(FakePoint(), "x" * 40, num_samples=64, prior=False)
+    with pytest.raises(InputError, match=r"all draws have the same log-likelihood.* use held_out_elpd"):
+        leave_one_out(point)
+
+
+def test_one_saturated_example_is_named():
+    values = np.random.default_rng(0).normal(size=(1, 64, 9))
+    values[:, :, 4] = 0.0
+    groups = {"posterior": {"x": np.zeros((1, 64))}, "log_likelihood": {"labels": values}}
+    with pytest.raises(InputError, match="give example 4 the same log-likelihood"):
+        leave_one_out(build_inference_data(groups, {}, {"labels": ["example"]}, {}))
+
+
+def test_leave_one_out_needs_draws_and_labels():
+    with pytest.raises(InputError, match="at least 25 draws, and there are 24"):
+        leave_one_out(to_arviz(FakeDraws(), "x" * 9, num_samples=24, prior=False))
+    for function in (leave_one_out, held_out_elpd):
+        with pytest.raises(InputError, match="no log-likelihood"):
+            function(to_arviz(FakeBayes(labels=None), "abc", num_samples=30, prior=False))
+
+
+@pytest.mark.filterwarnings("ignore:The inplace keyword")  # ArviZ 0.23 under pandas 3.1
+def test_arviz_compares_a_point_with_draws():
+    """By the mean over draws of the probability of the label, with the paired standard error."""
+    import arviz
+
+    fakes = {"LoRA": FakePoint(), "MonteCLoRA": FakeDraws()}
+    data = {name: to_arviz(fake, "x" * 200, num_samples=64, prior=False) for name, fake in fakes.items()}
+    table = arviz.compare({name: held_out_elpd(values) for name, values in data.items()})
+    pointwise = {
+        name: np.log(np.exp(values["log_likelihood"]["labels"].values[0]).mean(axis=0)) for name, values in data.items()
+    }
+    difference = pointwise["LoRA"] - pointwise["MonteCLoRA"]
+    column = "elpd" if "elpd" in table else "elpd_loo"
+    for name, values in pointwise.items():
+        assert table.loc[name, column] == pytest.approx(values.sum(), rel=0.02)  # 1.x rounds
+    worse = table.index[1]
+    assert abs(table.loc[worse, "elpd_diff"]) == pytest.approx(abs(difference.sum()), rel=0.05)
+    assert table.loc[worse, "dse"] == pytest.approx(np.sqrt(200 * difference.var()), rel=0.05)
+    assert "elpd" in str(held_out_elpd(data["LoRA"]))
+
+
+def test_arviz_plots_a_forest_of_what_we_write(data):
+    import arviz
+    from matplotlib import pyplot
+
+    try:
+        arviz.plot_forest(data, var_names=["noise_to_signal"])
+        drawn = {text.get_text() for ax in pyplot.gcf().axes for text in (*ax.texts, *ax.get_yticklabels())}
+        assert any(NAMES[1] in label for label in drawn)
+    finally:
+        pyplot.close("all")
 
 
 def modules_loaded_by(code: str) -> set[str]:
