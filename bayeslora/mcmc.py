@@ -27,6 +27,7 @@ def run_nuts(
     num_chains: int = 2,
     num_draws: int = 500,
     num_warmup: int = 300,
+    max_tree_depth: int = 10,
     seed: int = 0,
 ) -> NutsDraws:
     """Draws from the posterior of (π, Σ, A) given the network's parameters as they are, with Pyro's NUTS.
@@ -38,14 +39,17 @@ def run_nuts(
     Args:
         model: The model; its network must not draw noise of its own (no dropout: call ``network.eval()``).
         batch: All training examples, as the model takes them.
-        num_chains: Chains, with seeds ``seed``, ``seed + 1``, ...
+        num_chains: Chains, with seeds ``seed``, ``seed + 1`` and so on.
         num_draws: Draws kept of each chain.
         num_warmup: Draws before those, which set step size and mass matrix.
+        max_tree_depth: Up to 2**max_tree_depth gradients a draw.
+        seed: Of the first chain.
 
     Raises:
-        InputError: where numbers of chains, draws or warm-up draws are below 1.
+        InputError: where a number of chains, draws or warm-up draws, or the depth, is below 1.
     """
-    for name, value in (("num_chains", num_chains), ("num_draws", num_draws), ("num_warmup", num_warmup)):
+    sizes = {"num_chains": num_chains, "num_draws": num_draws, "num_warmup": num_warmup}
+    for name, value in {**sizes, "max_tree_depth": max_tree_depth}.items():
         if value < 1:
             raise InputError(f"{name} must be at least 1, got {value}")
     trainable = [parameter for parameter in model.network.parameters() if parameter.requires_grad]
@@ -56,7 +60,13 @@ def run_nuts(
             with pyro.validation_enabled(False), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)  # what Pyro compiles with
                 torch.manual_seed(seed + chain)
-                kernel = NUTS(model.joint, full_mass=True, jit_compile=True, ignore_jit_warnings=True)
+                kernel = NUTS(
+                    model.joint,
+                    full_mass=True,
+                    max_tree_depth=max_tree_depth,
+                    jit_compile=True,
+                    ignore_jit_warnings=True,
+                )
                 sampler = MCMC(kernel, num_samples=num_draws, warmup_steps=num_warmup, disable_progbar=True)
                 sampler.run(**batch)
             chains.append(sampler.get_samples())

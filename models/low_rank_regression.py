@@ -127,6 +127,14 @@ class LowRankRegression:
         truth = {name: nodes[name]["value"] for name in sites if name in nodes}
         return replace(self, labels=nodes["labels"]["value"], truth=truth)
 
+    def with_features(self, features: Tensor, *, seed: int) -> "LowRankRegression":
+        """New examples of the same truth: labels of these features under ``self.truth``, with new noise."""
+        program = pyro.poutine.condition(self.model.joint, data=self.truth)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            _, labels = program(features=features)
+        return replace(self, features=features, labels=labels)
+
     def design(self, features: Tensor) -> Tensor:
         """Φ, with which the adapter's outputs are Φ·vec A: shape ``(examples, outputs, columns·r)``."""
         layer, key = self.group.adapters[0].layer, self.group.adapters[0].key

@@ -184,6 +184,14 @@ class TestSimulation:
         error = update @ (posterior.mean - A.flatten())
         assert error.abs().max() < 0.1
 
+    def test_new_examples_of_the_same_truth(self):
+        problem = low_rank_regression(5, noise=0.01)
+        new = problem.with_features(torch.randn(2000, 3), seed=1)
+        fitted = new.outputs(problem.truth[f"A_{GROUP}"].reshape(1, -1), new.features)[0, :, 0]
+        noise = new.labels - fitted
+        assert abs(noise.square().mean() - 0.01**2) <= 5 * noise.square().std() / math.sqrt(2000)
+        assert torch.equal(new.labels, problem.with_features(new.features, seed=1).labels)
+
     @pytest.mark.parametrize(
         ("options", "message"),
         [({"num_examples": 0}, "num_examples"), ({"noise": 0}, "noise"), ({"components": "explicit"}, "collapsed")],
