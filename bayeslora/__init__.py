@@ -23,6 +23,7 @@ _HOMES = {
     "diagnose": "bayeslora.diagnostics",
     "fit": "bayeslora.training",
     "load_task": "bayeslora.tasks",
+    "report": "bayeslora.reporting",
 }
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "diagnose",
     "fit",
     "load_task",
+    "report",
 ]
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from bayeslora.elbo import CooperativeELBO
     from bayeslora.errors import InputError, TrainingDivergedError
     from bayeslora.module import BayesLoRA
+    from bayeslora.reporting import report
     from bayeslora.tasks import load_task
     from bayeslora.training import fit
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ examples:
   bayeslora predict runs/mrpc --text "A man plays a guitar." --text-pair "Somebody makes music."
   bayeslora diagnose runs/mrpc --restarts runs/mrpc-seed1
   bayeslora compare --model demo --task sentiment --max-train-examples 500 --seeds 0 1 2 --output runs/compare
+  bayeslora report runs/compare --output report.html
 
 Your own data: a folder with train.csv and validation.csv (or parquet, json, jsonl) works as
   bayeslora fit --model demo --task reviews --data-dir my_folder --text-columns text --label-column stars ...
@@ -35,6 +37,8 @@ Your own data: a folder with train.csv and validation.csv (or parquet, json, jso
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; exit code 0, or 2 and one line for a mistake the user can mend."""
     arguments = build_parser().parse_args(argv)
+    words = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--resume"]
+    arguments.command_line = shlex.join(["bayeslora", *words])
     # PEFT and transformers announce each other's deprecations, which a user of this command cannot act on
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
@@ -63,6 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_predict(commands)
     _add_diagnose(commands)
     _add_compare(commands)
+    _add_report(commands)
     return parser
 
 
@@ -156,6 +161,20 @@ def _add_compare(commands: Any) -> None:
     _add_method_options(parser)
 
 
+def _add_report(commands: Any) -> None:
+    parser = _command(
+        commands, "report", run_report, "write one HTML page about one run, or several compared",
+        "One file that opens from disk: scores with intervals, training, spread of the posterior, calibration,\n"
+        "shifted inputs, selective prediction, diagnostics, and the least certain examples.",
+    )  # fmt: skip
+    parser.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN", help="what fit or compare wrote")
+    parser.add_argument("--output", type=Path, default=Path("report.html"), metavar="FILE")
+    parser.add_argument("--split", help="what to judge by; default: test where it is labelled, else validation")
+    parser.add_argument("--max-examples", type=int, default=500, help="a random subset of this size of every split")
+    parser.add_argument("--no-diagnostics", action="store_true", help="leave out what takes longest")
+    _add_prediction_options(parser)
+
+
 def _add_data_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model and data")
     group.add_argument("--model", required=True, metavar="PATH_OR_HUB_NAME", help='or "demo", the demo\'s encoder')
@@ -203,6 +222,10 @@ def _add_method_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_run_options(parser: argparse.ArgumentParser, *, num_samples: int = 16) -> None:
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="what fit wrote")
+    _add_prediction_options(parser, num_samples=num_samples)
+
+
+def _add_prediction_options(parser: argparse.ArgumentParser, *, num_samples: int = 16) -> None:
     parser.add_argument("--model", metavar="PATH_OR_HUB_NAME", help="where the base model is now, if it moved")
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="where the data is now, if it moved")
     parser.add_argument("--num-samples", type=int, default=num_samples, help="draws of the posterior; 0 is its mean")
@@ -252,7 +275,12 @@ def run_fit(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         resume=arguments.resume,
         early_stopping=arguments.early_stopping,
-        metadata={"model": arguments.model, "task": task.recipe, "max_length": arguments.max_length},
+        metadata={
+            "model": arguments.model,
+            "task": task.recipe,
+            "max_length": arguments.max_length,
+            "command": arguments.command_line,
+        },
         **_fit_options(arguments),
     )
     if rank() > 0:
@@ -310,6 +338,25 @@ def run_diagnose(arguments: argparse.Namespace) -> None:
     for one in found:
         print(f"{one.name:18} {one.value:9.4f}  {one.verdict:9} {one.advice}")
         print(f"{'':30}{one.rule}; {one.source}")
+
+
+def run_report(arguments: argparse.Namespace) -> None:
+    from bayeslora.reporting import report
+
+    page = report(
+        arguments.run_dirs,
+        arguments.output,
+        split=arguments.split,
+        num_samples=arguments.num_samples,
+        max_examples=arguments.max_examples,
+        batch_size=arguments.batch_size,
+        seed=arguments.seed,
+        diagnostics=not arguments.no_diagnostics,
+        model=arguments.model,
+        data_dir=arguments.data_dir,
+        command=arguments.command_line,
+    )
+    print(f"open {page} in a browser")
 
 
 def run_compare(arguments: argparse.Namespace) -> None:
@@ -370,22 +417,9 @@ def _task(arguments: argparse.Namespace) -> "Task":
 
 def _open_run(arguments: argparse.Namespace) -> tuple["BayesLoRA", "Task", Any, dict[str, Any]]:
     """The fitted module, its task, its tokenizer and run.json."""
-    file = arguments.run_dir / "run.json"
-    if not file.is_file():
-        raise InputError(f"{arguments.run_dir} is not a run folder: it holds no run.json; give what fit wrote")
-    from bayeslora.module import BayesLoRA
-    from bayeslora.tasks import load_task
-    from bayeslora.untrusted import read_run
+    from bayeslora.reporting import open_run
 
-    record = read_run(file)
-    recipe, model = record["task"], arguments.model or record["model"]
-    if not (arguments.run_dir / "adapter").is_dir():
-        raise InputError(f"{arguments.run_dir} is not finished: continue it with fit --resume")
-    if arguments.data_dir:
-        recipe["data_dir"] = str(arguments.data_dir)
-    task = load_task(**recipe)
-    network, tokenizer = task.load_network(model)
-    return BayesLoRA.from_pretrained(arguments.run_dir / "adapter", network), task, tokenizer, record
+    return open_run(arguments.run_dir, model=arguments.model, data_dir=arguments.data_dir)
 
 
 def _predict(bayes: "BayesLoRA", data: Any, arguments: argparse.Namespace, **options: Any) -> "Prediction":

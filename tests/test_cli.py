@@ -11,7 +11,7 @@ from transformers import BertTokenizerFast
 from bayeslora.cli import build_parser, main
 from tests.conftest import VOCABULARY, tiny_network
 
-COMMANDS = ("demo", "fit", "evaluate", "predict", "diagnose", "compare")
+COMMANDS = ("demo", "fit", "evaluate", "predict", "diagnose", "compare", "report")
 WORDS = ("good", "bad", "film", "plot", "the", "a", "is", "was", "fine", "dull", "very", "not")
 
 
@@ -256,3 +256,33 @@ class TestMistakes:
         weights = copy / "adapter" / "adapter_model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-10])
         assert "truncated" in self.fails(capsys, "evaluate", copy)
+
+
+def test_report_of_a_run_beside_a_point_estimate(run, model, data, tmp_path, capsys):
+    lora = tmp_path / "lora"
+    options = ["--output", str(lora), "--epochs", "1", "--sample-scaler", "0", *SMALL]
+    assert main(["fit", *data_options(model, data), *options]) == 0
+    page = tmp_path / "pages" / "report.html"
+    words = ["report", str(lora), str(run), "--output", str(page), "--num-samples", "3", "--max-examples", "8"]
+    assert main(words) == 0
+    assert str(page) in capsys.readouterr().out
+    text = page.read_text(encoding="utf-8")
+    assert "the film is" in text
+    assert f"bayeslora fit --model {model}" in text
+    assert f"bayeslora {' '.join(words)}" in text
+    assert "LoRA (sample_scaler 0)" in text
+    assert "MonteCLoRA, 3 draws" in text
+    assert "data_drivenness" in text
+    assert not list(page.parent.glob(".*"))
+
+
+def test_report_names_what_is_wrong_and_keeps_the_page_there_was(run, tmp_path, capsys):
+    page = tmp_path / "report.html"
+    page.write_text("before", encoding="utf-8")
+    assert main(["report", str(tmp_path / "missing"), "--output", str(page)]) == 2
+    assert "not a run folder" in capsys.readouterr().err
+    assert main(["report", str(run), str(run), "--output", str(page)]) == 2
+    assert "given twice" in capsys.readouterr().err
+    assert main(["report", str(run), "--split", "nowhere", "--output", str(page)]) == 2
+    assert "no split 'nowhere'" in capsys.readouterr().err
+    assert page.read_text(encoding="utf-8") == "before"
