@@ -54,6 +54,13 @@ def test_your_own_guide(tmp_path):
     assert all(math.isfinite(score["nll"]) for score in scores.values())
 
 
+def test_calibration_of_inference(tmp_path, capsys):
+    found = example("calibration_of_inference").main(str(tmp_path), simulations=12, steps=3, chains=0)
+    assert all(ranks.shape == (12, 3) for ranks in found.values())
+    assert capsys.readouterr().out.count("prediction") == len(found) == 7
+    assert (tmp_path / "calibration_of_inference.png").is_file()
+
+
 def test_the_guide_in_the_documentation_is_the_examples():
     page = (ROOT / "docs" / "write_a_guide.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
