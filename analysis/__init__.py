@@ -56,6 +56,7 @@ _HOMES = {
     "risk_coverage": "bayeslora.analysis.selective",
     "save_arviz": "bayeslora.analysis.inference_data",
     "sharpness": "bayeslora.analysis.calibration",
+    "stream_arviz": "bayeslora.analysis.streaming",
     "to_arviz": "bayeslora.analysis.inference_data",
     "to_markdown": "bayeslora.analysis.comparison",
     "variance_shares": "bayeslora.analysis.variance",
@@ -112,6 +113,7 @@ __all__ = [
     "risk_coverage",
     "save_arviz",
     "sharpness",
+    "stream_arviz",
     "to_arviz",
     "to_markdown",
     "variance_shares",
@@ -157,6 +159,7 @@ if TYPE_CHECKING:
         reliability_curve,
     )
     from bayeslora.analysis.selective import area_under_risk_coverage, excess_area_under_risk_coverage, risk_coverage
+    from bayeslora.analysis.streaming import stream_arviz
     from bayeslora.analysis.temperature import apply_temperature, fit_temperature
     from bayeslora.analysis.uncertainty import expected_entropy, mutual_information, predictive_entropy
     from bayeslora.analysis.variance import (
