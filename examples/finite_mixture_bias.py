@@ -290,9 +290,10 @@ def _plot(table, entropy, sizes, components, particles, path):
         points = [(weight, value) for (name, weight), value in entropy.items() if name == objective]
         axes[2].plot(range(len(points)), [value for _, value in points], marker + "-", color=color, label=objective)
         axes[2].set_xticks(range(len(points)), [f"{weight:g}" for weight, _ in points])
+    axes[2].set_ylim(0.82, 1)
     axes[2].set_xlabel("λ_C")
     axes[2].set_title("entropy of π / log N,\nN = 4", fontsize=8)
-    axes[2].legend(frameon=False, fontsize=8)
+    axes[2].legend(frameon=False, fontsize=8, loc="lower right")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
