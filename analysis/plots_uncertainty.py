@@ -150,8 +150,8 @@ def plot_entropy_parts(
             for values in (first, second)
         ]
         start = 0.0
-        for part, interval, shift in zip(ends, colours, (-0.12, 0.12), strict=True):
-            ax.barh(row, part.estimate, left=start, height=0.62, color=interval, alpha=0.75)
+        for part, colour, shift in zip(ends, colours, (-0.12, 0.12), strict=True):
+            ax.barh(row, part.estimate, left=start, height=0.62, color=colour, alpha=0.75)
             ax.hlines(row + shift, start + part.lower, start + part.upper, color="black", linewidth=1.0)
             start += part.estimate
     for colour, label in zip(colours, ("expected entropy", "mutual information"), strict=True):
