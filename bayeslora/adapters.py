@@ -29,15 +29,15 @@ class Draw:
     """What is drawn for one layer; empty in every copy, so a network can be deep-copied at any time.
 
     ``weight`` is the drawn A: ``(r, n_in)``, or ``(groups, r, n_in)`` for as many equal, consecutive groups of rows of
-    the input. With ``signs``, ``(examples, r)`` of ±1, it is μ and below it the deviation from μ, ``(2r, n_in)``: every
-    example's A is μ plus its own mirror image of the deviation's rows.
+    the input. With ``mirrors``, it is μ and below it the deviation from μ, ``(2r, n_in)``, and every example has its own
+    ``(2r, r)``: an identity, which passes μ on, and below it a diagonal of ±1, which turns rows of the deviation.
     """
 
-    __slots__ = ("signs", "weight")
+    __slots__ = ("mirrors", "weight")
 
     def __init__(self) -> None:
         self.weight: Tensor | None = None
-        self.signs: Tensor | None = None
+        self.mirrors: Tensor | None = None
 
     def __deepcopy__(self, memo: dict) -> "Draw":
         return Draw()
@@ -60,13 +60,12 @@ class SampledLinear(nn.Linear):
         return new.train(linear.training)
 
     def forward(self, input: Tensor) -> Tensor:
-        weight, signs = self.draw.weight, self.draw.signs
+        weight, mirrors = self.draw.weight, self.draw.mirrors
         if weight is None:
             return nn.functional.linear(input, self.weight)
-        if signs is not None:
-            both = _in_groups(nn.functional.linear(input, weight), len(signs))
-            of_mean, of_noise = both.unflatten(-1, (2, -1)).unbind(-2)
-            output = torch.addcmul(of_mean, of_noise, signs.unsqueeze(1).to(both.dtype))
+        if mirrors is not None:
+            both = _in_groups(nn.functional.linear(input, weight), len(mirrors))
+            output = torch.bmm(both, mirrors.to(both.dtype))
         elif weight.dim() == 3:
             output = torch.bmm(_in_groups(_as_computed(input), len(weight)), weight.mT)
         else:
@@ -381,8 +380,10 @@ def set_noise(
             weights = (mean + deviation).to(mean.dtype)
         else:
             weights = torch.cat([mean, deviation.to(mean.dtype)], dim=-2)
-            for draw, sign in zip(draws, signs[group.name].unbind(), strict=True):
-                draw.signs = sign
+            turned = torch.diag_embed(signs[group.name])  # (adapters, examples, r, r)
+            identity = torch.eye(group.rank, device=turned.device).expand_as(turned)
+            for draw, mirrors in zip(draws, torch.cat([identity, turned], dim=-2).unbind(), strict=True):
+                draw.mirrors = mirrors
         for draw, weight in zip(draws, weights.unbind(), strict=True):
             draw.weight = weight
 
@@ -392,7 +393,7 @@ def clear_draw(groups: tuple[AdapterGroup, ...]) -> None:
     for group in groups:
         for adapter in group.adapters:
             draw = adapter.lora_A.draw
-            draw.weight = draw.signs = None
+            draw.weight = draw.mirrors = None
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """One small shared network describes every adapter's posterior."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +28,11 @@ class AmortizedGuide(MixtureGuide):
         kinds = {kind: index for index, kind in enumerate(dict.fromkeys(a.kind for a in adapters))}
         depth = max(adapter.block for adapter in adapters) or 1
         self._rank = max(group.rank for group in model.groups)
-        for group in model.groups:
-            kind = torch.tensor([kinds[adapter.kind] for adapter in group.adapters])
-            fixed = torch.stack([_description(adapter, adapter.block / depth) for adapter in group.adapters])
-            self.register_buffer(f"kind_{group.name}", kind, persistent=False)  # follow from the network,
-            self.register_buffer(f"fixed_{group.name}", fixed, persistent=False)  # so never saved
+        self._described: dict[str, tuple[Tensor, Tensor]] = {}  # during a run
+        kind = torch.tensor([kinds[adapter.kind] for adapter in adapters])
+        fixed = torch.stack([_description(adapter, adapter.block / depth) for adapter in adapters])
+        self.register_buffer("kind", kind, persistent=False)  # follow from the network,
+        self.register_buffer("fixed", fixed, persistent=False)  # so never saved
         outputs = self._rank + self.config.num_components
         self.embedding = nn.Embedding(len(kinds), WIDTH)
         self.hidden = nn.Linear(NUM_FEATURES, WIDTH)
@@ -42,13 +43,25 @@ class AmortizedGuide(MixtureGuide):
             self.output.bias[: self._rank] = math.log(start)
             self.output.bias[self._rank :] = initial_log_alpha(self.config.alpha_init, self.config.num_components)
 
+    def run(self, program: Any) -> dict[str, Tensor]:
+        with self.model.full_precision():
+            self._described = self._describe()
+        try:
+            return super().run(program)
+        finally:
+            self._described = {}
+
     def variational_parameters(self, group: AdapterGroup) -> tuple[Tensor, Tensor]:
-        kind, fixed = getattr(self, f"kind_{group.name}"), getattr(self, f"fixed_{group.name}")
-        scale_of_mean = group.mean_scale().clamp(min=1e-6).log()  # describes the adapter; the task trains μ itself
-        features = torch.cat([fixed, scale_of_mean.unsqueeze(-1)], dim=-1)  # (adapters, features)
-        hidden = torch.tanh(self.hidden(features) + self.embedding(kind))
-        output = self.output(hidden)
-        return output[:, : group.rank], output[:, self._rank :]
+        return (self._described or self._describe())[group.name]
+
+    def _describe(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """log v and log α of every group, in one pass."""
+        groups = self.model.groups
+        scale_of_mean = torch.cat([group.mean_scale() for group in groups]).clamp(min=1e-6).log()
+        features = torch.cat([self.fixed, scale_of_mean.unsqueeze(-1)], dim=-1)  # (adapters of all groups, features)
+        hidden = torch.tanh(self.hidden(features) + self.embedding(self.kind))
+        outputs = self.output(hidden).split([len(group) for group in groups])
+        return {g.name: (out[:, : g.rank], out[:, self._rank :]) for g, out in zip(groups, outputs, strict=True)}
 
 
 def _description(adapter: Adapter, depth: float) -> Tensor:
