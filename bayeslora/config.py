@@ -66,10 +66,10 @@ class MonteCLoRAConfig:
         mixture: ``"dense"`` (all components) or ``"sparse"`` (only the component with the largest weight).
         components: ``"collapsed"`` draws the mixture as one Gaussian with exactly its law, at a cost that does
             not depend on N; ``"explicit"`` draws all N Gaussians, to look at them.
-        noise: ``"per_example"`` gives every example of a training batch its own exact draw, by turning the sign
-            of the noise's rows at random (flipout, Wen et al. 2018): each example's law is the same, and the gradient has
-            less variance. ``"shared"`` uses one draw for the whole batch; so does training wherever rows of an
-            adapted layer's input are not examples, and with a guide whose rows are not symmetric.
+        noise: ``"per_example"`` gives every example of a training batch its own exact draw, by turning the
+            sign of the noise's rows at random (flipout, Wen et al. 2018): each example's law is the same, and the
+            gradient has less variance. ``"shared"`` uses one draw for the whole batch; so does training wherever rows
+            of an adapted layer's input are not examples, and with a guide whose rows are not symmetric.
         guide: ``"amortized"``, ``"mean_field"`` or ``"gaussian"`` (:mod:`bayeslora.guides`).
         mode: ``"joint"`` trains everything; ``"post_hoc"`` freezes μ, B and the head, and trains only v and α.
         prior_concentration: α0 of the prior Dir(α0·1_N).
