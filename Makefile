@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test lint types check benchmark clean
+.PHONY: demo test test-arviz1 lint types check benchmark clean
 
 demo: $(VENV)/.installed
 	$(BIN)/bayeslora demo --output runs/demo
@@ -13,6 +13,22 @@ test: $(VENV)/.installed
 	$(BIN)/python -m pytest
 
 check: lint types test
+
+ARVIZ1_TESTS := $(patsubst %,tests/test_%.py,inference_data streaming comparison_table plots plots_of_draws \
+	plots_of_uncertainty uncertainty variance)
+
+# the analysis without torch, under ArviZ 1.x and a Python 3.12 or 3.13, where one is found (ARVIZ1_PYTHON names it)
+test-arviz1:
+	@python=$${ARVIZ1_PYTHON:-$$(for candidate in python3.13 python3.12 "$$HOME"/.pyenv/versions/3.1[32]*/bin/python; \
+		do "$$candidate" -c 'import sys; print(sys.executable)' 2>/dev/null && break; done)}; \
+	if [ -z "$$python" ]; then echo 'test-arviz1: SKIPPED, as ArviZ 1.x needs Python 3.12 or 3.13 and there is none'; exit; fi; \
+	$(MAKE) --no-print-directory .venv-arviz1/.installed ARVIZ1_PYTHON="$$python" && \
+	MPLBACKEND=Agg .venv-arviz1/bin/python -m pytest --noconftest -p no:cacheprovider $(ARVIZ1_TESTS)
+
+.venv-arviz1/.installed: constraints-arviz1.txt
+	$(ARVIZ1_PYTHON) -m venv .venv-arviz1
+	.venv-arviz1/bin/pip install --quiet --requirement constraints-arviz1.txt
+	touch $@
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -34,4 +50,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf build dist *.egg-info $(VENV)
+	rm -rf build dist *.egg-info $(VENV) .venv-arviz1
