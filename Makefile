@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-arviz1 lint types check benchmark clean
+.PHONY: demo test test-arviz1 lint types docs check benchmark clean
 
 demo: $(VENV)/.installed
 	$(BIN)/bayeslora demo --output runs/demo
@@ -12,7 +12,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
 
-check: lint types test
+check: lint types docs test
 
 ARVIZ1_TESTS := $(patsubst %,tests/test_%.py,inference_data streaming comparison_table plots plots_of_draws \
 	plots_of_uncertainty uncertainty variance)
@@ -39,6 +39,10 @@ types: $(VENV)/.installed
 	rm -rf build/typed
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --target build/typed .
 	cd build/typed && $(abspath $(BIN))/mypy --config-file $(abspath pyproject.toml) -p bayeslora
+
+# the site, in build/docs/index.html; a warning fails it
+docs: $(VENV)/.installed
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going docs build/docs
 
 benchmark: $(VENV)/.installed
 	$(BIN)/python benchmarks/training_cost.py
