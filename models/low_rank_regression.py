@@ -250,14 +250,14 @@ class LowRankRegression:
 class _Spectrum(NamedTuple):
     """The data in the basis of ΦᵀΦ, where posterior and evidence are sums over single numbers for any prior variance.
 
-    ``projected`` is z = UᵀΦᵀe for the residual e = y − W0 x − Φμ, ``squares`` |e|², ``count`` its length.
+    ``projected`` is z = UᵀΦᵀe for the residual e = y − W0 x − Φμ, ``squares`` |e|², ``length`` its own.
     """
 
     eigenvalues: Tensor
     basis: Tensor
     projected: Tensor
     squares: Tensor
-    count: int
+    length: int
     noise_variance: float
 
     def posterior(self, prior_variance: Tensor) -> tuple[Tensor, Tensor]:
@@ -270,7 +270,7 @@ class _Spectrum(NamedTuple):
         """log N(e; 0, σ²I + τ²ΦΦᵀ) for τ² of any shape."""
         mean, _ = self.posterior(prior_variance)
         ratio = prior_variance.unsqueeze(-1) * self.eigenvalues / self.noise_variance
-        log_det = torch.log1p(ratio).sum(-1) + self.count * math.log(2 * math.pi * self.noise_variance)
+        log_det = torch.log1p(ratio).sum(-1) + self.length * math.log(2 * math.pi * self.noise_variance)
         quadratic = (self.squares - (self.projected * mean).sum(-1)) / self.noise_variance
         return -(log_det + quadratic) / 2
 

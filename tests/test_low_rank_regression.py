@@ -99,7 +99,9 @@ class TestClosedForms:
 
     def test_integral_over_the_weights_by_quadrature(self, outputs):
         """N = 2 under Dir(1, 1): π₁ is uniform on [0, 1]."""
-        problem = low_rank_regression(6, outputs=outputs, num_components=2)
+        problem = low_rank_regression(2, outputs=outputs, num_components=2, noise=1.5, sample_scaler=3)
+
+        problem = problem.simulate(0, A=torch.full((1, 3, 2), 4.0))  # far from μ, so that π matters to the mean
 
         def integral(integrand):
             return np.asarray(scipy.integrate.quad_vec(integrand, 0, 1, epsrel=1e-10)[0])
