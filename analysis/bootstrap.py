@@ -60,7 +60,7 @@ def bootstrap_interval(
     rows = (rng.integers(size, size=size) for _ in range(num_resamples))
     found = np.array([statistic(*(array[chosen] for array in values)) for chosen in rows], dtype=np.float64)
     kept = found[~np.isnan(found)]
-    ends = (np.nan, np.nan)
+    ends = np.array([np.nan, np.nan])
     if 2 * len(kept) >= num_resamples:
         ends = np.quantile(kept, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(statistic(*values)), float(ends[0]), float(ends[1]))

@@ -84,7 +84,7 @@ def to_arviz(
         InputError: The labels do not fit the predictions, the task has no such groups, the seed is None, or the
             run has no history of these adapters.
     """
-    options = {"seed": seed, "adapters": adapters, "batch_size": batch_size, "prior": prior}
+    options: dict[str, Any] = {"seed": seed, "adapters": adapters, "batch_size": batch_size, "prior": prior}
     groups = draw_groups(bayes, dataset, num_samples=num_samples, **options)
     add_history(groups, run, history)
     return build_inference_data(*groups, description(bayes, num_samples, seed))

@@ -1,6 +1,7 @@
 """Pictures of what the uncertainty is good for. Numbers and perhaps an Axes in, the Axes out."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -54,7 +55,7 @@ def plot_risk_coverage(
         ax.plot(100 * curve.coverage[shown], 100 * curve.risk[shown], color=colour, linewidth=1.2, label=label)
         pair = np.asarray(uncertainty, dtype=np.float64), np.asarray(wrong, dtype=np.float64)
         grid = GRID[curve.coverage[shown][0] <= GRID]
-        lower, upper = _band(lambda rows, p=pair, g=grid: _risk(p, rows, g), len(pair[0]), level, num_resamples, seed)
+        lower, upper = _band(partial(_risk, pair, grid), len(pair[0]), level, num_resamples, seed)
         ax.fill_between(100 * grid, 100 * lower, 100 * upper, color=colour, alpha=BAND, linewidth=0)
     ax.set_xlim(0, 100)
     ax.set_ylim(bottom=0)
@@ -199,7 +200,7 @@ def plot_agreement(
     spread = np.ptp(theirs) or 1.0
     bins = bin_scores((theirs - theirs.min()) / spread, num_bins, "mass")
     ax = new_axes(ax)
-    options = {"num_resamples": num_resamples, "level": level, "seed": seed}
+    options: dict[str, Any] = {"num_resamples": num_resamples, "level": level, "seed": seed}
     for number, (name, uncertainty) in enumerate(methods.items()):
         found = rank_correlation(uncertainty, theirs, **options)
         values = np.asarray(uncertainty, dtype=np.float64)
@@ -221,7 +222,7 @@ def _check_methods(methods: Mapping[str, Any], what: str) -> None:
         raise InputError(f"nothing to draw: give at least one entry as {{name: {what}}}")
 
 
-def _risk(pair: tuple[np.ndarray, np.ndarray], rows: np.ndarray, grid: np.ndarray) -> np.ndarray:
+def _risk(pair: tuple[np.ndarray, np.ndarray], grid: np.ndarray, rows: np.ndarray) -> np.ndarray:
     curve = risk_coverage(pair[0][rows], pair[1][rows])
     return np.interp(grid, curve.coverage, curve.risk)
 

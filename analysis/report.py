@@ -189,8 +189,8 @@ def _check(runs: Sequence[RunResults]) -> None:
             raise InputError(f"{run.name} predicted nothing: give at least one split")
 
 
-def _labelled(run: RunResults) -> Iterator[tuple[str, SplitResults]]:
-    return ((name, split) for name, split in run.splits.items() if split.labels is not None)
+def _labelled(run: RunResults) -> Iterator[tuple[str, SplitResults, np.ndarray]]:
+    return ((name, split, split.labels) for name, split in run.splits.items() if split.labels is not None)
 
 
 def _by_split(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -205,19 +205,19 @@ def _arrays(split: SplitResults, metric: Metric) -> list[np.ndarray]:
 
 
 def _scores(run: RunResults, metrics: Sequence[Metric]) -> Iterator[dict[str, Any]]:
-    for name, split in _labelled(run):
+    for name, split, labels in _labelled(run):
         cells = [
             _cell(metric, bootstrap_interval(metric.function, *_arrays(split, metric), num_resamples=RESAMPLES))
             for metric in metrics
         ]
-        yield {"split": name, "run": run.name, "examples": len(split.labels), "cells": cells}
+        yield {"split": name, "run": run.name, "examples": len(labels), "cells": cells}
 
 
 def _differences(first: RunResults, run: RunResults, metrics: Sequence[Metric]) -> Iterator[dict[str, Any]]:
     """Each number of a run less that of the first, with a paired interval: both see the same resampled examples."""
-    for name, split in _labelled(run):
+    for name, split, labels in _labelled(run):
         other = first.splits.get(name)
-        if other is None or other.labels is None or not np.array_equal(other.labels, split.labels):
+        if other is None or other.labels is None or not np.array_equal(other.labels, labels):
             continue
         cells = []
         for metric in metrics:
@@ -232,7 +232,7 @@ def _differences(first: RunResults, run: RunResults, metrics: Sequence[Metric]) 
         yield {"split": name, "run": run.name, "against": first.name, "cells": cells}
 
 
-def _cell(metric: Metric, interval: Interval, *, signed: bool = False) -> dict[str, str]:
+def _cell(metric: Metric, interval: Interval, *, signed: bool = False) -> dict[str, Any]:
     style = f"{'+' if signed else ''}.{metric.decimals}f"
     estimate, lower, upper = (format(metric.factor * value, style) for value in interval)
     decided = signed and (interval.lower > 0 or interval.upper < 0)

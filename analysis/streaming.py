@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bayeslora.analysis.groups import Groups
-from bayeslora.analysis.inference_data import ENGINE, add_history, build_dataset, description, draw_groups
+from bayeslora.analysis.inference_data import add_history, build_dataset, description, draw_groups
 from bayeslora.errors import InputError
 
 ZARR_FORMAT = 2  # in the third, text has no specification
@@ -52,7 +52,7 @@ def stream_arviz(
     store = _check_destination(path)
     if num_samples < 1 or block < 1:
         raise InputError(f"num_samples and block must be at least 1, got {num_samples} and {block}")
-    options = {"seed": seed, "adapters": adapters, "batch_size": batch_size, "prior": prior}
+    options: dict[str, Any] = {"seed": seed, "adapters": adapters, "batch_size": batch_size, "prior": prior}
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         unfinished = Path(folder) / path.name
         for first in range(0, num_samples, block):
@@ -75,12 +75,12 @@ class _NetCDF:
     def create(path: Path, groups: Groups, attrs: Mapping[str, Any]) -> None:
         import xarray
 
-        xarray.Dataset(attrs=attrs).to_netcdf(path, engine=ENGINE)
+        xarray.Dataset(attrs=attrs).to_netcdf(path, engine="h5netcdf")
         for group, variables in groups.variables.items():
             data = build_dataset(group, variables, groups.coords, groups.dims)
             growing = {"draw"} & set(data.dims)
             chunks = {name: {"chunksizes": v.shape} for name, v in data.variables.items() if growing & set(v.dims)}
-            data.to_netcdf(path, mode="a", group=group, engine=ENGINE, unlimited_dims=growing, encoding=chunks)
+            data.to_netcdf(path, mode="a", group=group, engine="h5netcdf", unlimited_dims=growing, encoding=chunks)
 
     @staticmethod
     def append(path: Path, groups: Groups, first_draw: int) -> None:

@@ -160,7 +160,8 @@ def _response_to_labels(bayes: "BayesLoRA", data: _Batches, seed: int) -> tuple[
             loss, other = (bayes.negative_log_likelihood(logits, y).mean() for y in (labels, permuted))
             gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(other - loss, logs)]))
             curvatures.append(_curvature(bayes, sites, data.size))
-    return tuple(torch.stack(values).mean(0).cpu().numpy() for values in (gradients, curvatures))
+    gradient, curvature = (torch.stack(values).mean(0).cpu().numpy() for values in (gradients, curvatures))
+    return gradient, curvature
 
 
 @torch.no_grad()

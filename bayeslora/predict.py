@@ -131,8 +131,8 @@ def predict(
             targets.append(target)
     labelled = [target.cpu() for target in targets if target is not None]
     labels = torch.cat(labelled).numpy()[order] if len(labelled) == len(targets) else None
-    logits = torch.cat(outputs, 1).numpy()[:, order]  # (S, n, C)
-    return _summarize(bayes, logits.repeat(copies, axis=0), labels, keep_draws)
+    drawn = torch.cat(outputs, 1).numpy()[:, order]  # (S, n, C)
+    return _summarize(bayes, np.repeat(drawn, copies, axis=0), labels, keep_draws)
 
 
 def run_batches(

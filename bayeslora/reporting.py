@@ -145,8 +145,8 @@ def _collect(
         (chosen, *(s for s in (*task.shift_splits, *task.out_of_scope_splits) if s != chosen))
     ):
         labelled = part not in task.out_of_scope_splits
-        encode = {"limit": max_examples, "seed": seed, "labelled": labelled}
-        data = task.encode(tokenizer, part, max_length=record["max_length"], **encode)
+        length = record["max_length"]
+        data = task.encode(tokenizer, part, max_length=length, limit=max_examples, seed=seed, labelled=labelled)
         if progress:
             tqdm.write(f"{name}: {len(data)} examples of {part}")
         prediction = bayes.predict(
