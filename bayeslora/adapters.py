@@ -29,8 +29,8 @@ class Draw:
     """What is drawn for one layer; empty in every copy, so a network can be deep-copied at any time.
 
     ``weight`` is the drawn A: ``(r, n_in)``, or ``(groups, r, n_in)`` for as many equal, consecutive groups of rows of
-    the input. With ``mirrors``, it is μ and below it the deviation from μ, ``(2r, n_in)``, and every example has its own
-    ``(2r, r)``: an identity, which passes μ on, and below it a diagonal of ±1, which turns rows of the deviation.
+    the input. With ``mirrors`` it is μ and below it the deviation from μ, ``(2r, n_in)``, and every example has its
+    own ``(2r, r)``: an identity, which passes μ on, and below it a diagonal of ±1, which turns rows of the deviation.
     """
 
     __slots__ = ("mirrors", "weight")
