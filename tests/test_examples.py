@@ -68,6 +68,17 @@ def test_the_guide_in_the_documentation_is_the_examples():
     assert len(block.splitlines()) <= 30
 
 
+@pytest.mark.filterwarnings("ignore")  # ArviZ's own, about Pareto's k and few draws
+def test_arviz_tour(tmp_path, capsys):
+    small = {"train_examples": 32, "test_examples": 12, "num_samples": 25, "max_steps": 2}
+    table = example("arviz_tour").main(str(tmp_path), **small)
+    assert set(table.index) == {"LoRA", "MonteCLoRA", "Gaussian"}
+    printed = capsys.readouterr().out
+    assert "LoRA: all draws have the same log-likelihood" in printed
+    assert "elpd_loo" in printed
+    assert {"forest.png", "elbo.png", "draws.nc"} <= {path.name for path in tmp_path.iterdir()}
+
+
 def test_against_people(tmp_path, capsys):
     small = {"seeds": (0,), "train_examples": 32, "test_examples": 24, "num_samples": 2, "max_steps": 2}
     table = example("against_people").main(str(tmp_path), **small)
