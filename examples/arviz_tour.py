@@ -66,7 +66,7 @@ def main(
 
     stats = data["sample_stats"]
     figure, axes = pyplot.subplots(figsize=(4.5, 3))
-    for variable, label in {"elbo_task": "task", "elbo_cooperation": "cooperation"}.items():
+    for variable, label in {"elbo_task": "task", "elbo_cooperation": "cooperation Σπ² (no unit)"}.items():
         axes.plot(stats["step"], stats[variable], label=label)
     axes.set(xlabel="step", ylabel="nats per example")
     axes.legend(frameon=False)
