@@ -7,6 +7,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 _HOMES = {
+    "Diagnostic": "bayeslora.analysis.diagnostics",
+    "RunResults": "bayeslora.analysis.report",
+    "SplitResults": "bayeslora.analysis.report",
     "accuracy": "bayeslora.analysis.calibration",
     "adapter_table": "bayeslora.analysis.variance",
     "apply_temperature": "bayeslora.analysis.temperature",
@@ -16,12 +19,14 @@ _HOMES = {
     "brier_score": "bayeslora.analysis.calibration",
     "build_inference_data": "bayeslora.analysis.inference_data",
     "calibration_summary": "bayeslora.analysis.calibration",
+    "chi_square_test": "bayeslora.analysis.simulation_based_calibration",
     "classwise_calibration_error": "bayeslora.analysis.reliability",
     "comparison_table": "bayeslora.analysis.comparison",
     "contraction": "bayeslora.analysis.variance",
     "detection_curve": "bayeslora.analysis.detection",
     "detection_scores": "bayeslora.analysis.detection",
     "draws_needed": "bayeslora.analysis.variance",
+    "ecdf_test": "bayeslora.analysis.simulation_based_calibration",
     "effective_components": "bayeslora.analysis.variance",
     "eigenvalues": "bayeslora.analysis.variance",
     "excess_area_under_risk_coverage": "bayeslora.analysis.selective",
@@ -45,14 +50,18 @@ _HOMES = {
     "plot_draws_needed": "bayeslora.analysis.plots_posterior",
     "plot_eigenvalues": "bayeslora.analysis.plots_posterior",
     "plot_entropy_parts": "bayeslora.analysis.plots_uncertainty",
+    "plot_history": "bayeslora.analysis.plots_training",
     "plot_layer_map": "bayeslora.analysis.plots_posterior",
     "plot_posterior_spread": "bayeslora.analysis.plots_posterior",
+    "plot_rank_ecdf": "bayeslora.analysis.plots_inference",
     "plot_risk_coverage": "bayeslora.analysis.plots_uncertainty",
     "plot_spread_against_mean": "bayeslora.analysis.plots_posterior",
     "plot_variance_shares": "bayeslora.analysis.plots_posterior",
     "predictive_entropy": "bayeslora.analysis.uncertainty",
     "rank_correlation": "bayeslora.analysis.agreement",
+    "rank_ecdf": "bayeslora.analysis.simulation_based_calibration",
     "reliability_curve": "bayeslora.analysis.reliability",
+    "report_html": "bayeslora.analysis.report",
     "risk_coverage": "bayeslora.analysis.selective",
     "save_arviz": "bayeslora.analysis.inference_data",
     "sharpness": "bayeslora.analysis.calibration",
@@ -64,6 +73,9 @@ _HOMES = {
 }
 
 __all__ = [
+    "Diagnostic",
+    "RunResults",
+    "SplitResults",
     "accuracy",
     "adapter_table",
     "apply_temperature",
@@ -73,12 +85,14 @@ __all__ = [
     "brier_score",
     "build_inference_data",
     "calibration_summary",
+    "chi_square_test",
     "classwise_calibration_error",
     "comparison_table",
     "contraction",
     "detection_curve",
     "detection_scores",
     "draws_needed",
+    "ecdf_test",
     "effective_components",
     "eigenvalues",
     "excess_area_under_risk_coverage",
@@ -102,14 +116,18 @@ __all__ = [
     "plot_draws_needed",
     "plot_eigenvalues",
     "plot_entropy_parts",
+    "plot_history",
     "plot_layer_map",
     "plot_posterior_spread",
+    "plot_rank_ecdf",
     "plot_risk_coverage",
     "plot_spread_against_mean",
     "plot_variance_shares",
     "predictive_entropy",
     "rank_correlation",
+    "rank_ecdf",
     "reliability_curve",
+    "report_html",
     "risk_coverage",
     "save_arviz",
     "sharpness",
@@ -133,9 +151,11 @@ if TYPE_CHECKING:
     )
     from bayeslora.analysis.comparison import comparison_table, to_markdown
     from bayeslora.analysis.detection import detection_curve, detection_scores
+    from bayeslora.analysis.diagnostics import Diagnostic
     from bayeslora.analysis.elpd import held_out_elpd, leave_one_out
     from bayeslora.analysis.inference_data import build_inference_data, load_arviz, save_arviz, to_arviz
     from bayeslora.analysis.plots_calibration import plot_brier_parts, plot_calibration
+    from bayeslora.analysis.plots_inference import plot_rank_ecdf
     from bayeslora.analysis.plots_posterior import (
         plot_adapters,
         plot_contraction,
@@ -146,6 +166,7 @@ if TYPE_CHECKING:
         plot_spread_against_mean,
         plot_variance_shares,
     )
+    from bayeslora.analysis.plots_training import plot_history
     from bayeslora.analysis.plots_uncertainty import (
         plot_agreement,
         plot_detection,
@@ -158,7 +179,9 @@ if TYPE_CHECKING:
         maximum_calibration_error,
         reliability_curve,
     )
+    from bayeslora.analysis.report import RunResults, SplitResults, report_html
     from bayeslora.analysis.selective import area_under_risk_coverage, excess_area_under_risk_coverage, risk_coverage
+    from bayeslora.analysis.simulation_based_calibration import chi_square_test, ecdf_test, rank_ecdf
     from bayeslora.analysis.streaming import stream_arviz
     from bayeslora.analysis.temperature import apply_temperature, fit_temperature
     from bayeslora.analysis.uncertainty import expected_entropy, mutual_information, predictive_entropy
