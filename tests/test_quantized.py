@@ -134,7 +134,7 @@ def test_fit_on_a_network_prepared_for_training(load, tmp_path):
         return -bayes.predict(data, 0, progress=False).sample_log_likelihood.mean()
 
     before = loss()
-    fit(bayes, data, data, output_dir=tmp_path / "run", epochs=8, batch_size=8, learning_rate=2e-2, progress=False)
+    fit(bayes, data, data, output_dir=tmp_path / "run", epochs=24, batch_size=8, learning_rate=2e-2, progress=False)
     assert loss() < before - 0.02
     for adapter in bayes.model.groups[0].adapters:
         assert torch.equal(frozen_weight(adapter.layer), frozen[adapter.name])
