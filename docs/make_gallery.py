@@ -90,6 +90,25 @@ def people() -> tuple[dict[str, np.ndarray], np.ndarray]:
     return {name: np.log(2) * np.clip(2 * ambiguity + w * e, 0, 1) for name, w, e in weights}, disagreement
 
 
+def history() -> list[dict[str, float]]:
+    """Logs of a run of 300 steps that learns, and then learns by heart."""
+    rng = np.random.default_rng(6)
+    steps = np.arange(1, 301)
+    task = 0.15 + 0.55 * np.exp(-steps / 60) + 0.05 * rng.normal(size=300)
+    log = [{"step": s, "elbo/task": t, "elbo/cooperation": 0.25 + 0.1 * np.exp(-s / 90)}
+           for s, t in zip(steps.tolist(), task.tolist(), strict=True)]  # fmt: skip
+    return log + [{"step": s, "eval_loss": 0.4 + 0.3 * np.exp(-s / 50) + s / 4000} for s in range(30, 301, 30)]
+
+
+def ranks() -> dict[str, np.ndarray]:
+    """Ranks of the truth among 99 draws, 200 times: of a right posterior, a narrow one, and one that lies too high."""
+    rng = np.random.default_rng(7)
+    truth = rng.normal(size=(200, 1))
+    draws = rng.normal(size=(200, 99))
+    variants = {"right": draws, "half as wide": draws / 2, "shifted": draws + 0.7}
+    return {name: (values < truth).sum(axis=1) for name, values in variants.items()}
+
+
 def main(folder: Path) -> list[Path]:
     """Write ``gallery.md`` and its pictures into ``folder``; returns the pictures."""
     data, prior = posterior(), posterior(wide=2.0, seed=1)
@@ -111,6 +130,8 @@ def main(folder: Path) -> list[Path]:
         for name, drawn in (("test", draws_of_forecasts(0.4)), ("another domain", draws_of_forecasts(1.5)))
     }
     pictures: list[tuple[str, str, Callable[[], Any]]] = [
+        ("training", "What the loss was made of, step by step; it starts to learn by heart where validation rises.",
+         lambda: analysis.plot_history(history())),
         ("posterior_spread", "Noise over mean of each adapter, draw by draw.",
          lambda: analysis.plot_posterior_spread(data)),
         ("effective_components", "How many of the four components carry each adapter's mixture, 1/Σπ².",
@@ -145,6 +166,8 @@ def main(folder: Path) -> list[Path]:
          lambda: analysis.plot_entropy_parts(parts)),
         ("agreement", "Is the model unsure where people disagree?",
          lambda: analysis.plot_agreement(*people(), unit="entropy of the raters' votes  (nats)")),
+        ("rank_ecdf", "Simulation-based calibration: is the posterior right over many data sets?",
+         lambda: analysis.plot_rank_ecdf(ranks(), 99)),
     ]  # fmt: skip
     (folder / "gallery").mkdir(parents=True, exist_ok=True)
     lines = ["# Gallery", "", "Made-up numbers, drawn by `python docs/make_gallery.py`; the functions are those of",

@@ -39,8 +39,7 @@ def test_the_gallery_of_the_repository_shows_what_the_command_draws(gallery):
 def test_no_plot_is_left_out():
     source = (DOCS / "make_gallery.py").read_text(encoding="utf-8")
     drawn = set(re.findall(r"analysis\.(plot_\w+)", source))
-    for module in ("plots_calibration", "plots_posterior", "plots_uncertainty"):
-        code = (DOCS.parent / "analysis" / f"{module}.py").read_text(encoding="utf-8")
-        plots = set(re.findall(r"^def (plot_\w+)", code, re.MULTILINE))
+    for module in (DOCS.parent / "analysis").glob("plots_*.py"):
+        plots = set(re.findall(r"^def (plot_\w+)", module.read_text(encoding="utf-8"), re.MULTILINE))
         assert plots
         assert plots <= drawn & set(analysis.__all__)
