@@ -90,6 +90,7 @@ def predict(
     progress: bool = True,
     first_draw: int = 0,
     prior: bool = False,
+    noise_factor: float = 1.0,
 ) -> Prediction:
     """Average the predictive over draws of the posterior.
 
@@ -105,6 +106,7 @@ def predict(
         progress: Show a progress bar.
         first_draw: Use the draws ``first_draw .. first_draw + num_samples - 1`` of ``seed``, to go on in blocks.
         prior: Draw from the prior around the means that the network has now, instead of the posterior.
+        noise_factor: Multiplies every draw's A − μ: below 1 the draws lie closer to the mean than the posterior's.
 
     Whatever the network computes before its first adapter is computed once for all draws of a batch
     (:mod:`bayeslora.prefix`).
@@ -125,7 +127,7 @@ def predict(
     outputs: list[Tensor] = []
     targets: list[Tensor | None] = []
     with evaluating(bayes):
-        draws = Draws(bayes, num_samples, seed, first=first_draw, prior=prior)
+        draws = Draws(bayes, num_samples, seed, first=first_draw, prior=prior, noise_factor=noise_factor)
         for logits, target in run_batches(bayes, batches, draws, batch_size, progress):
             outputs.append(logits)
             targets.append(target)
@@ -182,11 +184,14 @@ def _draws_together(bayes: "BayesLoRA", inputs: "Batch", draws: "Draws", batch_s
 class Draws:
     """A of every adapter in ``count`` draws: kept where they take up to a GiB, else drawn anew for every use.
 
-    They are those from number ``first`` on, of the posterior or of the ``prior``.
+    They are those from number ``first`` on, of the posterior or of the ``prior``, with A − μ times ``noise_factor``.
     """
 
-    def __init__(self, bayes: "BayesLoRA", count: int, seed: int | None, *, first: int = 0, prior: bool = False):
-        self.bayes, self.count, self.first = bayes, count, first
+    def __init__(
+        self, bayes: "BayesLoRA", count: int, seed: int | None, *, first: int = 0, prior: bool = False,
+        noise_factor: float = 1.0,
+    ):  # fmt: skip
+        self.bayes, self.count, self.first, self.noise_factor = bayes, count, first, noise_factor
         self.draw_sites = prior_sites if prior else posterior_sites
         self.seed = int(torch.randint(2**62, ())) if seed is None and count else seed
         self.bytes_each = sum(group.mean().nbytes for group in bayes.model.groups)
@@ -204,7 +209,11 @@ class Draws:
         model = self.bayes.model
         numbers = [self.first + index for index in indices]
         draws = [model.weights(self.draw_sites(self.bayes, self.seed, number)) for number in numbers]
-        return {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
+        drawn = {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
+        if self.noise_factor != 1:
+            means = {group.name: group.mean() for group in model.groups}
+            drawn = {name: torch.lerp(means[name], values, self.noise_factor) for name, values in drawn.items()}
+        return drawn
 
 
 def _summarize(bayes: "BayesLoRA", logits: np.ndarray, labels: np.ndarray | None, keep: bool) -> Prediction:

@@ -129,35 +129,19 @@ def fit(
     _check_counts(batch_size=batch_size, gradient_accumulation=gradient_accumulation, max_steps=max_steps,
                   evaluations=evaluations, early_stopping=early_stopping)  # fmt: skip
     settings = {
-        **_schedule_arguments(
-            len(train_dataset),
-            epochs,
-            max_steps,
-            batch_size * gradient_accumulation * launched_processes(),
-            evaluations,
+        **trainer_settings(
+            len(train_dataset), output_dir, epochs=epochs, max_steps=max_steps, batch_size=batch_size,
+            learning_rate=learning_rate, gradient_accumulation=gradient_accumulation, warmup=warmup,
+            schedule=schedule, weight_decay=weight_decay, max_grad_norm=max_grad_norm, evaluations=evaluations,
+            seed=seed, progress=progress,
         ),
         **(_selection_arguments(bayes, best_metric) if eval_dataset is not None else {"eval_strategy": "no"}),
-        "output_dir": str(output_dir / CHECKPOINT_FOLDER),
-        "per_device_train_batch_size": batch_size,
-        "per_device_eval_batch_size": 2 * batch_size,
-        "gradient_accumulation_steps": gradient_accumulation,
-        "learning_rate": learning_rate,
-        "warmup_steps": warmup,
-        "lr_scheduler_type": schedule,
-        "weight_decay": weight_decay,
-        "max_grad_norm": max_grad_norm,
-        "seed": seed,
-        "disable_tqdm": not progress,
         "report_to": _loggers(),
-        "remove_unused_columns": False,
-        "logging_nan_inf_filter": False,
         "restore_callback_states_from_checkpoint": True,  # early stopping goes on counting after a resume
-        "dataloader_pin_memory": torch.cuda.is_available(),
         "ddp_find_unused_parameters": False,  # every trained parameter gets a gradient in every step
-        "use_cpu": not torch.accelerator.is_available(),  # else Accelerate overlooks that it was launched
         **trainer_arguments,
         "save_total_limit": None,  # BayesTrainer deletes old checkpoints itself, once the new one is sealed
-    }
+    }  # fmt: skip
     compiled = _compile_options(settings)
     try:
         arguments = TrainingArguments(**settings)
@@ -166,7 +150,7 @@ def fit(
     _check_resumable(arguments)
     check_parallelism(arguments)
     rate = 10 * learning_rate if variational_learning_rate is None else variational_learning_rate
-    record = _run_record(bayes, arguments, rate, len(train_dataset), metadata)
+    record = run_record(bayes, arguments, rate, len(train_dataset), metadata)
     bayes.num_examples = len(train_dataset)
     if compiled is not None:
         bayes.compile(**compiled)
@@ -386,13 +370,54 @@ class BayesTrainer(Trainer):
 
 def _parameter_groups(bayes: BayesLoRA) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """The network's matrices, its vectors, and the posterior's parameters."""
-    network = [p for p in bayes.network.parameters() if p.requires_grad]
     posterior = [*bayes.guide.parameters(), *bayes.model.parameters()]
-    return (
-        [p for p in network if p.dim() > 1],
-        [p for p in network if p.dim() <= 1],
-        [p for p in posterior if p.requires_grad],
-    )
+    return *trained_parameters(bayes.network), [p for p in posterior if p.requires_grad]
+
+
+def trained_parameters(network: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """The network's trained matrices, which weight decay shrinks, and its trained vectors, which it does not."""
+    trained = [p for p in network.parameters() if p.requires_grad]
+    return [p for p in trained if p.dim() > 1], [p for p in trained if p.dim() <= 1]
+
+
+def trainer_settings(
+    num_examples: int,
+    output_dir: Path,
+    *,
+    epochs: float = 3,
+    max_steps: int | None = None,
+    batch_size: int = 16,
+    learning_rate: float = 1e-3,
+    gradient_accumulation: int = 1,
+    warmup: float = 0.06,
+    schedule: str = "linear",
+    weight_decay: float = 0.0,
+    max_grad_norm: float = 1.0,
+    evaluations: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """The ``TrainingArguments`` that make up a training budget, the same for whatever is trained; words as in
+    :func:`fit`."""
+    step_size = batch_size * gradient_accumulation * launched_processes()
+    return {
+        **_schedule_arguments(num_examples, epochs, max_steps, step_size, evaluations),
+        "output_dir": str(output_dir / CHECKPOINT_FOLDER),
+        "per_device_train_batch_size": batch_size,
+        "per_device_eval_batch_size": 2 * batch_size,
+        "gradient_accumulation_steps": gradient_accumulation,
+        "learning_rate": learning_rate,
+        "warmup_steps": warmup,
+        "lr_scheduler_type": schedule,
+        "weight_decay": weight_decay,
+        "max_grad_norm": max_grad_norm,
+        "seed": seed,
+        "disable_tqdm": not progress,
+        "remove_unused_columns": False,
+        "logging_nan_inf_filter": False,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "use_cpu": not torch.accelerator.is_available(),  # else Accelerate overlooks that it was launched
+    }
 
 
 def _schedule_arguments(
@@ -557,13 +582,14 @@ def _check_same_run(output_dir: Path, before: dict[str, Any], now: dict[str, Any
                 )
 
 
-def _run_record(
+def run_record(
     bayes: BayesLoRA,
     arguments: TrainingArguments,
     variational_learning_rate: float,
     num_examples: int,
     metadata: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
+    """What ``run.json`` says of a run that begins."""
     kept = ("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
             "learning_rate", "warmup_steps", "lr_scheduler_type", "weight_decay", "max_grad_norm", "seed",
             "metric_for_best_model", "eval_steps")  # fmt: skip
