@@ -1,0 +1,307 @@
+"""What the methods of one cell work with: data, a fresh network, and one way to train and to predict for all."""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from bayeslora.config import MonteCLoRAConfig
+from bayeslora.errors import InputError, TrainingDivergedError
+from bayeslora.predict import Collator, batches_by_length
+from bayeslora.study.methods import Method, Predicted, Trained
+from bayeslora.study.spec import Cell, Study
+from bayeslora.tasks import Task
+from bayeslora.training import run_record, trained_parameters, trainer_settings
+
+PREDICTION_BATCH = 32
+
+
+class Bench:
+    """One cell's data and budget.
+
+    Args:
+        study: What the cell belongs to.
+        cell: Its learning rate, batch size, rank and seed.
+        folder: Where it may write.
+        checkpoints: How many checkpoints the cell's post-hoc methods ask for.
+        progress: Show progress bars.
+    """
+
+    arguments: TrainingArguments
+    history: list[dict[str, float]]
+
+    def __init__(self, study: Study, cell: Cell, folder: Path, *, checkpoints: int = 0, progress: bool = False):
+        self.study, self.cell, self.folder, self.progress = study, cell, folder, progress
+        self.checkpoints = checkpoints
+        self._encoded: dict[tuple[str, int | None], Any] = {}
+
+    @cached_property
+    def _prepared(self) -> tuple[Task, str]:
+        spec = next(task for task in self.study.tasks if task.name == self.cell.task)
+        return prepare_task(spec.load(), self.study)
+
+    @property
+    def task(self) -> Task:
+        """The task, with labelled splits to train on, to score and, where there is one, to validate on."""
+        return self._prepared[0]
+
+    @property
+    def test_split(self) -> str:
+        """The split that is scored."""
+        return self._prepared[1]
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """What is scored: validation first where there is one, then the test split and its shifts."""
+        shifts = self.task.shift_splits if self.study.shift_splits else ()
+        validation = ("validation",) if self.has_validation else ()
+        return (*validation, self.test_split, *(split for split in shifts if split != self.test_split))
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether there are labelled examples to tune on that are not scored."""
+        return self.test_split != "validation" and _is_labelled(self.task, "validation")
+
+    def network(self) -> nn.Module:
+        """The pretrained network with its new head: for every method of a seed the same."""
+        set_seed(self.cell.seed)
+        network, self._tokenizer = self.task.load_network(self.study.model)
+        return network
+
+    @property
+    def tokenizer(self) -> Any:
+        if not hasattr(self, "_tokenizer"):
+            self.network()
+        return self._tokenizer
+
+    def data(self, split: str, limit: int | None = None) -> Any:
+        """Encoded, labelled examples of a split: at most ``limit``, else as many as the study says."""
+        limit = limit or (self.study.train_examples if split == "train" else self.study.test_examples)
+        if (split, limit) not in self._encoded:
+            encoded = self.task.encode(
+                self.tokenizer, split, max_length=self.study.max_length, limit=limit, labelled=True
+            )
+            self._encoded[split, limit] = list(encoded)
+        return self._encoded[split, limit]
+
+    @property
+    def train_data(self) -> list[dict[str, Any]]:
+        return self.data("train")
+
+    def tuning_data(self) -> list[dict[str, Any]]:
+        """The validation examples for learning curves and for tuning by prediction.
+
+        Raises:
+            InputError: there is no labelled validation split besides what is scored.
+        """
+        if not self.has_validation:
+            raise InputError(f"task {self.cell.task!r} has no labelled validation split besides what is scored; "
+                             "set hold_out to take one from the training examples")  # fmt: skip
+        return self.data("validation", min(self.study.curve_examples, self.study.test_examples or 10**9))
+
+    @property
+    def curve_data(self) -> list[dict[str, Any]] | None:
+        return self.tuning_data() if self.study.curve_points and self.has_validation else None
+
+    def on_top(self, method: Method) -> str:
+        """What the predictions of a post-hoc method of this cell are called."""
+        return f"{self.cell.method} + {method.label}"
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What a run's record says about model and task."""
+        return {"model": self.study.model, "task": self.task.recipe, "max_length": self.study.max_length}
+
+    def record(self, bayes: Any, trained: Trained) -> dict[str, Any]:
+        """A ``run.json``, as :func:`bayeslora.fit` writes it, of what :meth:`train` trained."""
+        record = run_record(bayes, self.arguments, self.arguments.learning_rate, len(self.train_data), self.metadata)
+        return record | {"finished": True, "steps": trained.steps, "metrics": {}, "history": self.history}
+
+    def lora_words(self) -> dict[str, Any]:
+        """The study's words for every adapter, with the cell's rank."""
+        words = {name: tuple(value) if isinstance(value, list) else value for name, value in self.study.lora.items()}
+        return {**words, "r": self.cell.rank}
+
+    def plain_lora(self) -> MonteCLoRAConfig:
+        """The configuration of an adapter without noise."""
+        return MonteCLoRAConfig(sample_scaler=0.0, **self.lora_words())
+
+    def budget(self, learning_rate_scale: float = 1.0) -> dict[str, Any]:
+        """The study's training options with the cell's own, in the words of :func:`bayeslora.fit`."""
+        own = {"batch_size": self.cell.batch_size, "learning_rate": self.cell.learning_rate * learning_rate_scale,
+               "seed": self.cell.seed}  # fmt: skip
+        shared = {"epochs": 5} | dict(self.study.training)
+        return {**shared, **own, "evaluations": self.study.curve_points or None if self.curve_data else None}
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the optimizer in the budget."""
+        budget = self.budget()
+        if budget.get("max_steps"):
+            return budget["max_steps"]
+        step_size = budget["batch_size"] * budget.get("gradient_accumulation", 1)
+        return max(round(-(-len(self.train_data) // step_size) * budget["epochs"]), 1)
+
+    def train(
+        self, network: nn.Module, *, learning_rate_scale: float = 1.0,
+        optimizer: Callable[[type, dict[str, Any]], Any] | None = None,
+        penalty: Callable[[nn.Module], Tensor | float] | None = None, callbacks: Sequence[TrainerCallback] = (),
+    ) -> Trained:  # fmt: skip
+        """Train a network that is not ours within the budget: data order, schedule, warm-up, clipping, optimizer and
+        seed are those of :func:`bayeslora.fit`.
+
+        Args:
+            network: What to train; its parameters with ``requires_grad``.
+            learning_rate_scale: Times the grid's learning rate.
+            optimizer: From the optimizer's class and its options to one; one rate for all if ``None``.
+            penalty: What is added to the loss in training.
+            callbacks: Further ``TrainerCallback`` objects.
+
+        Raises:
+            TrainingDivergedError: when the loss is NaN or infinite.
+        """
+        budget = self.budget(learning_rate_scale)
+        budget.pop("variational_learning_rate", None)
+        settings = trainer_settings(len(self.train_data), self.folder, progress=self.progress, **budget)
+        evaluating = "steps" if self.curve_data else "no"
+        arguments = TrainingArguments(**{**settings, "save_strategy": "no", "eval_strategy": evaluating, "report_to": []})
+        keeper = self.keeper(network)
+        set_seed(self.cell.seed)
+        trainer = PlainTrainer(
+            network, arguments, make_optimizer=optimizer, penalty=penalty, train_dataset=self.train_data,
+            eval_dataset=self.curve_data, data_collator=Collator.for_network(network), compute_metrics=_accuracy,
+            callbacks=[*callbacks, keeper],
+        )  # fmt: skip
+        trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(ProgressCallback)
+        started = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - started
+        network.eval()
+        self.arguments, self.history = arguments, trainer.state.log_history
+        return Trained(network, trainer.state.global_step, seconds, curve(trainer.state.log_history), keeper.kept)
+
+    def keeper(self, network: nn.Module) -> "CheckpointKeeper":
+        """Keeps as many checkpoints as the cell's methods ask for."""
+        return CheckpointKeeper(network, self.total_steps, self.checkpoints)
+
+    @torch.inference_mode()
+    def predict(
+        self, network: nn.Module, data: Sequence[dict[str, Any]],
+        run: Callable[[Mapping[str, Tensor]], Tensor] | None = None,
+    ) -> Predicted:  # fmt: skip
+        """Probabilities of encoded examples, batch by batch; ``run`` maps inputs to probabilities (S, batch, C) of S
+        draws. The network's logits at one draw if ``None``."""
+        started = time.perf_counter()
+        collate, device = Collator.for_network(network), next(network.parameters()).device
+        batches, order = batches_by_length(data, PREDICTION_BATCH)
+        found, labels = [], []
+        for batch in batches:
+            inputs = collate(batch).to(device)
+            labels.append(inputs.pop("labels").cpu())
+            probs = network(**inputs).logits.double().softmax(-1)[None] if run is None else run(inputs).double()
+            found.append(probs.cpu())
+        draws = torch.cat(found, 1).numpy()[:, order]
+        mean = draws.mean(0)
+        information = _entropy(mean) - _entropy(draws).mean(0) if len(draws) > 1 else None
+        return Predicted(mean, torch.cat(labels).numpy()[order], information, time.perf_counter() - started)
+
+
+class PlainTrainer(Trainer):
+    """``Trainer`` for networks that are not ours, with the loss divided and the weights decayed as ``fit`` does it."""
+
+    def __init__(self, *args: Any, make_optimizer: Any, penalty: Any, **kwargs: Any):
+        self.make_optimizer, self.penalty = make_optimizer, penalty
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = False  # Trainer then divides the loss by the accumulation steps
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            if self.make_optimizer is not None:
+                self.optimizer = self.make_optimizer(cls, options)
+            else:
+                decayed, plain = trained_parameters(self.model)
+                groups = [{"params": decayed, "weight_decay": self.args.weight_decay},
+                          {"params": plain, "weight_decay": 0.0}]  # fmt: skip
+                self.optimizer = cls([group for group in groups if group["params"]], **options)
+        return self.optimizer
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
+        outputs = model(**inputs)
+        loss = outputs.loss
+        if model.training and self.penalty is not None:
+            loss = loss + self.penalty(model)
+        if not torch.isfinite(loss):
+            raise TrainingDivergedError(
+                f"the loss became {float(loss)} at step {self.state.global_step + 1}, so training stopped"
+            )
+        return (loss, outputs) if return_outputs else loss
+
+
+class CheckpointKeeper(TrainerCallback):
+    """Copies the trained parameters at ``count`` steps spread evenly over the second half of training, the last
+    step among them."""
+
+    def __init__(self, network: nn.Module, total_steps: int, count: int):
+        self.network = network
+        self.steps = {math.ceil(total_steps * (0.5 + 0.5 * (i + 1) / count)) for i in range(count)}
+        self.kept: list[dict[str, Tensor]] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step in self.steps:
+            self.kept.append(
+                {name: p.detach().clone() for name, p in self.network.named_parameters() if p.requires_grad}
+            )
+
+
+def curve(history: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
+    """The evaluations in a Trainer's log."""
+    found = {entry["step"]: {"step": entry["step"], "loss": entry["eval_loss"], "accuracy": entry["eval_accuracy"]}
+             for entry in history if "eval_loss" in entry and "eval_accuracy" in entry}  # fmt: skip
+    return [*found.values()]
+
+
+def prepare_task(task: Task, study: Study) -> tuple[Task, str]:
+    """The task and the split to score: ``study.test_split``, or validation where that is unlabelled.
+
+    With ``study.hold_out``, that many training examples then take validation's place, and it becomes the test split.
+
+    Raises:
+        InputError: for a regression, a task without a labelled split to score, or too few examples to hold out.
+    """
+    if task.is_regression:
+        raise InputError(f"a comparison scores class probabilities; task {task.name!r} is a regression")
+    scored = next((split for split in (study.test_split, "validation") if _is_labelled(task, split)), None)
+    if scored is None:
+        raise InputError(f"task {task.name!r} has no labelled {study.test_split!r} or 'validation' split to score on")
+    if scored != "validation" or not study.hold_out:
+        return task, scored
+    train = task.split("train", labelled=True)
+    if study.hold_out >= len(train):
+        raise InputError(f"hold_out is {study.hold_out}, but task {task.name!r} has {len(train)} training examples")
+    order = np.random.default_rng(0).permutation(len(train))
+    held, rest = np.sort(order[: study.hold_out]), np.sort(order[study.hold_out :])
+    splits = {"train": train.select(rest), "validation": train.select(held), "test": task.data["validation"]}
+    return replace(task, data=type(task.data)({**task.data, **splits})), "test"
+
+
+def _is_labelled(task: Task, split: str) -> bool:
+    return split in task.splits and task.is_labelled(split)
+
+
+def _accuracy(prediction: Any) -> dict[str, float]:
+    return {"accuracy": float((np.asarray(prediction.predictions).argmax(-1) == prediction.label_ids).mean())}
+
+
+def _entropy(probs: np.ndarray) -> np.ndarray:
+    return -np.where(probs > 0, probs * np.log(np.maximum(probs, 1e-300)), 0.0).sum(-1)

@@ -1,0 +1,134 @@
+"""Train and score one point of the grid, with all that builds on its training."""
+
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bayeslora.analysis import calibration_summary
+from bayeslora.checkpoint import version_info
+from bayeslora.run_folder import lock_folder, write_json
+from bayeslora.study.bench import Bench
+from bayeslora.study.methods import Lineup, Predictor, Trained
+from bayeslora.study.spec import Cell, Study
+
+SCORES_FILE = "scores.json"
+PREDICTIONS_FILE = "predictions.npz"
+TRAINING_FOLDER = "training"
+
+
+def run_cell(study: Study, cell: Cell, output_dir: Path, *, progress: bool = False, own_process: bool = False) -> dict:
+    """Train and score a cell, unless that was done already, and write it into its folder.
+
+    Args:
+        study: What it belongs to.
+        cell: Which.
+        output_dir: The study's folder.
+        progress: Show the training's progress.
+        own_process: The process runs this cell only, so that its peak memory is the cell's.
+
+    Returns:
+        ``rows``, one for each way to predict and split; ``curve``; ``versions``; ``digest``.
+
+    Raises:
+        InputError: among others if another process works on the cell.
+    """
+    folder = output_dir / cell.folder
+    lineup = Lineup.of(study)
+    digest = study.cell_digest(cell, lineup.specs[cell.method])
+    done = finished(folder, digest)
+    if done is not None:
+        return done
+    with lock_folder(folder):
+        done = finished(folder, digest)
+        if done is not None:
+            return done
+        for remains in (SCORES_FILE, PREDICTIONS_FILE, "run.json"):
+            (folder / remains).unlink(missing_ok=True)
+        for remains in (TRAINING_FOLDER, "adapter"):
+            shutil.rmtree(folder / remains, ignore_errors=True)
+        result = _work(study, cell, lineup, folder, progress, own_process)
+        result["digest"] = digest
+        write_json(folder / SCORES_FILE, result)
+    return result
+
+
+def finished(folder: Path, digest: str) -> dict | None:
+    """What a finished cell with this digest wrote."""
+    file = folder / SCORES_FILE
+    if not file.is_file():
+        return None
+    result = json.loads(file.read_text(encoding="utf-8"))
+    return result if result.get("digest") == digest else None
+
+
+def _work(study: Study, cell: Cell, lineup: Lineup, folder: Path, progress: bool, own_process: bool) -> dict:
+    method, post_hoc = lineup.trained[cell.method], lineup.post_hoc[cell.method]
+    bench = Bench(study, cell, folder, progress=progress,
+                  checkpoints=max((later.checkpoints() for later in post_hoc), default=0))  # fmt: skip
+    trained = method.train(bench)
+    peak = _peak_memory() if own_process else None
+    rows: list[dict[str, Any]] = []
+    arrays: dict[str, np.ndarray] = {}
+    failures: list[dict[str, str]] = []
+    for label, kind, predict, seconds in _predictors(lineup, bench, trained, failures):
+        for split in bench.splits:
+            found = predict(split)
+            information = found.mutual_information
+            rows.append({
+                "task": cell.task, "method": label, "trained": cell.method, "kind": kind, "split": split,
+                "learning_rate": cell.learning_rate, "batch_size": cell.batch_size, "rank": cell.rank,
+                "seed": cell.seed, "examples": len(found.labels), **calibration_summary(found.probs, found.labels),
+                "mutual_information": None if information is None else float(information.mean()),
+                "steps": trained.steps, "train_seconds": trained.seconds + seconds, "predict_seconds": found.seconds,
+                "peak_memory_mb": peak, **(trained.facts if kind == "trained" else {}),
+            })  # fmt: skip
+            arrays[f"{split}/{label}"] = found.probs.astype(np.float32)
+            arrays[f"{split}/labels"] = found.labels.astype(np.int64)
+    if study.keep_adapters:
+        method.save(trained, bench)
+    shutil.rmtree(folder / TRAINING_FOLDER, ignore_errors=True)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    np.savez_compressed(folder / PREDICTIONS_FILE, **arrays)  # type: ignore[arg-type]
+    return {"cell": {**cell.__dict__}, "rows": rows, "curve": trained.curve, "failures": failures,
+            "versions": {**version_info(), "python": platform.python_version(), "numpy": np.__version__},
+            "host": platform.node(), "processors": os.cpu_count()}  # fmt: skip
+
+
+def _predictors(
+    lineup: Lineup, bench: Bench, trained: Trained, failures: list[dict[str, str]]
+) -> Iterator[tuple[str, str, Predictor, float]]:
+    """Label, kind, predictor and seconds of preparation of every way to predict; post-hoc methods that fail are
+    noted and left out."""
+    base: Predictor | None = None
+    for label, predict in lineup.trained[bench.cell.method].predictors(trained, bench):
+        base = base or predict
+        yield label, "trained", predict, 0.0
+    assert base is not None
+    for method in lineup.post_hoc[bench.cell.method]:
+        started = time.perf_counter()
+        try:
+            for label, predict in method.predictors(trained, bench, base):
+                yield label, "post-hoc", predict, time.perf_counter() - started
+                started = time.perf_counter()
+        except Exception as error:
+            failures.append({"method": bench.on_top(method), "error": f"{type(error).__name__}: {error}"})
+
+
+def _peak_memory() -> float:
+    """Peak resident memory of this process in MB."""
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset / 1e6
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6

@@ -1,0 +1,302 @@
+"""Go through a study's grid with Optuna: resumable, shared among machines, and no failure stops the rest."""
+
+import contextlib
+import json
+import logging
+import multiprocessing
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from tqdm.auto import tqdm
+
+from bayeslora.errors import InputError, StorageError, TrainingDivergedError
+from bayeslora.run_folder import write_json
+from bayeslora.study.methods import Lineup
+from bayeslora.study.spec import Cell, Study, axes, cells
+from bayeslora.study.table import collect, write_tables
+from bayeslora.untrusted import read_json
+
+logger = logging.getLogger(__name__)
+
+SETTINGS_FILE = "comparison.json"
+JOURNAL_FILE = "optuna.journal"
+FINAL_ERRORS = (InputError, TrainingDivergedError)  # another try would end the same way
+POLL_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """``results``: the tidy table, one row for each way to predict, split and cell; ``curves`` along training;
+    ``failures``, one for each cell or post-hoc method that failed, with its ``error``; where the ``folder`` is."""
+
+    study: Study
+    results: pd.DataFrame
+    curves: pd.DataFrame
+    failures: pd.DataFrame
+    folder: Path
+
+    def predictions(self, cell: Cell, split: str) -> dict[str, tuple[Any, Any]]:
+        """Probabilities (n, C) and labels (n,) of every method of one cell on one split."""
+        from bayeslora.study.table import read_predictions
+
+        return read_predictions(self.folder / cell.folder, split)
+
+
+def run_study(
+    study: Study, output_dir: str | Path, *, storage: str | None = None, isolate: bool = True, progress: bool = True
+) -> StudyResult:
+    """Train and score every cell that is not finished yet; then write the tables.
+
+    Run it again to go on after an interruption, and to repeat the cells that failed. Run it on several machines, with
+    one ``storage`` and best one shared ``output_dir``, to divide the work.
+
+    Args:
+        study: What to compare.
+        output_dir: Where cells, tables and figures go, and by default Optuna's journal.
+        storage: An Optuna storage URL such as ``sqlite:///study.db`` or ``postgresql://...``; ``None`` for a journal
+            file in ``output_dir``.
+        isolate: Run each cell in a process of its own, forked from one that has everything imported: its peak memory
+            is then the cell's, and a crash fails one cell. Otherwise ``peak_memory_mb`` is empty.
+        progress: Say which cell runs, and how long the rest will take.
+
+    Raises:
+        InputError: for methods or tasks that cannot be, an ``output_dir`` that holds other settings or something else,
+            and where Optuna is not installed.
+        StorageError: when the disk is full.
+    """
+    optuna = _optuna()
+    output_dir = Path(output_dir)
+    lineup = Lineup.of(study)
+    _check_folder(output_dir, study)
+    trained = list(lineup.trained)
+    space = axes(study, trained)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    sampler = optuna.samplers.GridSampler(space, seed=0)
+    trials = optuna.create_study(
+        storage=_storage(optuna, storage, output_dir), sampler=sampler, load_if_exists=True,
+        study_name=f"bayeslora-{study.digest}", direction="minimize",
+    )  # fmt: skip
+    _retry_failed(optuna, trials, space)
+    watch = _Watch(len(list(cells(study, trained))), trials, optuna, progress)
+
+    def objective(trial: Any) -> float:
+        cell = Cell(**{name: trial.suggest_categorical(name, values) for name, values in space.items()})
+        watch.begin(cell)
+        try:
+            result = _with_retries(study, cell, output_dir, isolate)
+        except Exception as error:
+            trial.set_user_attr("error", f"{type(error).__name__}: {error}")
+            trial.set_user_attr("traceback", traceback.format_exc()[-4000:])
+            if isinstance(error, StorageError):
+                trials.stop()
+            raise
+        trial.set_user_attr("result", result)
+        return _value(result)
+
+    with _quiet(optuna), _preloaded(isolate):
+        if not sampler.is_exhausted(trials):
+            trials.optimize(objective, catch=(Exception,), callbacks=[watch.end])
+    results, curves, failures = collect(study, trials, output_dir)
+    write_tables(study, results, curves, failures, output_dir)
+    return StudyResult(study, results, curves, failures, output_dir)
+
+
+def _with_retries(study: Study, cell: Cell, output_dir: Path, isolate: bool) -> dict:
+    for attempt in range(study.retries + 1):
+        try:
+            return _when_free(study, cell, output_dir, isolate)
+        except FINAL_ERRORS:
+            raise
+        except Exception as error:
+            if attempt == study.retries:
+                raise
+            logger.warning("%s failed (%s); trying again", cell, error)
+    raise AssertionError
+
+
+def _when_free(study: Study, cell: Cell, output_dir: Path, isolate: bool) -> dict:
+    """Run the cell; where another process is at it, wait for that one's result."""
+    said = False
+    while True:
+        try:
+            return _in_own_process(study, cell, output_dir) if isolate else _run_here(study, cell, output_dir)
+        except InputError as error:
+            if " is in use by " not in str(error):
+                raise
+            if not said:
+                logger.warning("waiting: %s", error)
+                said = True
+            time.sleep(POLL_SECONDS)
+
+
+def _run_here(study: Study, cell: Cell, output_dir: Path) -> dict:
+    from bayeslora.study.cell import run_cell
+
+    return run_cell(study, cell, output_dir)
+
+
+def _in_own_process(study: Study, cell: Cell, output_dir: Path) -> dict:
+    """Run a cell in a fresh process.
+
+    Raises:
+        InputError, TrainingDivergedError, StorageError: what the cell raised.
+        RuntimeError: for any other error of the cell, and where its process died.
+    """
+    context = multiprocessing.get_context(_start_method())
+    here, there = context.Pipe(duplex=False)
+    worker = context.Process(target=_work, args=(there, study.to_dict(), asdict(cell), str(output_dir)), daemon=True)
+    worker.start()
+    there.close()
+    try:
+        kind, value = here.recv()
+    except EOFError:
+        worker.join()
+        raise RuntimeError(f"the cell's process died with exit code {worker.exitcode} (-9 is often a lack of memory)") from None
+    finally:
+        with contextlib.suppress(BaseException):
+            worker.join()
+        here.close()
+    if kind == "result":
+        return value
+    known = {error.__name__: error for error in (*FINAL_ERRORS, StorageError)}
+    raise known.get(kind, RuntimeError)(value if kind in known else f"{kind}: {value}")
+
+
+def _work(pipe: Any, study: dict, cell: dict, output_dir: str) -> None:
+    """What a cell's process does."""
+    import warnings
+
+    from bayeslora.study.cell import run_cell
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    try:
+        pipe.send(("result", run_cell(Study.from_dict(study), Cell(**cell), Path(output_dir), own_process=True)))
+    except Exception as error:
+        text = str(error) if isinstance(error, (*FINAL_ERRORS, StorageError)) else f"{error}\n{traceback.format_exc()}"
+        pipe.send((type(error).__name__, text))
+    finally:
+        pipe.close()
+
+
+def _start_method() -> str:
+    return "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+
+
+@contextlib.contextmanager
+def _preloaded(isolate: bool) -> Iterator[None]:
+    """The server that cells' processes are forked from imports everything once, and computes nothing."""
+    if isolate and _start_method() == "forkserver":
+        families = [f"bayeslora.study.{name}" for name in ("cell", "methods_peft", "methods_monteclora",
+                                                          "methods_post_hoc")]  # fmt: skip
+        multiprocessing.get_context("forkserver").set_forkserver_preload(families)
+    yield
+
+
+class _Watch:
+    """Says what runs, how far the study is and how long the rest will take."""
+
+    def __init__(self, total: int, trials: Any, optuna: Any, progress: bool):
+        self.total, self.trials, self.optuna, self.progress = total, trials, optuna, progress
+        self.durations: list[float] = []
+        self.cell = ""
+        self.started = time.monotonic()
+
+    def done(self) -> int:
+        complete = self.trials.get_trials(deepcopy=False, states=(self.optuna.trial.TrialState.COMPLETE,))
+        return len({trial.system_attrs.get("grid_id") for trial in complete})
+
+    def begin(self, cell: Cell) -> None:
+        self.cell, self.started = str(cell), time.monotonic()
+        if self.progress:
+            tqdm.write(f"[{self.done()}/{self.total}] {cell}")
+
+    def end(self, _: Any, trial: Any) -> None:
+        took = time.monotonic() - self.started
+        self.durations.append(took)
+        if not self.progress:
+            return
+        done = self.done()
+        left = (self.total - done) * sum(self.durations) / len(self.durations)
+        failed = trial.state == self.optuna.trial.TrialState.FAIL
+        outcome = f"FAILED: {trial.user_attrs.get('error', '?')[:300]}" if failed else f"{took:.0f} s"
+        tqdm.write(f"[{done}/{self.total}] {outcome}; about {_clock(left)} left for one worker")
+
+
+def _clock(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"
+
+
+def _value(result: dict) -> float:
+    """What Optuna's dashboards show: the first row's negative log-likelihood on validation, else on the test split."""
+    return float(result["rows"][0]["nll"])
+
+
+def _retry_failed(optuna: Any, trials: Any, space: dict[str, list[Any]]) -> None:
+    """Queue every cell whose last trial failed and that never succeeded."""
+    state = optuna.trial.TrialState
+    latest: dict[int, Any] = {}
+    for trial in trials.get_trials(deepcopy=False):
+        grid = trial.system_attrs.get("grid_id")
+        if grid is not None and not (grid in latest and latest[grid].state == state.COMPLETE):
+            latest[grid] = trial
+    for trial in latest.values():
+        if trial.state == state.FAIL:
+            attributes = {"grid_id": trial.system_attrs["grid_id"], "search_space": trial.system_attrs["search_space"]}
+            trials.add_trial(optuna.trial.create_trial(state=state.WAITING, system_attrs=attributes))
+
+
+def _storage(optuna: Any, url: str | None, output_dir: Path) -> Any:
+    if url is not None:
+        try:
+            return optuna.storages.get_storage(url)
+        except Exception as error:
+            raise InputError(f"Optuna cannot open the storage {url!r}: {str(error).splitlines()[0]}") from error
+    journal = optuna.storages.journal
+    path = str(output_dir / JOURNAL_FILE)
+    return optuna.storages.JournalStorage(journal.JournalFileBackend(path, journal.JournalFileOpenLock(path)))
+
+
+def _optuna() -> Any:
+    try:
+        import optuna
+    except ImportError as error:
+        raise InputError("comparing needs Optuna: pip install 'bayeslora[study]'") from error
+    return optuna
+
+
+@contextlib.contextmanager
+def _quiet(optuna: Any) -> Iterator[None]:
+    """Failures are told by our own progress and table; Optuna's warnings repeat them with a traceback."""
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(before)
+
+
+def _check_folder(output_dir: Path, study: Study) -> None:
+    """Make the folder, or refuse one with anything in it but a study with these settings."""
+    file = output_dir / SETTINGS_FILE
+    if file.is_file():
+        found = read_json(file).get("settings", {})
+        plain = json.loads(json.dumps(study.settings))
+        changed = [name for name in plain if found.get(name) != plain[name]]
+        if changed:
+            raise InputError(
+                f"{output_dir} holds a comparison with another {changed[0]} ({found.get(changed[0])!r}); "
+                "use the same settings to continue it, or another folder"
+            )
+    elif output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise InputError(f"{output_dir} holds something else already; give a new or empty folder")
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write_json(file, {"settings": study.settings, "study": study.to_dict()})
+    except OSError as error:
+        raise InputError(f"cannot write in {output_dir}: {error}") from error

@@ -1,0 +1,294 @@
+"""What a study compares: methods x tasks x learning rates x batch sizes x ranks x seeds, from YAML or Python."""
+
+import dataclasses
+import difflib
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from reprlib import repr as shown
+from typing import Any
+
+from bayeslora.errors import InputError
+
+AXES = ("tasks", "methods", "learning_rates", "batch_sizes", "ranks", "seeds")
+TRAINING_WORDS = ("epochs", "max_steps", "variational_learning_rate", "gradient_accumulation", "warmup", "schedule",
+                  "weight_decay", "max_grad_norm")  # fmt: skip
+LORA_WORDS = ("lora_alpha", "target_modules", "lora_dropout", "modules_to_save", "layers_to_transform")
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """What :func:`bayeslora.load_task` needs to read a task."""
+
+    name: str
+    data_dir: str | None = None
+    text_columns: tuple[str, ...] | None = None
+    label_column: str | None = None
+
+    def load(self) -> Any:
+        from bayeslora.tasks import load_task
+
+        return load_task(self.name, self.data_dir, text_columns=self.text_columns, label_column=self.label_column)
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """A method by its ``name`` in :data:`bayeslora.study.methods.METHODS`, or ``"module:Class"``, and its options."""
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One point of the grid: one training, by the label of its method and the name of its task."""
+
+    task: str
+    method: str
+    learning_rate: float
+    batch_size: int
+    rank: int
+    seed: int
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies in the study's folder."""
+        setting = f"{_slug(self.task)}-lr{self.learning_rate:g}-batch{self.batch_size}-rank{self.rank}"
+        return Path(setting) / f"{_slug(self.method)}-seed{self.seed}"
+
+    def __str__(self) -> str:
+        return (f"{self.method}, {self.task}, learning rate {self.learning_rate:g}, batch {self.batch_size}, "
+                f"rank {self.rank}, seed {self.seed}")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Study:
+    """A grid of trainings and how each is scored.
+
+    Args:
+        model: A folder, a hub name, or ``"demo"``.
+        tasks: Names of tasks, or mappings with the words of :func:`bayeslora.load_task`.
+        methods: Names, or mappings with ``name`` and the method's options; ``sweep: {option: [values]}`` stands for
+            one method for every combination. ``label`` is what tables call it.
+        learning_rates, batch_sizes, ranks, seeds: The grid; every method is trained at each of its points.
+        train_examples, test_examples: Random subsets of these sizes, the same for all; everything when ``None``.
+        test_split: What is scored; ``validation`` where it is unlabelled.
+        shift_splits: Score the task's shifted splits too.
+        hold_out: Training examples set aside as validation where the task's own validation split is what is scored.
+        max_length: Tokens per example.
+        num_samples: Draws of every method that draws.
+        training: The budget, equal for all, in the words of :func:`bayeslora.fit`: ``epochs`` (5), ``warmup``, ...
+        lora: Words for every adapter: ``lora_alpha``, ``target_modules``, ``lora_dropout``, ...
+        curve_points: Evaluations on the validation split while training; 0 records no learning curve.
+        curve_examples: Of the validation split, for the curve and wherever a method tunes its own noise.
+        keep_adapters: Keep what was trained; else only predictions, scores and curves stay.
+        retries: How often to repeat a cell that failed otherwise than by diverging or by bad input.
+
+    Raises:
+        InputError: naming the first entry that cannot be.
+    """
+
+    model: str
+    tasks: tuple[TaskSpec, ...]
+    methods: tuple[MethodSpec, ...]
+    learning_rates: tuple[float, ...] = (1e-3,)
+    batch_sizes: tuple[int, ...] = (16,)
+    ranks: tuple[int, ...] = (8,)
+    seeds: tuple[int, ...] = (0,)
+    train_examples: int | None = None
+    test_examples: int | None = None
+    test_split: str = "test"
+    shift_splits: bool = True
+    hold_out: int = 0
+    max_length: int = 64
+    num_samples: int = 8
+    training: Mapping[str, Any] = field(default_factory=lambda: {"epochs": 5})
+    lora: Mapping[str, Any] = field(default_factory=dict)
+    curve_points: int = 0
+    curve_examples: int = 200
+    keep_adapters: bool = False
+    retries: int = 1
+
+    def __post_init__(self) -> None:
+        tasks = tuple(_task_spec(task) for task in _listed("tasks", self.tasks))
+        methods = tuple(spec for method in _listed("methods", self.methods) for spec in _method_specs(method))
+        object.__setattr__(self, "tasks", tasks)
+        object.__setattr__(self, "methods", methods)
+        for name, kind in (("learning_rates", float), ("batch_sizes", int), ("ranks", int), ("seeds", int)):
+            values = tuple(_number(name, value, kind) for value in _listed(name, getattr(self, name)))
+            object.__setattr__(self, name, values)
+        for name in AXES:
+            values = [json.dumps(_plain(value), sort_keys=True) for value in getattr(self, name)]
+            repeated = [value for value in values if values.count(value) > 1]
+            if repeated:
+                raise InputError(f"study: {name} names {repeated[0]} twice")
+        for name, least in (("num_samples", 1), ("max_length", 2), ("hold_out", 0), ("curve_points", 0),
+                            ("curve_examples", 1), ("retries", 0)):  # fmt: skip
+            _number(name, getattr(self, name), int, least=least)
+        for name in ("train_examples", "test_examples"):
+            if getattr(self, name) is not None:
+                _number(name, getattr(self, name), int, least=1)
+        _check_words("training", self.training, TRAINING_WORDS)
+        _check_words("lora", self.lora, LORA_WORDS)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> "Study":
+        """Read a study file."""
+        import yaml
+
+        try:
+            values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_loader())
+        except OSError as error:
+            raise InputError(f"cannot read the study {path}: {error.strerror}") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise InputError(f"{path} is not YAML: {error}") from error
+        if not isinstance(values, dict):
+            raise InputError(f"{path} must hold a mapping with model, tasks and methods, but holds {shown(values)}")
+        return cls.from_dict(values)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Study":
+        """From plain values, as :meth:`to_dict` and YAML files have them."""
+        _check_words("study", values, [f.name for f in dataclasses.fields(cls)])
+        missing = [name for name in ("model", "tasks", "methods") if not values.get(name)]
+        if missing:
+            raise InputError(f"study: {missing[0]!r} is missing; a study names at least a model, tasks and methods")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return _plain(self)
+
+    @property
+    def digest(self) -> str:
+        """The same for equal studies."""
+        return _digest(self.to_dict())
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All but the grid: what cells of one folder have in common."""
+        return {name: value for name, value in self.to_dict().items() if name not in (*AXES, "retries")}
+
+    def cell_digest(self, cell: Cell, methods: Sequence[MethodSpec]) -> str:
+        """Changes with anything that the cell's scores depend on; ``methods`` are those that it serves."""
+        task = next(task for task in self.tasks if task.name == cell.task)
+        return _digest(_plain([self.settings, cell, task, methods]))
+
+
+def axes(study: Study, trained: Sequence[str]) -> dict[str, list[Any]]:
+    """The grid as Optuna's search space; ``trained`` are the labels of the methods that train."""
+    return {
+        "task": [task.name for task in study.tasks],
+        "method": list(trained),
+        "learning_rate": list(study.learning_rates),
+        "batch_size": list(study.batch_sizes),
+        "rank": list(study.ranks),
+        "seed": list(study.seeds),
+    }
+
+
+def cells(study: Study, trained: Sequence[str]) -> Iterator[Cell]:
+    """Every point of the grid."""
+    space = axes(study, trained)
+    for values in itertools.product(*space.values()):
+        yield Cell(**dict(zip(space, values, strict=True)))
+
+
+def suggest(word: str, known: Sequence[str]) -> str:
+    """How an error goes on that names an unknown ``word``."""
+    close = difflib.get_close_matches(word, known, n=2)
+    hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
+    return f"{hint}there are {', '.join(known)}"
+
+
+def _check_words(where: str, values: Any, known: Sequence[str]) -> None:
+    if not isinstance(values, Mapping):
+        raise InputError(f"{where} must be a mapping, got {shown(values)}")
+    for word in values:
+        if word not in known:
+            raise InputError(f"{where}: unknown entry {word!r}; {suggest(str(word), known)}")
+
+
+def _listed(name: str, values: Any) -> list[Any]:
+    """A list with something in it; one value stands for a list of one."""
+    found = list(values) if isinstance(values, list | tuple) else [values]
+    if not found:
+        raise InputError(f"study: {name} is empty")
+    return found
+
+
+def _number(name: str, value: Any, kind: type, *, least: float | None = None) -> Any:
+    least = {"learning_rates": 0, "seeds": 0}.get(name, 1) if least is None else least
+    wanted = (int, float) if kind is float else (int,)
+    if not isinstance(value, wanted) or isinstance(value, bool) or value < least or (kind is float and value == 0):
+        what = "a positive number" if kind is float else f"an integer of at least {least}"
+        raise InputError(f"study: {name} takes {what}, got {shown(value)}")
+    return kind(value)
+
+
+def _task_spec(task: Any) -> TaskSpec:
+    if isinstance(task, TaskSpec):
+        return task
+    values = {"name": task} if isinstance(task, str) else task
+    _check_words("tasks", values, [f.name for f in dataclasses.fields(TaskSpec)])
+    if "name" not in values:
+        raise InputError(f"study: a task needs a name, got {shown(values)}")
+    columns = values.get("text_columns")
+    columns = (columns,) if isinstance(columns, str) else columns and tuple(columns)
+    folder = values.get("data_dir")
+    return TaskSpec(**{**values, "text_columns": columns or None, "data_dir": folder and str(folder)})
+
+
+def _method_specs(method: Any) -> list[MethodSpec]:
+    """One, or one for every combination of a sweep."""
+    if isinstance(method, MethodSpec):
+        return [method]
+    if isinstance(method, str):
+        return [MethodSpec(method)]
+    if not isinstance(method, Mapping) or not isinstance(method.get("name"), str):
+        raise InputError(f"study: a method is a name, or a mapping with one, got {shown(method)}")
+    if set(method) == {"name", "options"}:
+        return [MethodSpec(method["name"], dict(method["options"]))]
+    options = {word: value for word, value in method.items() if word not in ("name", "sweep")}
+    sweep = method.get("sweep", {})
+    if not isinstance(sweep, Mapping) or not all(isinstance(values, list) and values for values in sweep.values()):
+        raise InputError(f"study: sweep maps options of {method['name']!r} to lists, got {shown(sweep)}")
+    if sweep and "label" in options:
+        raise InputError(f"study: the methods of a sweep get their own labels; leave label out of {method['name']!r}")
+    combinations = itertools.product(*sweep.values())
+    return [MethodSpec(method["name"], {**options, **dict(zip(sweep, values, strict=True))}) for values in combinations]
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower().replace("+", "-plus")).strip("-.") or "x"
+
+
+def _loader() -> type:
+    """YAML 1.2's numbers: PyYAML reads 1e-3 as text."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$"), list("-+.0123456789")
+    )
+    return Loader

@@ -1,0 +1,104 @@
+"""From finished cells to one tidy table, and to the files a study leaves."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from bayeslora.analysis import calibration_summary
+from bayeslora.study.methods import Lineup
+from bayeslora.study.spec import Cell, Study
+
+PREDICTIONS_FILE = "predictions.npz"
+
+
+def collect(study: Study, trials: Any, output_dir: Path) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """Results, learning curves and failures of the trials in an Optuna study, each cell once.
+
+    Methods across seeds are added where the predictions of every seed lie in ``output_dir``.
+    """
+    done: dict[Cell, dict] = {}
+    failed: dict[Cell, str] = {}
+    for trial in trials.get_trials(deepcopy=False):
+        if "result" in trial.user_attrs and trial.state.name == "COMPLETE":
+            done.setdefault(Cell(**trial.user_attrs["result"]["cell"]), trial.user_attrs["result"])
+        elif trial.state.name == "FAIL" and len(trial.params) == len(Cell.__dataclass_fields__):
+            failed[Cell(**trial.params)] = trial.user_attrs.get("error", "the process was interrupted")
+    order = sorted(done, key=_key(study))
+    rows = [row | _provenance(done[cell]) for cell in order for row in done[cell]["rows"]]
+    rows += _across_seeds(study, {cell: done[cell] for cell in order}, output_dir)
+    curves = [{**cell.__dict__, **point} for cell in order for point in done[cell]["curve"]]
+    failures = [{**cell.__dict__, "error": failed[cell]} for cell in sorted(failed, key=_key(study)) if cell not in done]
+    failures += [{**cell.__dict__, **failure} for cell in order for failure in done[cell]["failures"]]
+    return pd.DataFrame(rows), pd.DataFrame(curves), pd.DataFrame(failures)
+
+
+def read_predictions(folder: Path, split: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Label to probabilities (n, C) and labels (n,) on one split, of a cell's folder."""
+    with np.load(folder / PREDICTIONS_FILE, allow_pickle=False) as arrays:
+        names = [key for key in arrays.files if key.startswith(f"{split}/") and key != f"{split}/labels"]
+        return {key.split("/", 1)[1]: (_normalised(arrays[key]), arrays[f"{split}/labels"]) for key in names}
+
+
+def write_tables(
+    study: Study, results: pd.DataFrame, curves: pd.DataFrame, failures: pd.DataFrame, output_dir: Path
+) -> None:
+    """``results.parquet`` and ``results.csv``, ``curves.csv``, ``failures.csv`` and ``summary.md``, with figures."""
+    from bayeslora.study.summary import write_summary
+
+    if len(results):
+        results.to_parquet(output_dir / "results.parquet", index=False)
+        results.to_csv(output_dir / "results.csv", index=False)
+    for name, frame in (("curves", curves), ("failures", failures)):
+        file = output_dir / f"{name}.csv"
+        if len(frame):
+            frame.to_csv(file, index=False)
+        else:
+            file.unlink(missing_ok=True)
+    write_summary(study, results, curves, failures, output_dir)
+
+
+def _across_seeds(study: Study, done: dict[Cell, dict], output_dir: Path) -> list[dict[str, Any]]:
+    lineup = Lineup.of(study)
+    rows: list[dict[str, Any]] = []
+    groups: dict[tuple, list[Cell]] = {}
+    for cell in done:
+        groups.setdefault((cell.task, cell.method, cell.learning_rate, cell.batch_size, cell.rank), []).append(cell)
+    for members in groups.values():
+        first = members[0]
+        methods = lineup.across[first.method]
+        folders = [output_dir / cell.folder for cell in members]
+        if not methods or len(members) < len(study.seeds) or not all((f / PREDICTIONS_FILE).is_file() for f in folders):
+            continue
+        base = done[first]["rows"][0]["method"]
+        own = [[row for row in done[cell]["rows"] if row["method"] == base] for cell in members]
+        for number, template in enumerate(own[0]):
+            found = [read_predictions(folder, template["split"])[base] for folder in folders]
+            probs, labels = np.stack([p for p, _ in found]), found[0][1]
+            for method in methods:
+                combined = method.combine(probs)
+                seconds = {f"{what}_seconds": sum(rows_of[number][f"{what}_seconds"] for rows_of in own)
+                           for what in ("train", "predict")}  # fmt: skip
+                rows.append({**template, **_provenance(done[first]), **seconds, **calibration_summary(combined, labels),
+                             "method": f"{first.method} {method.label}", "kind": "across seeds", "seed": None,
+                             "members": len(members)})  # fmt: skip
+    return rows
+
+
+def _key(study: Study) -> Any:
+    """Cells in the order in which the study names things."""
+    tasks = [task.name for task in study.tasks]
+    labels = list(Lineup.of(study).trained)
+    return lambda c: (tasks.index(c.task), labels.index(c.method), c.learning_rate, c.batch_size, c.rank, c.seed)
+
+
+def _provenance(result: dict) -> dict[str, Any]:
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    return {"versions": versions, "host": result["host"], "processors": result["processors"]}
+
+
+def _normalised(probs: np.ndarray) -> np.ndarray:
+    """Stored in single precision: rows sum to one again."""
+    wide = probs.astype(np.float64)
+    return wide / wide.sum(-1, keepdims=True)
