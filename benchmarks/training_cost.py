@@ -3,10 +3,11 @@
     python benchmarks/training_cost.py                            # everything, about half an hour on two cores
     python benchmarks/training_cost.py --only headline N --rounds 10 --output results
 
-Methods: PEFT's LoRA, bayeslora with either guide, PEFT's own MonteCLoRA, and full fine-tuning, on all linear layers of
-all-MiniLM-L6-v2. Within one process all methods take their steps in turn (A B C A B C ...), so that a machine whose
-speed drifts slows them alike; the tables give medians of the ratio to LoRA's step of the same round, with the middle
-half of the ratios. Peak memory is that of a fresh process for each method. Writes cost.json and cost.md.
+Methods: PEFT's LoRA, bayeslora with either guide and with one draw a batch, PEFT's own MonteCLoRA, and full
+fine-tuning, on all linear layers of all-MiniLM-L6-v2. Within one process all methods take their steps in turn (A B C A
+B C ...), so that a machine whose speed drifts slows them alike; the tables give medians of the ratio to LoRA's step of
+the same round, with the middle half of the ratios. Peak memory is that of a fresh process for each method. Writes
+cost.json and cost.md.
 """
 
 import argparse
@@ -35,7 +36,14 @@ from bayeslora.assets import demo_encoder
 from bayeslora.checkpoint import version_info
 
 LORA = "PEFT LoRA"
-METHODS = (LORA, "bayeslora, amortized", "bayeslora, mean field", "PEFT MonteCLoRA", "full fine-tuning")
+METHODS = (
+    LORA,
+    "bayeslora, amortized",
+    "bayeslora, mean field",
+    "bayeslora, shared noise",  # one draw for the whole batch, as PEFT's; amortized too
+    "PEFT MonteCLoRA",
+    "full fine-tuning",
+)
 
 
 @dataclass(frozen=True)
@@ -76,7 +84,9 @@ def build(method: str, setting: Setting) -> Callable[[dict], None]:
     }
     if method.startswith("bayeslora"):
         guide = "mean_field" if "mean field" in method else "amortized"
-        model = BayesLoRA(network, MonteCLoRAConfig(**targets, num_components=setting.components, guide=guide))
+        noise = "shared" if "shared" in method else "per_example"
+        options = {"num_components": setting.components, "guide": guide, "noise": noise}
+        model = BayesLoRA(network, MonteCLoRAConfig(**targets, **options))
         return stepper(model, lambda batch: model(**batch).loss)
     if method == "full fine-tuning":
         return stepper(network, lambda batch: network(**batch).loss)
