@@ -10,7 +10,7 @@ demo: $(VENV)/.installed
 	$(BIN)/bayeslora demo --output runs/demo
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadscope
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 
 check: lint types docs test
 

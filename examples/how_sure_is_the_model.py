@@ -12,7 +12,13 @@ from transformers import set_seed
 from bayeslora import BayesLoRA, MonteCLoRAConfig, fit, load_task
 
 
-def main(output_dir: str = "runs/how_sure", *, train_examples: int = 500, max_steps: int | None = None) -> list[str]:
+def main(
+    output_dir: str = "runs/how_sure",
+    *,
+    train_examples: int = 500,
+    test_examples: int = 200,
+    max_steps: int | None = None,
+) -> list[str]:
     """Fit, predict, and return the five sentences that the posterior is least sure of."""
     set_seed(0)
     task = load_task("sentiment")
@@ -20,8 +26,8 @@ def main(output_dir: str = "runs/how_sure", *, train_examples: int = 500, max_st
     bayes = BayesLoRA(network, MonteCLoRAConfig())
     train = task.encode(tokenizer, "train", limit=train_examples, max_length=64)
     fit(bayes, train, output_dir=output_dir, epochs=5, max_steps=max_steps)
-    test = task.split("test", limit=200)
-    prediction = bayes.predict(task.encode(tokenizer, "test", limit=200, max_length=64), num_samples=8)
+    test = task.split("test", limit=test_examples)
+    prediction = bayes.predict(task.encode(tokenizer, "test", limit=test_examples, max_length=64), num_samples=8)
     least_sure = np.argsort(-prediction.mutual_information)[:5]
     for index in least_sure:
         print(

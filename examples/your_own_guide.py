@@ -41,7 +41,13 @@ class LowRankGuide(Guide):
         return sites | {f"A_{group.name}": program.sample(f"A_{group.name}", matrix.to_event(1))}
 
 
-def main(output_dir: str = "runs/own_guide", *, train_examples: int = 500, max_steps: int | None = None) -> dict:
+def main(
+    output_dir: str = "runs/own_guide",
+    *,
+    train_examples: int = 500,
+    test_examples: int = 200,
+    max_steps: int | None = None,
+) -> dict:
     """Fit with this guide and with the library's; returns the test scores of both, by name of the guide."""
     scores = {}
     task = load_task("sentiment")
@@ -52,7 +58,7 @@ def main(output_dir: str = "runs/own_guide", *, train_examples: int = 500, max_s
         name = type(bayes.guide).__name__
         train = task.encode(tokenizer, "train", limit=train_examples, max_length=64)
         fit(bayes, train, output_dir=f"{output_dir}/{name}", epochs=5, max_steps=max_steps)
-        test = task.encode(tokenizer, "test", limit=200, max_length=64)
+        test = task.encode(tokenizer, "test", limit=test_examples, max_length=64)
         prediction = bayes.predict(test, num_samples=8)
         scores[name] = calibration_summary(prediction.probs, prediction.labels)
         spread = to_arviz(bayes, num_samples=16)["posterior"]["noise_to_signal"]

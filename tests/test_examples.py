@@ -32,7 +32,8 @@ def example(name):
 
 
 def test_how_sure_is_the_model(tmp_path, capsys):
-    sentences = example("how_sure_is_the_model").main(str(tmp_path / "run"), train_examples=32, max_steps=2)
+    small = {"train_examples": 32, "test_examples": 24, "max_steps": 2}
+    sentences = example("how_sure_is_the_model").main(str(tmp_path / "run"), **small)
     assert len(set(sentences)) == 5
     assert capsys.readouterr().out.count("MI ") == 5
 
@@ -49,7 +50,7 @@ def test_your_own_csv(tmp_path):
 
 
 def test_your_own_guide(tmp_path):
-    scores = example("your_own_guide").main(str(tmp_path), train_examples=32, max_steps=2)
+    scores = example("your_own_guide").main(str(tmp_path), train_examples=32, test_examples=24, max_steps=2)
     assert list(scores) == ["AmortizedGuide", "LowRankGuide"]
     assert all(math.isfinite(score["nll"]) for score in scores.values())
 
@@ -70,7 +71,7 @@ def test_the_guide_in_the_documentation_is_the_examples():
 
 @pytest.mark.filterwarnings("ignore")  # ArviZ's own, about Pareto's k and few draws
 def test_arviz_tour(tmp_path, capsys):
-    small = {"train_examples": 32, "test_examples": 12, "num_samples": 25, "max_steps": 2}
+    small = {"train_examples": 16, "test_examples": 12, "num_samples": 25, "max_steps": 2}
     table = example("arviz_tour").main(str(tmp_path), **small)
     assert set(table.index) == {"LoRA", "MonteCLoRA", "Gaussian"}
     printed = capsys.readouterr().out
@@ -86,6 +87,28 @@ def test_against_people(tmp_path, capsys):
     assert all(-1 <= found.lower <= found.estimate <= found.upper <= 1 for found in table.values())
     assert capsys.readouterr().out.count(" to ") == 16
     assert (tmp_path / "against_people.png").is_file()
+
+
+def test_out_of_scope(tmp_path, capsys):
+    texts = [f"{word} {number}" for number in range(8) for word in ("pay my bill", "sing a song", "rain tomorrow")]
+    files = {
+        "clinc_oos": ("intent", ["bills", "music", "oos"]),
+        "sst2": ("label", ["0", "1", "1"]),
+        "ag_news": ("label", ["0", "1", "2"]),
+    }
+    for name, (column, labels) in files.items():
+        (tmp_path / name).mkdir()
+        rows = [f"{text},{labels[index % 3]}" for index, text in enumerate(texts)]
+        header = f"{'sentence' if name == 'sst2' else 'text'},{column}"
+        for split in ("train", "validation", "test"):
+            (tmp_path / name / f"{split}.csv").write_text("\n".join([header, *rows]) + "\n", encoding="utf-8")
+    small = {"seeds": (0,), "test_examples": 16, "num_samples": 2, "max_steps": 2}
+    table = example("out_of_scope").main(str(tmp_path / "runs"), data_dir=tmp_path, **small)
+    assert len(table) == 3 * 3  # tasks, uncertainties
+    for scores in table.values():
+        assert scores.shape == (4,)
+        assert ((scores >= 0) & (scores <= 1)).all()
+    assert capsys.readouterr().out.count("mutual information") == 3
 
 
 @pytest.fixture
