@@ -27,6 +27,7 @@ examples:
   bayeslora predict runs/mrpc --text "A man plays a guitar." --text-pair "Somebody makes music."
   bayeslora diagnose runs/mrpc --restarts runs/mrpc-seed1
   bayeslora compare --model demo --task sentiment --max-train-examples 500 --seeds 0 1 2 --output runs/compare
+  bayeslora compare studies/nlu_grid.yaml --output runs/grid
   bayeslora report runs/compare --output report.html
 
 Your own data: a folder with train.csv and validation.csv (or parquet, json, jsonl) works as
@@ -147,18 +148,26 @@ def _add_diagnose(commands: Any) -> None:
 
 def _add_compare(commands: Any) -> None:
     parser = _command(
-        commands, "compare", run_compare, "train LoRA and MonteCLoRA at equal budget, and tabulate both",
-        "Both methods start from the same initialisation and see the same examples in the same order. Calling it\n"
-        "again with the same settings continues where it stopped.",
+        commands, "compare", run_compare, "train several methods at equal budget, and tabulate them",
+        "With flags: LoRA and MonteCLoRA, or --methods, at one or more settings. With STUDY.yaml: whatever it says; see\n"
+        "docs/compare_methods.md and studies/. All methods start from the same initialisation and see the same examples\n"
+        "in the same order. The same command again continues where it stopped; with one --storage, many machines share\n"
+        "the work.",
     )  # fmt: skip
-    _add_data_options(parser)
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for runs and table")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one pair of runs each")
+    parser.add_argument("study", type=Path, nargs="?", metavar="STUDY.yaml", help="a study file, instead of the flags")
+    _add_data_options(parser, several=True)
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for runs, tables and figures")
+    parser.add_argument(
+        "--storage", metavar="URL", help="Optuna storage, such as postgresql://...; default: in --output"
+    )
+    parser.add_argument("--in-process", action="store_true", help="no process for each run: no peak memory")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run of each method each")
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="such as lora dora monteclora")
     parser.add_argument("--test-split", default="test", help="split to score on (shifted sets are added)")
     parser.add_argument("--max-test-examples", type=int, help="a random subset of every test set")
     parser.add_argument("--num-samples", type=int, default=8, help="draws of the posterior predictive")
-    _add_training_options(parser, seed=False)
-    _add_method_options(parser)
+    _add_training_options(parser, several=True)
+    _add_method_options(parser, several=True)
 
 
 def _add_report(commands: Any) -> None:
@@ -175,10 +184,14 @@ def _add_report(commands: Any) -> None:
     _add_prediction_options(parser)
 
 
-def _add_data_options(parser: argparse.ArgumentParser) -> None:
+def _add_data_options(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """``several``: options of compare, which takes several values for some and needs none beside a study file."""
     group = parser.add_argument_group("model and data")
-    group.add_argument("--model", required=True, metavar="PATH_OR_HUB_NAME", help='or "demo", the demo\'s encoder')
-    group.add_argument("--task", required=True, metavar="NAME", help="a named task, or any name for your own data")
+    group.add_argument(
+        "--model", required=not several, metavar="PATH_OR_HUB_NAME", help='or "demo", the demo\'s encoder'
+    )
+    group.add_argument("--task", required=not several, nargs="+" if several else None, metavar="NAME",
+                       help="a named task, or any name for your own data")  # fmt: skip
     group.add_argument("--data-dir", type=Path, metavar="DIR", help="local files instead of the hub")
     group.add_argument("--text-columns", nargs="+", metavar="COLUMN", help="one column, or two for pairs")
     group.add_argument("--label-column", metavar="COLUMN")
@@ -186,27 +199,28 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-length", type=int, default=128, metavar="TOKENS", help="longer texts are cut")
 
 
-def _add_training_options(parser: argparse.ArgumentParser, *, seed: bool = True) -> None:
+def _add_training_options(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+    many: dict[str, Any] = {"nargs": "+"} if several else {}
     group = parser.add_argument_group("training")
     group.add_argument("--epochs", type=float, default=3)
     group.add_argument("--max-steps", type=int, help="optimizer steps, instead of epochs")
-    group.add_argument("--batch-size", type=int, default=16)
-    group.add_argument("--learning-rate", type=float, default=1e-3)
+    group.add_argument("--batch-size", type=int, default=[16] if several else 16, **many)
+    group.add_argument("--learning-rate", type=float, default=[1e-3] if several else 1e-3, **many)
     group.add_argument("--variational-learning-rate", type=float, help="for the posterior; default 10 × the other")
     group.add_argument("--gradient-accumulation", type=int, default=1, help="batches to a step")
     group.add_argument("--warmup", type=float, default=0.06, help="share of the steps over which rates rise")
     group.add_argument("--schedule", default="linear", help="any transformers schedule: linear, cosine, ...")
     group.add_argument("--max-grad-norm", type=float, default=1.0, help="clip gradients; 0 does not")
     group.add_argument("--early-stopping", type=int, metavar="N", help="stop after N evaluations without gain")
-    if seed:
+    if not several:
         group.add_argument("--seed", type=int, default=0, help="decides initialisation, data order and noise")
 
 
-def _add_method_options(parser: argparse.ArgumentParser) -> None:
+def _add_method_options(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
     group = parser.add_argument_group("method")
     group.add_argument("--preset", choices=("calibrated", "paper"), default="calibrated",
                        help="calibrated: our default; paper: the paper's smaller noise")  # fmt: skip
-    group.add_argument("--rank", type=int, help="r, the adapters' rank")
+    group.add_argument("--rank", type=int, nargs="+" if several else None, help="r, the adapters' rank")
     group.add_argument("--lora-alpha", type=float)
     group.add_argument("--target-modules", nargs="+", metavar="NAME", help="layers to adapt; default all-linear")
     group.add_argument("--num-components", type=int, help="N, Gaussians in the mixture")
@@ -331,6 +345,7 @@ def run_diagnose(arguments: argparse.Namespace) -> None:
         steps=arguments.steps,
         batch_size=arguments.batch_size,
         seed=arguments.seed,
+        progress=not arguments.json,
     )
     if arguments.json:
         print(json.dumps([one.to_dict() for one in found]))
@@ -360,27 +375,63 @@ def run_report(arguments: argparse.Namespace) -> None:
 
 
 def run_compare(arguments: argparse.Namespace) -> None:
-    config = _config(arguments)
-    task = _task(arguments)
-    from bayeslora.comparison import compare
+    from bayeslora.study.spec import Study
 
+    study = Study.from_yaml(arguments.study) if arguments.study else _study(arguments)
+    from bayeslora.study.runner import run_study
+    from bayeslora.study.summary import headline
+
+    result = run_study(study, arguments.output, storage=arguments.storage, isolate=not arguments.in_process)
+    if arguments.study or arguments.methods or len(study.tasks) > 1:
+        print((arguments.output / "summary.md").read_text(encoding="utf-8"))
+    elif len(result.results):
+        from bayeslora.analysis import to_markdown
+
+        table = to_markdown(headline(result.results))
+        (arguments.output / "comparison.md").write_text(table + "\n", encoding="utf-8")
+        print(table)
+    print(f"\nruns, tables and figures: {arguments.output}")
+    if len(result.failures):
+        failed = result.failures.iloc[0]
+        raise InputError(f"{len(result.failures)} failed, the first: {failed['method']}: {failed['error']}; the same "
+                         "command tries them again")  # fmt: skip
+
+
+def _study(arguments: argparse.Namespace) -> "Any":
+    """The study that compare's flags describe."""
+    from bayeslora.study.spec import Study
+
+    if not arguments.model or not arguments.task:
+        raise InputError("compare needs a study file, or --model and --task")
     if arguments.early_stopping is not None:
         raise InputError("compare trains every method on the same budget: --early-stopping does not apply")
-    result = compare(
-        arguments.model,
-        task,
-        config,
-        output_dir=arguments.output,
-        seeds=arguments.seeds,
-        train_examples=arguments.max_train_examples,
-        test_examples=arguments.max_test_examples,
-        test_split=arguments.test_split,
-        num_samples=arguments.num_samples,
-        max_length=arguments.max_length,
-        **_fit_options(arguments),
-    )
-    print(result.to_markdown())
-    print(f"\nruns and table: {arguments.output}")
+    ranks = arguments.rank or [8]
+    config = _config(argparse.Namespace(**{**vars(arguments), "rank": min(ranks)}))
+    if config.mode == "post_hoc":
+        raise InputError("compare starts both methods from scratch, but --mode post_hoc needs a trained LoRA: name "
+                         "monteclora_post_hoc in --methods")  # fmt: skip
+    tasks = [_task(argparse.Namespace(**{**vars(arguments), "task": name})) for name in arguments.task]
+    from bayeslora.comparison import two_methods
+
+    words = two_methods(config, tasks[0], arguments.test_split)
+    if arguments.methods:
+        chosen = {"monteclora": words["methods"][-1] | {"predictions": list(_ways())}}
+        words["methods"] = [chosen.get(name, name) for name in arguments.methods]
+    training = _fit_options(arguments)
+    return Study.from_dict({
+        **words, "model": str(arguments.model), "tasks": [task.recipe for task in tasks], "ranks": ranks,
+        "learning_rates": training.pop("learning_rate"), "batch_sizes": training.pop("batch_size"),
+        "seeds": arguments.seeds, "train_examples": arguments.max_train_examples,
+        "test_examples": arguments.max_test_examples, "test_split": arguments.test_split,
+        "num_samples": arguments.num_samples, "max_length": arguments.max_length, "training": training,
+        "keep_adapters": True,
+    })  # fmt: skip
+
+
+def _ways() -> Sequence[str]:
+    from bayeslora.study.methods_monteclora import WAYS
+
+    return WAYS
 
 
 def _config(arguments: argparse.Namespace) -> "MonteCLoRAConfig":

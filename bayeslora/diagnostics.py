@@ -14,11 +14,13 @@ from bayeslora.analysis import diagnostics as verdicts
 from bayeslora.analysis.diagnostics import Diagnostic
 from bayeslora.errors import InputError
 from bayeslora.guides import MeanFieldGuide, MixtureGuide
-from bayeslora.predict import Collator, draw_trace
+from bayeslora.predict import Collator, Prediction, draw_trace
 from bayeslora.recorder import Recorder
 
 if TYPE_CHECKING:
     from bayeslora.module import BayesLoRA
+
+RESTART_EXAMPLES = 200  # whose predictions are compared between restarts
 
 
 def diagnose(
@@ -32,6 +34,7 @@ def diagnose(
     batch_size: int = 32,
     learning_rate: float = 0.02,
     seed: int = 0,
+    progress: bool = False,
 ) -> list[Diagnostic]:
     """Judge a fitted posterior where there is no truth to compare it with.
 
@@ -44,8 +47,8 @@ def diagnose(
     ====================  =====================================================================================
 
     The last one refines v and α of every adapter for ``steps`` steps from where the guide is, with the network held
-    fixed; ``bayes`` is afterwards what it was before. The cost is that of ``num_samples`` passes over the data (for
-    each restart too) and some 4 × ``steps`` training steps.
+    fixed; ``bayes`` is afterwards what it was before. The cost is that of ``num_samples`` passes over the data, as many
+    over at most 200 of its examples for each restart, and some 4 × ``steps`` training steps.
 
     Args:
         bayes: The fitted module.
@@ -57,6 +60,7 @@ def diagnose(
         batch_size: Rows of a forward pass in prediction, examples of a batch in training.
         learning_rate: Of the refinement (Adam), falling linearly to 0.
         seed: Decides draws, batches and the permutation of the labels.
+        progress: Show progress bars.
 
     Raises:
         InputError: for unlabelled data, data other than it was fitted to, too few draws, or plain LoRA (ε = 0).
@@ -70,10 +74,14 @@ def diagnose(
             f"the posterior is that of the {bayes.num_examples} examples it was fitted to, and this data set has "
             f"{len(dataset)}: pass the training set"
         )
-    options = {"num_samples": num_samples, "batch_size": batch_size, "seed": seed}
-    found = [verdicts.importance_sampling(log_importance_weights(bayes, dataset, **options))]
+    options = {"num_samples": num_samples, "batch_size": batch_size, "seed": seed, "progress": progress}
+    prediction = bayes.predict(dataset, **options)
+    found = [verdicts.importance_sampling(_log_weights(bayes, prediction, seed))]
     if restarts:
-        found.append(verdicts.restart_agreement([_outputs(run, dataset, **options) for run in (bayes, *restarts)]))
+        chosen = np.sort(np.random.default_rng(seed).permutation(len(dataset))[:RESTART_EXAMPLES])
+        few = [dataset[int(index)] for index in chosen]
+        others = [_outputs(restart.predict(few, **options)) for restart in restarts]
+        found.append(verdicts.restart_agreement([_outputs(prediction)[:, chosen], *others]))
     found += verdicts.convergence(history)
     data = _Batches(bayes, dataset, steps, batch_size, seed)
     found.append(verdicts.data_drivenness(*_response_to_labels(bayes, data, seed)))
@@ -92,11 +100,16 @@ def log_importance_weights(
     Raises:
         InputError: for unlabelled data.
     """
-    prediction = bayes.predict(dataset, num_samples, batch_size=batch_size, seed=seed, progress=False)
+    return _log_weights(
+        bayes, bayes.predict(dataset, num_samples, batch_size=batch_size, seed=seed, progress=False), seed
+    )
+
+
+def _log_weights(bayes: "BayesLoRA", prediction: Prediction, seed: int) -> np.ndarray:
     if prediction.sample_log_likelihood is None:
         raise InputError("the data set has no labels: pass the training set")
     with one_at_a_time, torch.no_grad():
-        ratios = [_log_ratio(bayes, seed, index) for index in range(num_samples)]
+        ratios = [_log_ratio(bayes, seed, index) for index in range(len(prediction.sample_log_likelihood))]
     return prediction.sample_log_likelihood.sum(axis=1) + ratios
 
 
@@ -113,9 +126,8 @@ def _log_density(sites: Any) -> float:
     return sum(float(site["fn"].log_prob(site["value"]).double().sum()) for site in sites)
 
 
-def _outputs(bayes: "BayesLoRA", dataset: Any, **options: Any) -> np.ndarray:
+def _outputs(prediction: Prediction) -> np.ndarray:
     """Class probabilities, or means, under every draw: ``(draws, examples, ...)``."""
-    prediction = bayes.predict(dataset, progress=False, **options)
     probs = prediction.sample_probs
     return prediction.sample_means[..., None] if probs is None else probs
 

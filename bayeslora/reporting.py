@@ -113,9 +113,9 @@ def _expand(folder: Path) -> list[Path]:
     """The folder, or the runs of the comparison that it holds."""
     if not (folder / SETTINGS_FILE).is_file():
         return [folder]
-    runs = sorted(file.parent for file in folder.glob(f"*/{RUN_FILE}"))
+    runs = sorted(file.parent for file in folder.glob(f"*/*/{RUN_FILE}"))
     if not runs:
-        raise InputError(f"{folder} holds a comparison without runs: let it finish first")
+        raise InputError(f"{folder} holds a comparison without runs: let it finish first, with keep_adapters")
     return runs
 
 
@@ -162,7 +162,9 @@ def _collect(
         train = task.encode(
             tokenizer, "train", max_length=record["max_length"], limit=bayes.num_examples, labelled=True
         )
-        found = diagnose(bayes, train, history=record.get("history", []), batch_size=batch_size, seed=seed)
+        found = diagnose(
+            bayes, train, history=record.get("history", []), batch_size=batch_size, seed=seed, progress=progress
+        )
     draws = bayes.posterior_draws(num_samples=SPREAD_DRAWS, seed=seed) if bayesian else None
     return RunResults(
         name,
