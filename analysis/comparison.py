@@ -67,7 +67,7 @@ def to_markdown(table: pd.DataFrame, *, metrics: Sequence[str] | None = None) ->
         raise InputError(f"the table has no metric {unknown[0]!r}; it has {', '.join(known)}")
     header = ["split", "method", "seeds", *(_format(name)[0] for name in chosen)]
     body = [_cells(key, row, chosen) for key, row in table.iterrows()]
-    return _layout(header, body, num_text_columns=2)
+    return layout(header, body, num_text_columns=2)
 
 
 def _check_frame(frame: pd.DataFrame) -> list[str]:
@@ -115,7 +115,7 @@ def _number(metric: str, mean: float, deviation: float) -> str:
     return text if pd.isna(deviation) else f"{text} ± {factor * deviation:.{decimals}f}"
 
 
-def _layout(header: list[str], body: list[list[str]], *, num_text_columns: int) -> str:
+def layout(header: list[str], body: list[list[str]], *, num_text_columns: int) -> str:
     """Pad each column to its widest cell: text to the left, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
 

@@ -149,10 +149,10 @@ def _add_diagnose(commands: Any) -> None:
 def _add_compare(commands: Any) -> None:
     parser = _command(
         commands, "compare", run_compare, "train several methods at equal budget, and tabulate them",
-        "With flags: LoRA and MonteCLoRA, or --methods, at one or more settings. With STUDY.yaml: whatever it says; see\n"
-        "docs/compare_methods.md and studies/. All methods start from the same initialisation and see the same examples\n"
-        "in the same order. The same command again continues where it stopped; with one --storage, many machines share\n"
-        "the work.",
+        "With flags: LoRA and MonteCLoRA, or --methods, at one or more settings. With STUDY.yaml: what it says; see\n"
+        "docs/compare_methods.md and studies/. All methods start from the same initialisation and see the same\n"
+        "examples in the same order. The same command again continues where it stopped; with one --storage, many\n"
+        "machines share the work.",
     )  # fmt: skip
     parser.add_argument("study", type=Path, nargs="?", metavar="STUDY.yaml", help="a study file, instead of the flags")
     _add_data_options(parser, several=True)

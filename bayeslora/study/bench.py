@@ -173,7 +173,8 @@ class Bench:
         budget.pop("variational_learning_rate", None)
         settings = trainer_settings(len(self.train_data), self.folder, progress=self.progress, **budget)
         evaluating = "steps" if self.curve_data else "no"
-        arguments = TrainingArguments(**{**settings, "save_strategy": "no", "eval_strategy": evaluating, "report_to": []})
+        quiet = {"save_strategy": "no", "eval_strategy": evaluating, "report_to": []}
+        arguments = TrainingArguments(**{**settings, **quiet, **self.study.trainer})
         keeper = self.keeper(network)
         set_seed(self.cell.seed)
         trainer = PlainTrainer(
@@ -238,9 +239,10 @@ class PlainTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
         outputs = model(**inputs)
-        loss = outputs.loss
-        if model.training and self.penalty is not None:
-            loss = loss + self.penalty(model)
+        if not model.training:  # AdaLoRA's own loss has its penalty in evaluation too
+            loss = nn.functional.cross_entropy(outputs.logits, inputs["labels"])
+        else:
+            loss = outputs.loss + (self.penalty(model) if self.penalty else 0.0)
         if not torch.isfinite(loss):
             raise TrainingDivergedError(
                 f"the loss became {float(loss)} at step {self.state.global_step + 1}, so training stopped"

@@ -17,10 +17,10 @@ from bayeslora.checkpoint import version_info
 from bayeslora.run_folder import lock_folder, write_json
 from bayeslora.study.bench import Bench
 from bayeslora.study.methods import Lineup, Predictor, Trained
+from bayeslora.study.predictions import PREDICTIONS_FILE, write_predictions
 from bayeslora.study.spec import Cell, Study
 
 SCORES_FILE = "scores.json"
-PREDICTIONS_FILE = "predictions.npz"
 TRAINING_FOLDER = "training"
 
 
@@ -79,8 +79,14 @@ def _work(study: Study, cell: Cell, lineup: Lineup, folder: Path, progress: bool
     arrays: dict[str, np.ndarray] = {}
     failures: list[dict[str, str]] = []
     for label, kind, predict, seconds in _predictors(lineup, bench, trained, failures):
-        for split in bench.splits:
-            found = predict(split)
+        try:
+            predictions = {split: predict(split) for split in bench.splits}
+        except Exception as error:
+            if kind == "trained":
+                raise
+            failures.append({"method": label, "error": f"{type(error).__name__}: {error}"})
+            continue
+        for split, found in predictions.items():
             information = found.mutual_information
             rows.append({
                 "task": cell.task, "method": label, "trained": cell.method, "kind": kind, "split": split,
@@ -96,7 +102,7 @@ def _work(study: Study, cell: Cell, lineup: Lineup, folder: Path, progress: bool
         method.save(trained, bench)
     shutil.rmtree(folder / TRAINING_FOLDER, ignore_errors=True)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    np.savez_compressed(folder / PREDICTIONS_FILE, **arrays)  # type: ignore[arg-type]
+    write_predictions(folder, arrays)
     return {"cell": {**cell.__dict__}, "rows": rows, "curve": trained.curve, "failures": failures,
             "versions": {**version_info(), "python": platform.python_version(), "numpy": np.__version__},
             "host": platform.node(), "processors": os.cpu_count()}  # fmt: skip
@@ -107,19 +113,25 @@ def _predictors(
 ) -> Iterator[tuple[str, str, Predictor, float]]:
     """Label, kind, predictor and seconds of preparation of every way to predict; post-hoc methods that fail are
     noted and left out."""
-    base: Predictor | None = None
-    for label, predict in lineup.trained[bench.cell.method].predictors(trained, bench):
-        base = base or predict
-        yield label, "trained", predict, 0.0
-    assert base is not None
+    own = []
+    for label, predict, seconds in _timed(lineup.trained[bench.cell.method].predictors(trained, bench)):
+        own.append(predict)
+        yield label, "trained", predict, seconds
     for method in lineup.post_hoc[bench.cell.method]:
-        started = time.perf_counter()
         try:
-            for label, predict in method.predictors(trained, bench, base):
-                yield label, "post-hoc", predict, time.perf_counter() - started
-                started = time.perf_counter()
+            for label, predict, seconds in _timed(method.predictors(trained, bench, own[0])):
+                yield label, "post-hoc", predict, seconds
         except Exception as error:
             failures.append({"method": bench.on_top(method), "error": f"{type(error).__name__}: {error}"})
+
+
+def _timed(predictors: Iterator[tuple[str, Predictor]]) -> Iterator[tuple[str, Predictor, float]]:
+    """With the seconds that a method has spent on preparing so far."""
+    spent, started = 0.0, time.perf_counter()
+    for label, predict in predictors:
+        spent += time.perf_counter() - started
+        yield label, predict, spent
+        started = time.perf_counter()
 
 
 def _peak_memory() -> float:

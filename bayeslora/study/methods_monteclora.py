@@ -93,7 +93,8 @@ class Posterior:
         started = time.perf_counter()
         result = fit(
             bayes, bench.train_data, bench.curve_data, output_dir=folder, progress=bench.progress,
-            metadata=bench.metadata, callbacks=[keeper], save_strategy="no", **evaluating, **bench.budget(scale),
+            metadata=bench.metadata, callbacks=[keeper], save_strategy="no", **evaluating,
+            **bench.budget(scale), **bench.study.trainer,
         )  # fmt: skip
         seconds = time.perf_counter() - started
         facts = posterior_facts(bayes) if bayes.sampling else {}
@@ -216,5 +217,3 @@ def posterior_facts(bayes: BayesLoRA) -> dict[str, float]:
 def _nll(found: Predicted) -> float:
     at_label = found.probs[np.arange(len(found.labels)), found.labels.astype(int)]
     return float(-np.log(np.maximum(at_label, 1e-300)).mean())
-
-

@@ -188,5 +188,3 @@ def _changed(lora: LoraConfig, **options: Any) -> LoraConfig:
     for name, value in options.items():
         setattr(lora, name, value)
     return lora
-
-

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from bayeslora.errors import InputError, StorageError, TrainingDivergedError
 from bayeslora.run_folder import write_json
 from bayeslora.study.methods import Lineup
+from bayeslora.study.predictions import read_predictions
 from bayeslora.study.spec import Cell, Study, axes, cells
 from bayeslora.study.table import collect, write_tables
 from bayeslora.untrusted import read_json
@@ -42,8 +43,6 @@ class StudyResult:
 
     def predictions(self, cell: Cell, split: str) -> dict[str, tuple[Any, Any]]:
         """Probabilities (n, C) and labels (n,) of every method of one cell on one split."""
-        from bayeslora.study.table import read_predictions
-
         return read_predictions(self.folder / cell.folder, split)
 
 
@@ -156,7 +155,9 @@ def _in_own_process(study: Study, cell: Cell, output_dir: Path) -> dict:
         kind, value = here.recv()
     except EOFError:
         worker.join()
-        raise RuntimeError(f"the cell's process died with exit code {worker.exitcode} (-9 is often a lack of memory)") from None
+        raise RuntimeError(
+            f"the cell's process died with exit code {worker.exitcode} (-9 is often a lack of memory)"
+        ) from None
     finally:
         with contextlib.suppress(BaseException):
             worker.join()

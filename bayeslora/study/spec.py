@@ -17,7 +17,8 @@ from bayeslora.errors import InputError
 AXES = ("tasks", "methods", "learning_rates", "batch_sizes", "ranks", "seeds")
 TRAINING_WORDS = ("epochs", "max_steps", "variational_learning_rate", "gradient_accumulation", "warmup", "schedule",
                   "weight_decay", "max_grad_norm")  # fmt: skip
-LORA_WORDS = ("lora_alpha", "target_modules", "lora_dropout", "modules_to_save", "layers_to_transform")
+LORA_WORDS = ("lora_alpha", "target_modules", "lora_dropout", "modules_to_save", "layers_to_transform", "use_rslora",
+              "rank_pattern", "lora_options")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,12 @@ class TaskSpec:
     data_dir: str | None = None
     text_columns: tuple[str, ...] | None = None
     label_column: str | None = None
+    label_names: tuple[str, ...] | None = None
 
     def load(self) -> Any:
         from bayeslora.tasks import load_task
 
-        return load_task(self.name, self.data_dir, text_columns=self.text_columns, label_column=self.label_column)
+        return load_task(**dataclasses.asdict(self))
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ class Study:
         max_length: Tokens per example.
         num_samples: Draws of every method that draws.
         training: The budget, equal for all, in the words of :func:`bayeslora.fit`: ``epochs`` (5), ``warmup``, ...
+        trainer: Further fields of ``transformers.TrainingArguments`` for all, such as ``bf16: true``.
         lora: Words for every adapter: ``lora_alpha``, ``target_modules``, ``lora_dropout``, ...
         curve_points: Evaluations on the validation split while training; 0 records no learning curve.
         curve_examples: Of the validation split, for the curve and wherever a method tunes its own noise.
@@ -107,6 +110,7 @@ class Study:
     max_length: int = 64
     num_samples: int = 8
     training: Mapping[str, Any] = field(default_factory=lambda: {"epochs": 5})
+    trainer: Mapping[str, Any] = field(default_factory=dict)
     lora: Mapping[str, Any] = field(default_factory=dict)
     curve_points: int = 0
     curve_examples: int = 200
@@ -240,7 +244,9 @@ def _task_spec(task: Any) -> TaskSpec:
     columns = values.get("text_columns")
     columns = (columns,) if isinstance(columns, str) else columns and tuple(columns)
     folder = values.get("data_dir")
-    return TaskSpec(**{**values, "text_columns": columns or None, "data_dir": folder and str(folder)})
+    names = values.get("label_names")
+    words = {"text_columns": columns or None, "label_names": names and tuple(names), "data_dir": folder and str(folder)}
+    return TaskSpec(**{**values, **words})
 
 
 def _method_specs(method: Any) -> list[MethodSpec]:

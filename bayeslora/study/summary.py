@@ -1,13 +1,223 @@
 """What a study says, in Markdown, with its figures."""
 
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from bayeslora.study.spec import Study
+from bayeslora.analysis import comparison_table, to_markdown
+from bayeslora.analysis.comparison import FORMATS, layout
+from bayeslora.analysis.study import (
+    METRICS,
+    SETTING,
+    at_best_settings,
+    cost_table,
+    paired_difference,
+    robustness_table,
+    steps_to_reach,
+)
+from bayeslora.study.methods import Lineup
+from bayeslora.study.predictions import PREDICTIONS_FILE, read_predictions
+from bayeslora.study.spec import Cell, Study
+
+FIGURES = "figures"
 
 
 def write_summary(
     study: Study, results: pd.DataFrame, curves: pd.DataFrame, failures: pd.DataFrame, output_dir: Path
-) -> None:
-    """``summary.md`` and ``figures/``."""
+) -> str:
+    """Write ``summary.md`` and ``figures/``; returns the summary."""
+    parts = [f"# {', '.join(task.name for task in study.tasks)}, {study.model}"]
+    if len(results):
+        for task in results["task"].unique():
+            parts += _task_parts(study, str(task), results[results["task"] == task], curves, output_dir)
+        parts.append(f"Versions: {results['versions'].iloc[0]}.")
+    if len(failures):
+        parts += ["## Failed", *(f"- {_describe(row)}: {' '.join(row['error'].split())[:500]}"
+                                 for row in failures.to_dict("records"))]  # fmt: skip
+    text = "\n\n".join(parts) + "\n"
+    (output_dir / "summary.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def headline(results: pd.DataFrame) -> pd.DataFrame:
+    """Mean and deviation over seeds of every method, as :func:`bayeslora.analysis.comparison_table` has them, at its
+    own best setting on validation where it has several; validation itself is left out."""
+    tested = _at_best(results)
+    if (tested["split"] != "validation").any():
+        tested = tested[tested["split"] != "validation"]
+    rows = tested[["method", "split", "seed", *METRICS]].copy()
+    rows["seed"] = rows["seed"].fillna(-1)  # across seeds
+    return comparison_table(rows.to_dict("records"))
+
+
+def differences(study: Study, results: pd.DataFrame, output_dir: Path, split: str) -> pd.DataFrame:
+    """Every method against the study's first, each at its own best setting: estimate, interval and verdict of every
+    metric. Empty where predictions do not lie in ``output_dir``."""
+    chosen = _at_best(results)
+    chosen = chosen[chosen["split"] == split]
+    groups = chosen.groupby("method", sort=False)
+    found = {str(name): _predictions(study, rows, output_dir, split) for name, rows in groups}
+    names = [name for name, arrays in found.items() if arrays]
+    if len(names) < 2:
+        return pd.DataFrame()
+    reference = found[names[0]]
+    labels = next(iter(reference.values()))[1]
+    rows = []
+    for name in names[1:]:
+        both = [seed for seed in reference if seed in found[name]]  # else it is one combination of all seeds
+        ours = np.stack([found[name][seed][0] for seed in both or found[name]])
+        theirs = np.stack([reference[seed][0] for seed in both or reference])
+        row = {"method": name, "seeds": len(both), "examples": len(labels)}
+        for metric in METRICS:
+            one = paired_difference(ours, theirs, labels, metric=metric)
+            row |= {metric: one.estimate, f"{metric}_lower": one.lower, f"{metric}_upper": one.upper,
+                    f"{metric}_verdict": one.verdict}  # fmt: skip
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _task_parts(
+    study: Study, task: str, results: pd.DataFrame, curves: pd.DataFrame, output_dir: Path
+) -> Iterator[str]:
+    splits = [split for split in results["split"].unique() if split != "validation"] or ["validation"]
+    split = "test" if "test" in splits else splits[0]
+    several = len(results.drop_duplicates(SETTING)) > 1
+    selected = several and "validation" in set(results["split"]) and splits != ["validation"]
+    yield f"## {task}"
+    if not several or selected:
+        chosen = ", each at the setting with its lowest mean NLL on validation" if selected else ""
+        yield f"Mean ± standard deviation over seeds{chosen}. A star: tuned on validation labels."
+        yield to_markdown(headline(results))
+        compared = differences(study, results, output_dir, split)
+        if len(compared):
+            reference = results["method"].iloc[0]
+            yield (f"Differences from {reference} on {split}, in pairs, with 95 % bootstrap intervals over "
+                   f"{compared['examples'].iloc[0]} examples, and over seeds where both have several:")  # fmt: skip
+            yield _difference_table(compared)
+    if several:
+        yield f"Over all settings of the grid, on {split} (means over seeds first; spread is best − worst):"
+        yield _robustness_markdown(robustness_table(results, split=split))
+    if not selected and several:
+        yield "There is no labelled validation split to choose a setting by; hold_out takes one from the training set."
+    reached = _speed(results, curves[curves["task"] == task] if len(curves) else curves)
+    if reached:
+        yield reached
+    yield f"Cost, in means over all runs ({results['host'].iloc[0]}, {results['processors'].iloc[0]} processors):"
+    yield _cost_markdown(cost_table(results, split=split, reference=results["method"].iloc[0]))
+    yield from _figures(task, results, split, several, output_dir)
+
+
+def _at_best(results: pd.DataFrame) -> pd.DataFrame:
+    return at_best_settings(results) if "validation" in set(results["split"]) else results
+
+
+def _predictions(
+    study: Study, rows: pd.DataFrame, output_dir: Path, split: str
+) -> dict[int | None, tuple[np.ndarray, np.ndarray]]:
+    """Seed to probabilities (n, C) and labels (n,) of one method at one setting; the seed is None across seeds. Empty
+    where a cell's predictions are not in ``output_dir``."""
+    first = rows.iloc[0]
+    across = first["kind"] == "across seeds"
+    seeds = [int(seed) for seed in (study.seeds if across else rows["seed"])]
+    setting = float(first["learning_rate"]), int(first["batch_size"]), int(first["rank"])
+    folders = [output_dir / Cell(first["task"], first["trained"], *setting, seed).folder for seed in seeds]
+    if not all((folder / PREDICTIONS_FILE).is_file() for folder in folders):
+        return {}
+    found = [read_predictions(folder, split) for folder in folders]
+    if not across:
+        return {seed: one[first["method"]] for seed, one in zip(seeds, found, strict=True)}
+    methods = Lineup.of(study).across[first["trained"]]
+    method = next(m for m in methods if f"{first['trained']} {m.label}" == first["method"])
+    base = next(iter(found[0]))
+    return {None: (method.combine(np.stack([one[base][0] for one in found])), found[0][base][1])}
+
+
+def _difference_table(table: pd.DataFrame) -> str:
+    rows = []
+    for record in table.to_dict("records"):
+        cells = [record["method"]]
+        for metric in METRICS:
+            _, factor, decimals = FORMATS[metric]
+            low, middle, high = (factor * record[f"{metric}{end}"] for end in ("_lower", "", "_upper"))
+            cells.append(
+                f"{middle:+.{decimals}f} [{low:+.{decimals}f}, {high:+.{decimals}f}] {record[f'{metric}_verdict']}"
+            )
+        rows.append(cells)
+    return _markdown(["method", *(FORMATS[metric][0] for metric in METRICS)], rows)
+
+
+def _robustness_markdown(table: pd.DataFrame) -> str:
+    columns = [
+        (metric, part) for metric in ("accuracy", "nll", "ece") for part in ("best", "median", "worst", "spread")
+    ]
+    header = ["method", "settings", *(f"{FORMATS[metric][0]} {part}" for metric, part in columns)]
+    rows = []
+    for (_, method), row in table.iterrows():
+        numbers = [f"{FORMATS[m][1] * row[m, part]:.{FORMATS[m][2]}f}" for m, part in columns]
+        rows.append([method, str(int(row["settings", "count"])), *numbers])
+    return _markdown(header, rows)
+
+
+def _cost_markdown(table: pd.DataFrame) -> str:
+    header = ["method", "training (s)", "ratio", "prediction (s per 1000)", "peak memory (MB)"]
+    rows = [[key[1], f"{row['train_seconds']:.1f}", f"{row['train_ratio']:.2f}", f"{row['predict_seconds']:.2f}",
+             "-" if np.isnan(row["peak_memory_mb"]) else f"{row['peak_memory_mb']:.0f}"]
+            for key, row in table.iterrows()]  # fmt: skip
+    return _markdown(header, rows)
+
+
+def _speed(results: pd.DataFrame, curves: pd.DataFrame) -> str:
+    """Steps until the validation loss that the first method's curves reach at their lowest mean."""
+    if not len(curves):
+        return ""
+    curves = curves.rename(columns={"method": "trained"})
+    means = curves.groupby(["trained", *SETTING, "step"], sort=False)["loss"].mean().reset_index()
+    reference = results["trained"].iloc[0]
+    target = means[means["trained"] == reference]["loss"].min()
+    rows = []
+    for name, points in means.groupby("trained", sort=False):
+        per_setting = {setting: steps_to_reach(rows_of.to_dict("records"), target)
+                       for setting, rows_of in points.groupby(SETTING, sort=False)}  # fmt: skip
+        reached = [steps for steps in per_setting.values() if not np.isnan(steps)]
+        rows.append([str(name), f"{min(reached):.0f}" if reached else "-", f"{len(reached)} of {len(per_setting)}",
+                     f"{points['loss'].min():.3f}"])  # fmt: skip
+    return (f"Steps to a validation loss of {target:.3f}, the lowest of {reference} (at the mean, over seeds):\n\n"
+            + _markdown(["method", "fewest steps", "settings that reach it", "lowest loss"], rows))  # fmt: skip
+
+
+def _figures(task: str, results: pd.DataFrame, split: str, several: bool, output_dir: Path) -> Iterator[str]:
+    from matplotlib import pyplot
+
+    from bayeslora.analysis import plots_study as plots
+
+    pictures: dict[str, Callable[[], Any]] = {
+        "accuracy-calibration": partial(plots.plot_accuracy_calibration, results, split=split),
+        "cost": partial(plots.plot_cost, results, split=split),
+    }
+    if several:
+        for metric in ("accuracy", "nll", "ece"):
+            pictures[f"grid-{metric}"] = partial(plots.plot_grid_spread, results, metric=metric, split=split)
+    if results["learning_rate"].nunique() > 1:
+        for metric in ("accuracy", "nll"):
+            pictures[f"rates-{metric}"] = partial(plots.plot_learning_rates, results, metric=metric, split=split)
+    folder = output_dir / FIGURES
+    folder.mkdir(exist_ok=True)
+    for name, draw in pictures.items():
+        ax = draw()
+        file = folder / f"{task}-{name}.png"
+        ax.figure.savefig(file, dpi=160, bbox_inches="tight")
+        pyplot.close(ax.figure)
+        yield f"![{name}]({FIGURES}/{file.name})"
+
+
+def _describe(row: dict) -> str:
+    return (f"{row['method']} ({row['task']}, learning rate {row['learning_rate']:g}, batch {row['batch_size']}, "
+            f"rank {row['rank']}, seed {row['seed']})")  # fmt: skip
+
+
+def _markdown(header: list[str], rows: list[list[str]]) -> str:
+    return layout(header, rows, num_text_columns=1)

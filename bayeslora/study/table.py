@@ -8,9 +8,9 @@ import pandas as pd
 
 from bayeslora.analysis import calibration_summary
 from bayeslora.study.methods import Lineup
+from bayeslora.study.predictions import PREDICTIONS_FILE, read_predictions
 from bayeslora.study.spec import Cell, Study
-
-PREDICTIONS_FILE = "predictions.npz"
+from bayeslora.study.summary import write_summary
 
 
 def collect(study: Study, trials: Any, output_dir: Path) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
@@ -29,24 +29,17 @@ def collect(study: Study, trials: Any, output_dir: Path) -> tuple[pd.DataFrame, 
     rows = [row | _provenance(done[cell]) for cell in order for row in done[cell]["rows"]]
     rows += _across_seeds(study, {cell: done[cell] for cell in order}, output_dir)
     curves = [{**cell.__dict__, **point} for cell in order for point in done[cell]["curve"]]
-    failures = [{**cell.__dict__, "error": failed[cell]} for cell in sorted(failed, key=_key(study)) if cell not in done]
+    failures = [
+        {**cell.__dict__, "error": failed[cell]} for cell in sorted(failed, key=_key(study)) if cell not in done
+    ]
     failures += [{**cell.__dict__, **failure} for cell in order for failure in done[cell]["failures"]]
     return pd.DataFrame(rows), pd.DataFrame(curves), pd.DataFrame(failures)
-
-
-def read_predictions(folder: Path, split: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Label to probabilities (n, C) and labels (n,) on one split, of a cell's folder."""
-    with np.load(folder / PREDICTIONS_FILE, allow_pickle=False) as arrays:
-        names = [key for key in arrays.files if key.startswith(f"{split}/") and key != f"{split}/labels"]
-        return {key.split("/", 1)[1]: (_normalised(arrays[key]), arrays[f"{split}/labels"]) for key in names}
 
 
 def write_tables(
     study: Study, results: pd.DataFrame, curves: pd.DataFrame, failures: pd.DataFrame, output_dir: Path
 ) -> None:
     """``results.parquet`` and ``results.csv``, ``curves.csv``, ``failures.csv`` and ``summary.md``, with figures."""
-    from bayeslora.study.summary import write_summary
-
     if len(results):
         results.to_parquet(output_dir / "results.parquet", index=False)
         results.to_csv(output_dir / "results.csv", index=False)
@@ -96,9 +89,3 @@ def _key(study: Study) -> Any:
 def _provenance(result: dict) -> dict[str, Any]:
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     return {"versions": versions, "host": result["host"], "processors": result["processors"]}
-
-
-def _normalised(probs: np.ndarray) -> np.ndarray:
-    """Stored in single precision: rows sum to one again."""
-    wide = probs.astype(np.float64)
-    return wide / wide.sum(-1, keepdims=True)
