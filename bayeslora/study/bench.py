@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from bayeslora.config import MonteCLoRAConfig
 from bayeslora.errors import InputError, TrainingDivergedError
 from bayeslora.predict import Collator, batches_by_length
 from bayeslora.study.methods import Method, Predicted, Trained
@@ -130,10 +129,6 @@ class Bench:
         """The study's words for every adapter, with the cell's rank."""
         words = {name: tuple(value) if isinstance(value, list) else value for name, value in self.study.lora.items()}
         return {**words, "r": self.cell.rank}
-
-    def plain_lora(self) -> MonteCLoRAConfig:
-        """The configuration of an adapter without noise."""
-        return MonteCLoRAConfig(sample_scaler=0.0, **self.lora_words())
 
     def budget(self, learning_rate_scale: float = 1.0) -> dict[str, Any]:
         """The study's training options with the cell's own, in the words of :func:`bayeslora.fit`."""

@@ -89,7 +89,7 @@ class Method(ABC):
         for word in options:
             if word not in known:
                 raise InputError(f"method {cls.name!r} has no option {word!r}; {suggest(str(word), known)}")
-        return cls(**options)
+        return cls(**{word: tuple(value) if isinstance(value, list) else value for word, value in options.items()})
 
 
 @dataclass(frozen=True)

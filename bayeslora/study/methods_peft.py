@@ -11,6 +11,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from bayeslora.adapters import lora_config
+from bayeslora.config import MonteCLoRAConfig
 from bayeslora.errors import InputError
 from bayeslora.run_folder import ADAPTER_FOLDER, RUN_FILE, write_json
 from bayeslora.study.methods import Predictor, Trained, TrainedMethod, register
@@ -44,15 +45,25 @@ class FullFineTuning(PointEstimate):
 @register
 @dataclass(frozen=True)
 class LoRA(PointEstimate):
-    """PEFT's LoRA; its variants change the configuration or the optimizer."""
+    """PEFT's LoRA; its variants change the configuration or the optimizer. Options that are None are the study's."""
+
+    target_modules: str | tuple[str, ...] | None = None
+    lora_alpha: float | None = None
+    lora_dropout: float | None = None
 
     name: ClassVar[str] = "lora"
     title: ClassVar[str] = "LoRA"
 
     def train(self, bench: "Bench") -> Trained:
         network = bench.network()
-        network = get_peft_model(network, self.adapter(lora_config(network, bench.plain_lora()), bench))
+        network = get_peft_model(network, self.adapter(lora_config(network, self.configuration(bench)), bench))
         return bench.train(network, learning_rate_scale=self.learning_rate_scale, **self.training(network, bench))
+
+    def configuration(self, bench: "Bench") -> MonteCLoRAConfig:
+        """Plain LoRA's, as a posterior without noise."""
+        own = {word: getattr(self, word) for word in ("target_modules", "lora_alpha", "lora_dropout")}
+        given = {word: value for word, value in own.items() if value is not None}
+        return MonteCLoRAConfig(**{**bench.lora_words(), **given, "sample_scaler": 0.0})
 
     def adapter(self, lora: LoraConfig, bench: "Bench") -> LoraConfig:
         """The adapter's configuration, from plain LoRA's."""
@@ -67,7 +78,7 @@ class LoRA(PointEstimate):
             return super().save(trained, bench)
         from bayeslora.module import BayesLoRA  # a posterior without noise, which `bayeslora report` opens
 
-        bayes = BayesLoRA(trained.network, bench.plain_lora())
+        bayes = BayesLoRA(trained.network, self.configuration(bench))
         bayes.num_examples = len(bench.train_data)
         bayes.save_pretrained(bench.folder / ADAPTER_FOLDER)
         write_json(bench.folder / RUN_FILE, bench.record(bayes, trained))

@@ -1,5 +1,6 @@
 """What can be made of a finished training without another one: temperature, dropout, ensembles, Laplace."""
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -8,8 +9,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from bayeslora.errors import InputError
+from bayeslora.predict import batches_by_length
+from bayeslora.study.bench import PREDICTION_BATCH
 from bayeslora.study.methods import AcrossSeeds, PostHocMethod, Predictor, Trained, register
 from bayeslora.study.methods_monteclora import tempered
 
@@ -106,24 +110,16 @@ class DeepEnsemble(AcrossSeeds):
 class Laplace(PostHocMethod):
     """A Gaussian from the curvature at the end of training, through laplace-torch.
 
-    ``weights``: ``"last_layer"`` (full generalised Gauss-Newton on the head's last linear layer) or ``"lora"``
-    (diagonal, on all LoRA matrices and the head). The prior's precision maximises the marginal likelihood of the
-    training data; predictions are those of the linearised network, with the probit approximation.
+    It covers the head's last linear layer, with the full generalised Gauss-Newton matrix; everything below stays as
+    trained. The prior's precision maximises the marginal likelihood of the training data; predictions are those of the
+    linearised layer, with the probit approximation.
     """
 
-    weights: str = "last_layer"
-
     name: ClassVar[str] = "laplace"
-    title: ClassVar[str] = "Laplace"
-
-    def default_label(self) -> str:
-        return f"{self.title} ({self.weights.replace('_', ' ')})"
+    title: ClassVar[str] = "Laplace (last layer)"
 
     def predictors(self, trained: Trained, bench: "Bench", predict: Predictor) -> Iterator[tuple[str, Predictor]]:
-        fit = {"last_layer": _last_layer_laplace, "lora": _lora_laplace}.get(self.weights)
-        if fit is None:
-            raise InputError(f"laplace: weights is last_layer or lora, got {self.weights!r}")
-        run = fit(trained.network, bench)
+        run = _last_layer_laplace(trained.network, bench)
         yield bench.on_top(self), cache(lambda split: bench.predict(trained.network, bench.data(split), run))
 
 
@@ -153,15 +149,14 @@ def _ensemble(network: nn.Module, members: Sequence[Mapping[str, Tensor]], bench
 def _laplace(*args: Any, **options: Any) -> Any:
     try:
         from laplace import Laplace as make
-    except ImportError as error:
-        raise InputError("laplace needs laplace-torch: pip install 'bayeslora[laplace]'") from error
+    except (ImportError, RuntimeError) as error:  # a torchvision for another torch breaks with a RuntimeError
+        raise InputError("laplace needs laplace-torch (pip install 'bayeslora[laplace]'), and a torchvision from where "
+                         f"torch came: {error}") from error  # fmt: skip
     return make(*args, **options)
 
 
 def _last_layer_laplace(network: nn.Module, bench: "Bench") -> Callable[[Mapping[str, Tensor]], Tensor]:
     """Laplace on the last linear layer alone, whose inputs the rest of the network computes once."""
-    from torch.utils.data import DataLoader, TensorDataset
-
     head = _last_linear(network, bench)
     features: list[Tensor] = []
     seen: list[Tensor] = []
@@ -178,17 +173,18 @@ def _last_layer_laplace(network: nn.Module, bench: "Bench") -> Callable[[Mapping
 
     try:
         bench.predict(network, bench.train_data, run_features)
-        from bayeslora.predict import batches_by_length
-
-        ordered = [e["labels"] for batch in batches_by_length(bench.train_data, 32)[0] for e in batch]
+        batches, _ = batches_by_length(bench.train_data, PREDICTION_BATCH)
+        labels = torch.tensor([example["labels"] for batch in batches for example in batch])
     finally:
         handle.remove()
     alone = nn.Linear(head.in_features, head.out_features, bias=head.bias is not None, device=head.weight.device)
     alone.load_state_dict(head.state_dict())
-    data = DataLoader(TensorDataset(torch.cat(features).clone(), torch.tensor(ordered)), batch_size=256)
+    data = DataLoader(TensorDataset(torch.cat(features).clone(), labels), batch_size=256)
     posterior = _laplace(alone, "classification", subset_of_weights="all", hessian_structure="full")
     posterior.fit(data)
-    posterior.optimize_prior_precision(method="marglik")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="By default `link_approx` is `probit`")
+        posterior.optimize_prior_precision(method="marglik")
 
     def run(inputs: Mapping[str, Tensor]) -> Tensor:
         handle = head.register_forward_pre_hook(remember)
@@ -217,7 +213,3 @@ def _last_linear(network: nn.Module, bench: "Bench") -> nn.Linear:
         raise InputError("laplace on the last layer needs a network that ends in a linear layer on one vector for each "
                          f"example; {type(network).__name__} does not")  # fmt: skip
     return module
-
-
-def _lora_laplace(network: nn.Module, bench: "Bench") -> Callable[[Mapping[str, Tensor]], Tensor]:
-    raise InputError("laplace on the LoRA parameters is not there yet: use weights: last_layer")
