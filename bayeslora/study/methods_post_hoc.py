@@ -180,10 +180,11 @@ def _last_layer_laplace(network: nn.Module, bench: "Bench") -> Callable[[Mapping
     alone = nn.Linear(head.in_features, head.out_features, bias=head.bias is not None, device=head.weight.device)
     alone.load_state_dict(head.state_dict())
     data = DataLoader(TensorDataset(torch.cat(features).clone(), labels), batch_size=256)
-    posterior = _laplace(alone, "classification", subset_of_weights="all", hessian_structure="full")
-    posterior.fit(data)
     with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of what laplace-torch uses
         warnings.filterwarnings("ignore", message="By default `link_approx` is `probit`")
+        posterior = _laplace(alone, "classification", subset_of_weights="all", hessian_structure="full")
+        posterior.fit(data)
         posterior.optimize_prior_precision(method="marglik")
 
     def run(inputs: Mapping[str, Tensor]) -> Tensor:

@@ -47,7 +47,7 @@ class StudyResult:
 
 
 def run_study(
-    study: Study, output_dir: str | Path, *, storage: str | None = None, isolate: bool = True, progress: bool = True
+    study: Study, output_dir: str | Path, *, storage: str | None = None, isolate: bool = False, progress: bool = True
 ) -> StudyResult:
     """Train and score every cell that is not finished yet; then write the tables.
 
@@ -60,7 +60,8 @@ def run_study(
         storage: An Optuna storage URL such as ``sqlite:///study.db`` or ``postgresql://...``; ``None`` for a journal
             file in ``output_dir``.
         isolate: Run each cell in a process of its own, forked from one that has everything imported: its peak memory
-            is then the cell's, and a crash fails one cell. Otherwise ``peak_memory_mb`` is empty.
+            is then the cell's, and a crash fails one cell. A script that asks for it needs the usual
+            ``if __name__ == "__main__":``. Otherwise ``peak_memory_mb`` is empty.
         progress: Say which cell runs, and how long the rest will take.
 
     Raises:
@@ -83,6 +84,8 @@ def run_study(
     _retry_failed(optuna, trials, space)
     watch = _Watch(len(list(cells(study, trained))), trials, optuna, progress)
 
+    full_disk: list[StorageError] = []
+
     def objective(trial: Any) -> float:
         cell = Cell(**{name: trial.suggest_categorical(name, values) for name, values in space.items()})
         watch.begin(cell)
@@ -92,14 +95,17 @@ def run_study(
             trial.set_user_attr("error", f"{type(error).__name__}: {error}")
             trial.set_user_attr("traceback", traceback.format_exc()[-4000:])
             if isinstance(error, StorageError):
+                full_disk.append(error)
                 trials.stop()
             raise
         trial.set_user_attr("result", result)
         return _value(result)
 
     with _quiet(optuna), _preloaded(isolate):
-        if not sampler.is_exhausted(trials):
+        while not full_disk and (_waiting(optuna, trials) or not sampler.is_exhausted(trials)):
             trials.optimize(objective, catch=(Exception,), callbacks=[watch.end])
+    if full_disk:
+        raise full_disk[0]
     results, curves, failures = collect(study, trials, output_dir)
     write_tables(study, results, curves, failures, output_dir)
     return StudyResult(study, results, curves, failures, output_dir)
@@ -250,6 +256,11 @@ def _retry_failed(optuna: Any, trials: Any, space: dict[str, list[Any]]) -> None
         if trial.state == state.FAIL:
             attributes = {"grid_id": trial.system_attrs["grid_id"], "search_space": trial.system_attrs["search_space"]}
             trials.add_trial(optuna.trial.create_trial(state=state.WAITING, system_attrs=attributes))
+
+
+def _waiting(optuna: Any, trials: Any) -> bool:
+    """Whether cells are queued again; the sampler takes them for visited."""
+    return bool(trials.get_trials(deepcopy=False, states=(optuna.trial.TrialState.WAITING,)))
 
 
 def _storage(optuna: Any, url: str | None, output_dir: Path) -> Any:

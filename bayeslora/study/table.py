@@ -33,7 +33,12 @@ def collect(study: Study, trials: Any, output_dir: Path) -> tuple[pd.DataFrame, 
         {**cell.__dict__, "error": failed[cell]} for cell in sorted(failed, key=_key(study)) if cell not in done
     ]
     failures += [{**cell.__dict__, **failure} for cell in order for failure in done[cell]["failures"]]
-    return pd.DataFrame(rows), pd.DataFrame(curves), pd.DataFrame(failures)
+    results = pd.DataFrame(rows)
+    if len(results):
+        results["seed"] = results["seed"].astype("Int64")
+        for name in ("mutual_information", "peak_memory_mb"):
+            results[name] = pd.to_numeric(results[name])
+    return results, pd.DataFrame(curves), pd.DataFrame(failures)
 
 
 def write_tables(
