@@ -154,18 +154,46 @@ def test_diagnose_for_people_and_programs(run, capsys):
 
 
 def test_compare_continues_and_refuses_other_settings(model, data, tmp_path, capsys):
-    command = ["compare", *data_options(model, data), "--output", str(tmp_path / "c"), "--seeds", "0", "1",
+    command = ["compare", *data_options(model, data), "--output", str(tmp_path / "c"), "--in-process",
                "--num-samples", "2", "--max-steps", "3", *SMALL]  # fmt: skip
-    assert main(command) == 0
-    table = capsys.readouterr().out
-    assert "LoRA + temperature" in table
-    assert "MonteCLoRA, 2 draws" in table
-    scores = tmp_path / "c" / "lora-seed0" / "scores.json"
+    assert main([*command, "--seeds", "0"]) == 0
+    capsys.readouterr()
+    runs = tmp_path / "c" / "reviews-lr0.001-batch8-rank2"
+    scores = runs / "lora-seed0" / "scores.json"
     before = scores.stat().st_mtime_ns
-    assert main(command) == 0
+    assert main([*command, "--seeds", "0", "1"]) == 0
+    table = capsys.readouterr().out
     assert scores.stat().st_mtime_ns == before
-    assert main([*command, "--learning-rate", "0.1"]) == 2
-    assert "another fit" in capsys.readouterr().err
+    assert re.search(r"^\| test +\| LoRA \+ temperature\* +\| +2 \|", table, re.MULTILINE)
+    assert re.search(r"^\| test +\| MonteCLoRA, 2 draws +\| +2 \|", table, re.MULTILINE)
+    assert "validation" not in table
+    assert main([*command, "--max-length", "12"]) == 2
+    assert "another max_length (16)" in capsys.readouterr().err
+    page = tmp_path / "report.html"
+    report = ["report", str(tmp_path / "c"), "--output", str(page), "--num-samples", "2", "--no-diagnostics"]
+    assert main(report) == 0  # compare with flags keeps what was trained
+    text = page.read_text(encoding="utf-8")
+    assert all(f"{method}-seed{seed}" in text for method in ("lora", "monteclora") for seed in (0, 1))
+
+
+def test_compare_from_a_study_file(model, data, tmp_path, capsys):
+    study = tmp_path / "study.yaml"
+    study.write_text(
+        f"model: {model}\ntasks: [{{name: reviews, data_dir: {data}, text_columns: text}}]\n"
+        "methods: [lora, temperature]\n"
+        "learning_rates: [1e-3, 1e-2]\nranks: [2]\nbatch_sizes: [8]\nmax_length: 16\ntraining: {max_steps: 2}\n",
+        encoding="utf-8",
+    )
+    command = ["compare", str(study), "--in-process", "--output", str(tmp_path / "c")]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert "each at the setting with its lowest mean NLL on validation" in out
+    assert "accuracy (%) spread" in out
+    study.write_text(study.read_text() + "learning_rate: [1]\n", encoding="utf-8")
+    assert main(command) == 2
+    assert "did you mean 'learning_rates'" in capsys.readouterr().err
+    assert main(["compare", "--output", str(tmp_path / "d")]) == 2
+    assert "needs a study file, or --model and --task" in capsys.readouterr().err
 
 
 def test_both_methods_start_from_the_same_initialisation(model, data):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from bayeslora import InputError, compare, load_task
+from bayeslora import InputError
 from bayeslora.errors import StorageError
 from bayeslora.run_folder import lock_folder
 from tests.conftest import tiny_dataset
@@ -304,14 +304,3 @@ def test_noise_does_not_depend_on_where_a_log_falls(tmp_path):
     run(tmp_path / "often", often, logging_steps=1)
     run(tmp_path / "seldom", seldom, logging_steps=6)
     assert all(torch.equal(value, seldom.state_dict()[name]) for name, value in often.state_dict().items())
-
-
-def test_compare_in_a_folder_in_use(tmp_path):
-    (tmp_path / "data").mkdir()
-    for split in ("train", "test"):
-        (tmp_path / "data" / f"{split}.csv").write_text("text,label\na film,0\na plot,1\n")
-    task = load_task("reviews", tmp_path / "data", text_columns="text")
-    with lock_folder(tmp_path / "out"):
-        with pytest.raises(InputError, match=f"out is in use by process {os.getpid()} on"):
-            compare("nowhere", task, output_dir=tmp_path / "out")
-        assert [path.name for path in (tmp_path / "out").iterdir()] == ["run.lock"]
