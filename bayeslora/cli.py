@@ -139,7 +139,7 @@ def _add_diagnose(commands: Any) -> None:
         "Importance sampling (Pareto k), agreement of runs from other seeds, convergence of the ELBO's parts, whether\n"
         "the labels shape the noise, and the amortization gap: a number, a verdict and a sentence of advice for each.",
     )  # fmt: skip
-    _add_run_options(parser, num_samples=100)
+    _add_run_options(parser, num_samples=50)
     parser.add_argument("--restarts", type=Path, nargs="+", default=[], metavar="RUN_DIR",
                         help="the same fitted from other seeds")  # fmt: skip
     parser.add_argument("--steps", type=int, default=50, help="batches behind the last two answers")

@@ -20,7 +20,7 @@ from bayeslora.recorder import Recorder
 if TYPE_CHECKING:
     from bayeslora.module import BayesLoRA
 
-RESTART_EXAMPLES = 200  # whose predictions are compared between restarts
+RESTART_EXAMPLES = 100  # whose predictions are compared between restarts
 
 
 def diagnose(
@@ -29,7 +29,7 @@ def diagnose(
     *,
     restarts: Sequence["BayesLoRA"] = (),
     history: Sequence[Mapping[str, float]] = (),
-    num_samples: int = 100,
+    num_samples: int = 50,
     steps: int = 50,
     batch_size: int = 32,
     learning_rate: float = 0.02,
@@ -48,7 +48,7 @@ def diagnose(
 
     The last one refines v and α of every adapter for ``steps`` steps from where the guide is, with the network held
     fixed; ``bayes`` is afterwards what it was before. The cost is that of ``num_samples`` passes over the data, as many
-    over at most 200 of its examples for each restart, and some 4 × ``steps`` training steps.
+    over at most 100 of its examples for each restart, and some 4 × ``steps`` training steps.
 
     Args:
         bayes: The fitted module.

@@ -1,6 +1,6 @@
 """What does ArviZ show of a fitted posterior, and which method predicts best?
 
-Fits LoRA and two posteriors to 300 movie sentences and opens them in ArviZ: `summary` and `plot_forest` of the noise,
+Fits LoRA and two posteriors to 200 movie sentences and opens them in ArviZ: `summary` and `plot_forest` of the noise,
 the ELBO's parts over the steps, PSIS-LOO on the training sentences, and `compare` on sentences that none has seen.
 
     python examples/arviz_tour.py
@@ -31,9 +31,9 @@ METHODS = {
 def main(
     output_dir: str = "runs/arviz_tour",
     *,
-    train_examples: int = 300,
-    test_examples: int = 200,
-    num_samples: int = 50,
+    train_examples: int = 200,
+    test_examples: int = 100,
+    num_samples: int = 30,
     max_steps: int | None = None,
 ):
     """Fit, and write two figures and a netCDF file to ``output_dir``; returns ArviZ's comparison table."""
