@@ -84,13 +84,20 @@ class Bench:
 
     def data(self, split: str, limit: int | None = None) -> Any:
         """Encoded, labelled examples of a split: at most ``limit``, else as many as the study says."""
-        limit = limit or (self.study.train_examples if split == "train" else self.study.test_examples)
+        limit = limit or self._limit(split)
         if (split, limit) not in self._encoded:
             encoded = self.task.encode(
                 self.tokenizer, split, max_length=self.study.max_length, limit=limit, labelled=True
             )
             self._encoded[split, limit] = list(encoded)
         return self._encoded[split, limit]
+
+    def _limit(self, split: str) -> int | None:
+        if split == "train":
+            return self.study.train_examples
+        if split == "validation" and self.has_validation and self.study.validation_examples:
+            return self.study.validation_examples
+        return self.study.test_examples
 
     @property
     def train_data(self) -> list[dict[str, Any]]:
@@ -105,7 +112,8 @@ class Bench:
         if not self.has_validation:
             raise InputError(f"task {self.cell.task!r} has no labelled validation split besides what is scored; "
                              "set hold_out to take one from the training examples")  # fmt: skip
-        return self.data("validation", min(self.study.curve_examples, self.study.test_examples or 10**9))
+        limit = self._limit("validation")
+        return self.data("validation", min(self.study.curve_examples, limit or self.study.curve_examples))
 
     @property
     def curve_data(self) -> list[dict[str, Any]] | None:
@@ -214,6 +222,8 @@ class Bench:
 
 class PlainTrainer(Trainer):
     """``Trainer`` for networks that are not ours, with the loss divided and the weights decayed as ``fit`` does it."""
+
+    optimizer: Any
 
     def __init__(self, *args: Any, make_optimizer: Any, penalty: Any, **kwargs: Any):
         self.make_optimizer, self.penalty = make_optimizer, penalty

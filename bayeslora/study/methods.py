@@ -89,7 +89,8 @@ class Method(ABC):
         for word in options:
             if word not in known:
                 raise InputError(f"method {cls.name!r} has no option {word!r}; {suggest(str(word), known)}")
-        return cls(**{word: tuple(value) if isinstance(value, list) else value for word, value in options.items()})
+        values: dict[str, Any] = {w: tuple(v) if isinstance(v, list) else v for w, v in options.items()}
+        return cls(**values)
 
 
 @dataclass(frozen=True)

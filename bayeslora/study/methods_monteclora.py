@@ -64,7 +64,7 @@ class Posterior:
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Any:
-        own = [f.name for f in dataclasses.fields(cls) if f.name != "config"]  # type: ignore[arg-type]
+        own = [f.name for f in dataclasses.fields(cls) if f.name != "config"]
         for word in options:
             if word not in own and word not in CONFIG_WORDS:
                 raise InputError(f"method {cls.name!r} has no option {word!r}; "  # type: ignore[attr-defined]
@@ -89,7 +89,9 @@ class Posterior:
         """Within the study's budget."""
         folder = bench.folder / "training"
         keeper = bench.keeper(bayes.network)
-        evaluating = {"eval_strategy": "steps", "load_best_model_at_end": False} if bench.curve_data else {}
+        evaluating: dict[str, Any] = (
+            {"eval_strategy": "steps", "load_best_model_at_end": False} if bench.curve_data else {}
+        )
         started = time.perf_counter()
         result = fit(
             bayes, bench.train_data, bench.curve_data, output_dir=folder, progress=bench.progress,

@@ -152,7 +152,7 @@ def _in_own_process(study: Study, cell: Cell, output_dir: Path) -> dict:
         InputError, TrainingDivergedError, StorageError: what the cell raised.
         RuntimeError: for any other error of the cell, and where its process died.
     """
-    context = multiprocessing.get_context(_start_method())
+    context: Any = multiprocessing.get_context(_start_method())
     here, there = context.Pipe(duplex=False)
     worker = context.Process(target=_work, args=(there, study.to_dict(), asdict(cell), str(output_dir)), daemon=True)
     worker.start()

@@ -78,6 +78,7 @@ class Study:
             one method for every combination. ``label`` is what tables call it.
         learning_rates, batch_sizes, ranks, seeds: The grid; every method is trained at each of its points.
         train_examples, test_examples: Random subsets of these sizes, the same for all; everything when ``None``.
+        validation_examples: The same for what is tuned and chosen on; as ``test_examples`` when ``None``.
         test_split: What is scored; ``validation`` where it is unlabelled.
         shift_splits: Score the task's shifted splits too.
         hold_out: Training examples set aside as validation where the task's own validation split is what is scored.
@@ -104,6 +105,7 @@ class Study:
     seeds: tuple[int, ...] = (0,)
     train_examples: int | None = None
     test_examples: int | None = None
+    validation_examples: int | None = None
     test_split: str = "test"
     shift_splits: bool = True
     hold_out: int = 0
@@ -126,14 +128,14 @@ class Study:
             values = tuple(_number(name, value, kind) for value in _listed(name, getattr(self, name)))
             object.__setattr__(self, name, values)
         for name in AXES:
-            values = [json.dumps(_plain(value), sort_keys=True) for value in getattr(self, name)]
-            repeated = [value for value in values if values.count(value) > 1]
+            entries = [json.dumps(_plain(value), sort_keys=True) for value in getattr(self, name)]
+            repeated = [entry for entry in entries if entries.count(entry) > 1]
             if repeated:
                 raise InputError(f"study: {name} names {repeated[0]} twice")
         for name, least in (("num_samples", 1), ("max_length", 2), ("hold_out", 0), ("curve_points", 0),
                             ("curve_examples", 1), ("retries", 0)):  # fmt: skip
             _number(name, getattr(self, name), int, least=least)
-        for name in ("train_examples", "test_examples"):
+        for name in ("train_examples", "test_examples", "validation_examples"):
             if getattr(self, name) is not None:
                 _number(name, getattr(self, name), int, least=1)
         _check_words("training", self.training, TRAINING_WORDS)
