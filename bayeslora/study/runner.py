@@ -65,11 +65,11 @@ def run_study(
         progress: Say which cell runs, and how long the rest will take.
 
     Raises:
-        InputError: for methods or tasks that cannot be, an ``output_dir`` that holds other settings or something else,
-            and where Optuna is not installed.
+        InputError: for methods or tasks that cannot be, an ``output_dir`` that holds other settings or something else.
         StorageError: when the disk is full.
     """
-    optuna = _optuna()
+    import optuna
+
     output_dir = Path(output_dir)
     lineup = Lineup.of(study)
     _check_folder(output_dir, study)
@@ -272,14 +272,6 @@ def _storage(optuna: Any, url: str | None, output_dir: Path) -> Any:
     journal = optuna.storages.journal
     path = str(output_dir / JOURNAL_FILE)
     return optuna.storages.JournalStorage(journal.JournalFileBackend(path, journal.JournalFileOpenLock(path)))
-
-
-def _optuna() -> Any:
-    try:
-        import optuna
-    except ImportError as error:
-        raise InputError("comparing needs Optuna: pip install 'bayeslora[study]'") from error
-    return optuna
 
 
 @contextlib.contextmanager
