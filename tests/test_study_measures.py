@@ -40,7 +40,8 @@ def table() -> pd.DataFrame:
                     rows.append({
                         "task": "t", "method": method, "split": split, "learning_rate": rate, "batch_size": 8,
                         "rank": 8, "seed": seed, "accuracy": acc - shift + 0.04 * seed, "nll": nll, "ece": 0.1,
-                        "brier": 0.3, "examples": 200, "train_seconds": seconds, "predict_seconds": 4.0, "peak_memory_mb": None,
+                        "brier": 0.3, "examples": 200, "train_seconds": seconds, "predict_seconds": 4.0,
+                        "peak_memory_mb": None,
                     })  # fmt: skip
     return pd.DataFrame(rows)
 
