@@ -15,6 +15,8 @@ import torch
 from transformers import BertTokenizerFast
 
 from bayeslora.analysis import fit_temperature
+from bayeslora.comparison import compare
+from bayeslora.config import MonteCLoRAConfig
 from bayeslora.errors import InputError
 from bayeslora.study import Study
 from bayeslora.study.bench import Bench
@@ -24,6 +26,7 @@ from bayeslora.study.methods_peft import LoRA
 from bayeslora.study.predictions import read_predictions
 from bayeslora.study.runner import run_study
 from bayeslora.study.spec import Cell, MethodSpec, cells
+from bayeslora.tasks import load_task
 from tests.conftest import VOCABULARY, tiny_network
 
 WORDS = ("good", "bad", "film", "plot", "the", "is", "fine", "dull")
@@ -381,3 +384,25 @@ def test_hold_out_makes_a_validation_split(study, place, tmp_path):
     assert bench.splits == ("validation", "test")
     result = run_cell(made, only(made), tmp_path / "with")
     assert {row["method"] for row in result["rows"] if row["split"] == "test"} == {"LoRA", "LoRA + temperature*"}
+
+
+def test_compare_in_python(place, tmp_path):
+    """The two methods of the demo, with a table and predictions by split and seed; what is wrong is refused."""
+    task = load_task("reviews", place / "reviews", text_columns="text")
+    config = MonteCLoRAConfig(r=2, target_modules=["query"], sample_scaler=0.2)
+    options = {"learning_rate": 0.01, "batch_size": 8, "max_length": 12, "num_samples": 3, "max_steps": 3,
+               "progress": False}  # fmt: skip
+    found = compare(place / "model", task, config, output_dir=tmp_path / "c", seeds=(0, 1), **options)
+    names = ["LoRA", "LoRA + temperature*", "MonteCLoRA, mean", "MonteCLoRA, 3 draws"]
+    assert list(found.table.index) == [("test", name) for name in names]
+    assert len(found.rows) == 2 * len(names)
+    predictions = found.predictions("test", 1)
+    assert set(names) <= set(predictions)
+    for row in found.rows:
+        probs, labels = found.predictions("test", row["seed"])[row["method"]]
+        assert row["nll"] == pytest.approx(-np.log(probs[np.arange(len(labels)), labels]).mean(), rel=1e-5)
+    assert (found.runs["MonteCLoRA", 0] / "adapter" / "posterior.safetensors").is_file()
+    with pytest.raises(InputError, match="another"):
+        compare(place / "model", task, config, output_dir=tmp_path / "c", **{**options, "num_samples": 4})
+    with pytest.raises(InputError, match="trained LoRA"):
+        compare(place / "model", task, config.replace(mode="post_hoc"), output_dir=tmp_path / "d", **options)
