@@ -8,7 +8,6 @@ import pandas as pd
 from bayeslora.analysis.plot_style import (
     BAND,
     COLOURS,
-    SMALL_TEXT_SIZE,
     frame,
     legend_above,
     name_rows,
@@ -110,9 +109,8 @@ def plot_cost(results: pd.DataFrame, ax: Any = None, *, metric: str = "nll", spl
         colour, marker = style(number)
         ax.plot(rows["train_seconds"].mean(), factor * rows[metric].mean(), color=colour, marker=marker, markersize=5,
                 linestyle="none", label=name)  # fmt: skip
-    ax.set_xscale("log")
+    ax.set_xlim(left=0)
     frame(ax, x="seconds of training", y=title)
-    ax.tick_params(which="minor", labelsize=SMALL_TEXT_SIZE)
     legend_above(ax)
     return ax
 

@@ -16,6 +16,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import numpy as np
+import pandas as pd
 import xarray
 from matplotlib import pyplot
 
@@ -109,6 +110,25 @@ def ranks() -> dict[str, np.ndarray]:
     return {name: (values < truth).sum(axis=1) for name, values in variants.items()}
 
 
+def grid() -> pd.DataFrame:
+    """A study's table: two methods over five learning rates, two batch sizes and three seeds, one of them steadier."""
+    rng = np.random.default_rng(8)
+    rows = []
+    for method, seconds, width in (("LoRA", 60.0, 1.0), ("posterior predictive", 66.0, 0.4)):
+        for rate in (1e-4, 3e-4, 1e-3, 3e-3, 1e-2):
+            off = width * (np.log10(rate) + 3) ** 2
+            for batch in (8, 32):
+                for seed in range(3):
+                    accuracy = 0.8 - 0.05 * off + 0.01 * rng.normal()
+                    nll = 0.45 + 0.25 * width + 0.2 * off + 0.02 * rng.normal()
+                    common = {"task": "made up", "method": method, "learning_rate": rate, "batch_size": batch,
+                              "rank": 8, "seed": seed, "accuracy": accuracy, "nll": nll, "brier": 0.3,
+                              "ece": 0.02 + 0.1 * width + 0.03 * off,
+                              "train_seconds": seconds * (2 if batch == 8 else 1)}  # fmt: skip
+                    rows += [{**common, "split": split} for split in ("validation", "test")]
+    return pd.DataFrame(rows)
+
+
 def main(folder: Path) -> list[Path]:
     """Write ``gallery.md`` and its pictures into ``folder``; returns the pictures."""
     data, prior = posterior(), posterior(wide=2.0, seed=1)
@@ -166,6 +186,14 @@ def main(folder: Path) -> list[Path]:
          lambda: analysis.plot_entropy_parts(parts)),
         ("agreement", "Is the model unsure where people disagree?",
          lambda: analysis.plot_agreement(*people(), unit="entropy of the raters' votes  (nats)")),
+        ("grid_spread", "Robustness: each method over all settings of a grid.",
+         lambda: analysis.plot_grid_spread(grid(), metric="nll")),
+        ("learning_rates", "How much a method asks of its learning rate: mean and range over batch sizes and seeds.",
+         lambda: analysis.plot_learning_rates(grid())),
+        ("accuracy_calibration", "Each method at its own best setting on validation; best is the lower right corner.",
+         lambda: analysis.plot_accuracy_calibration(grid())),
+        ("cost", "What a better likelihood costs in training.",
+         lambda: analysis.plot_cost(grid())),
         ("rank_ecdf", "Simulation-based calibration: is the posterior right over many data sets?",
          lambda: analysis.plot_rank_ecdf(ranks(), 99)),
     ]  # fmt: skip
