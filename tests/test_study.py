@@ -75,7 +75,7 @@ def only(study: Study, label: str | None = None, **changes) -> Cell:
     return Cell(**{**found[0].__dict__, **changes})
 
 
-def tested(result) -> pd.DataFrame:
+def scored_on_test(result) -> pd.DataFrame:
     return result.results[result.results["split"] == "test"].reset_index(drop=True)
 
 
@@ -193,7 +193,7 @@ def test_one_training_serves_all_that_builds_on_it(study, tmp_path, monkeypatch)
     result = run_study(made, tmp_path / "out", progress=False)
     assert sorted(cell.seed for cell in trained) == [0, 1]
     assert not len(result.failures)
-    rows = tested(result)
+    rows = scored_on_test(result)
     assert set(rows["method"]) == {
         "LoRA", "LoRA + temperature*", "LoRA + MC dropout", "LoRA + checkpoint ensemble", "LoRA deep ensemble",
         "MonteCLoRA post-hoc, 3 draws", "MonteCLoRA post-hoc, 3 draws + temperature*",
@@ -274,7 +274,7 @@ class TestGrid:
         (tmp_path / "flag").touch()
         made = self.grid(study, tmp_path, fail_on_seed=1, fail_while=str(tmp_path / "flag"))
         result = run_study(made, tmp_path / "out", progress=False)
-        assert sorted(tested(result)["seed"]) == [0, 2]
+        assert sorted(scored_on_test(result)["seed"]) == [0, 2]
         assert result.failures[["seed", "error"]].to_dict("records") == [
             {"seed": 1, "error": "InputError: this seed brings bad luck"}
         ]
@@ -282,7 +282,7 @@ class TestGrid:
         assert "bad luck" in (tmp_path / "out" / "failures.csv").read_text()
         (tmp_path / "flag").unlink()
         again = run_study(made, tmp_path / "out", progress=False)  # repeats the failed cell, and no other
-        assert sorted(tested(again)["seed"]) == [0, 1, 2]
+        assert sorted(scored_on_test(again)["seed"]) == [0, 1, 2]
         assert not len(again.failures)
         assert not (tmp_path / "out" / "failures.csv").exists()
         assert self.trainings(tmp_path) == ["0", "1", "2"]
@@ -302,7 +302,7 @@ class TestGrid:
         made = self.grid(study, tmp_path)
         run_study(made, tmp_path / "out", progress=False)
         more = Study.from_dict({**made.to_dict(), "seeds": [0, 1, 2, 3]})
-        assert sorted(tested(run_study(more, tmp_path / "out", progress=False))["seed"]) == [0, 1, 2, 3]
+        assert sorted(scored_on_test(run_study(more, tmp_path / "out", progress=False))["seed"]) == [0, 1, 2, 3]
         assert self.trainings(tmp_path) == ["0", "1", "2", "3"]
         other = Study.from_dict({**made.to_dict(), "max_length": 13})
         with pytest.raises(InputError, match=r"another max_length \(12\)"):
@@ -334,7 +334,7 @@ class TestGrid:
         before = self.trainings(tmp_path)
         assert "1" not in before
         result = run_study(made, tmp_path / "out", progress=False)
-        assert sorted(tested(result)["seed"]) == [0, 1, 2]
+        assert sorted(scored_on_test(result)["seed"]) == [0, 1, 2]
         assert self.trainings(tmp_path) == ["0", "1", "2"]
 
     def test_two_workers_share_a_study(self, study, tmp_path):
@@ -351,7 +351,7 @@ class TestGrid:
         assert [worker.returncode for worker in workers] == [0, 0], errors
         assert self.trainings(tmp_path) == ["0", "1", "2", "3", "4", "5"]
         result = run_study(made, tmp_path / "out", storage=storage, progress=False)
-        assert list(tested(result)["seed"]) == [0, 1, 2, 3, 4, 5]
+        assert list(scored_on_test(result)["seed"]) == [0, 1, 2, 3, 4, 5]
         assert self.trainings(tmp_path) == ["0", "1", "2", "3", "4", "5"]
 
     def test_a_process_for_each_cell(self, study, tmp_path):
@@ -360,8 +360,8 @@ class TestGrid:
         made = Study.from_dict({**made.to_dict(), "retries": 0})
         started = time.monotonic()
         result = run_study(made, tmp_path / "out", isolate=True, progress=False)
-        assert list(tested(result)["seed"]) == [0]
-        assert 100 < tested(result)["peak_memory_mb"][0] < 20_000
+        assert list(scored_on_test(result)["seed"]) == [0]
+        assert 100 < scored_on_test(result)["peak_memory_mb"][0] < 20_000
         errors = dict(zip(result.failures["seed"], result.failures["error"], strict=True))
         assert errors[2] == "InputError: this seed brings bad luck"
         assert "exit code -9" in errors[1]
