@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import shlex
 import sys
 import warnings
@@ -42,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.command_line = shlex.join(["bayeslora", *words])
     # PEFT and transformers announce each other's deprecations, which a user of this command cannot act on
     warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # nor act on what it does not find for four bits
     try:
         arguments.run(arguments)
     except (InputError, StorageError, TrainingDivergedError) as error:

@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from bayeslora.errors import InputError, TrainingDivergedError
+from bayeslora.monitor import BriefProgress
 from bayeslora.predict import Collator, batches_by_length
 from bayeslora.study.methods import Method, Predicted, Trained
 from bayeslora.study.spec import Cell, Study
@@ -187,6 +188,8 @@ class Bench:
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
+        if self.progress:
+            trainer.add_callback(BriefProgress())
         started = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - started

@@ -6,7 +6,7 @@ import logging
 import multiprocessing
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -86,11 +86,14 @@ def run_study(
 
     full_disk: list[StorageError] = []
 
+    def run(cell: Cell) -> dict:
+        return _in_own_process(study, cell, output_dir) if isolate else _run_here(study, cell, output_dir, progress)
+
     def objective(trial: Any) -> float:
         cell = Cell(**{name: trial.suggest_categorical(name, values) for name, values in space.items()})
         watch.begin(cell)
         try:
-            result = _with_retries(study, cell, output_dir, isolate)
+            result = _with_retries(run, cell, study.retries)
         except Exception as error:
             trial.set_user_attr("error", f"{type(error).__name__}: {error}")
             trial.set_user_attr("traceback", traceback.format_exc()[-4000:])
@@ -111,25 +114,25 @@ def run_study(
     return StudyResult(study, results, curves, failures, output_dir)
 
 
-def _with_retries(study: Study, cell: Cell, output_dir: Path, isolate: bool) -> dict:
-    for attempt in range(study.retries + 1):
+def _with_retries(run: Callable[[Cell], dict], cell: Cell, retries: int) -> dict:
+    for attempt in range(retries + 1):
         try:
-            return _when_free(study, cell, output_dir, isolate)
+            return _when_free(run, cell)
         except FINAL_ERRORS:
             raise
         except Exception as error:
-            if attempt == study.retries:
+            if attempt == retries:
                 raise
             logger.warning("%s failed (%s); trying again", cell, error)
     raise AssertionError
 
 
-def _when_free(study: Study, cell: Cell, output_dir: Path, isolate: bool) -> dict:
+def _when_free(run: Callable[[Cell], dict], cell: Cell) -> dict:
     """Run the cell; where another process is at it, wait for that one's result."""
     said = False
     while True:
         try:
-            return _in_own_process(study, cell, output_dir) if isolate else _run_here(study, cell, output_dir)
+            return run(cell)
         except InputError as error:
             if " is in use by " not in str(error):
                 raise
@@ -139,10 +142,10 @@ def _when_free(study: Study, cell: Cell, output_dir: Path, isolate: bool) -> dic
             time.sleep(POLL_SECONDS)
 
 
-def _run_here(study: Study, cell: Cell, output_dir: Path) -> dict:
+def _run_here(study: Study, cell: Cell, output_dir: Path, progress: bool) -> dict:
     from bayeslora.study.cell import run_cell
 
-    return run_cell(study, cell, output_dir)
+    return run_cell(study, cell, output_dir, progress=progress)
 
 
 def _in_own_process(study: Study, cell: Cell, output_dir: Path) -> dict:
