@@ -28,6 +28,7 @@ SETTINGS_FILE = "comparison.json"
 JOURNAL_FILE = "optuna.journal"
 FINAL_ERRORS = (InputError, TrainingDivergedError)  # another try would end the same way
 POLL_SECONDS = 1.0
+OPENING_TRIES = 3
 
 
 @dataclass(frozen=True)
@@ -268,10 +269,13 @@ def _waiting(optuna: Any, trials: Any) -> bool:
 
 def _storage(optuna: Any, url: str | None, output_dir: Path) -> Any:
     if url is not None:
-        try:
-            return optuna.storages.get_storage(url)
-        except Exception as error:
-            raise InputError(f"Optuna cannot open the storage {url!r}: {str(error).splitlines()[0]}") from error
+        for tries_left in reversed(range(OPENING_TRIES)):  # two workers that begin at once both create the tables
+            try:
+                return optuna.storages.get_storage(url)
+            except Exception as error:
+                if not tries_left:
+                    raise InputError(f"Optuna cannot open the storage {url!r}: {str(error).splitlines()[0]}") from error
+            time.sleep(POLL_SECONDS)
     journal = optuna.storages.journal
     path = str(output_dir / JOURNAL_FILE)
     return optuna.storages.JournalStorage(journal.JournalFileBackend(path, journal.JournalFileOpenLock(path)))
