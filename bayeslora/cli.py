@@ -4,13 +4,17 @@ import argparse
 import json
 import logging
 import shlex
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bayeslora._version import __version__
+from bayeslora.config import NOISE_SCHEDULES
 from bayeslora.errors import InputError, StorageError, TrainingDivergedError
 
 if TYPE_CHECKING:
@@ -45,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # nor act on what it does not find for four bits
     try:
-        arguments.run(arguments)
+        with _stopping_when_terminated():
+            arguments.run(arguments)
     except (InputError, StorageError, TrainingDivergedError) as error:
         print(f"bayeslora: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -53,6 +58,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("bayeslora: interrupted; continue a fit with --resume", file=sys.stderr)
         return 130
     return 0
+
+
+@contextmanager
+def _stopping_when_terminated() -> Iterator[None]:
+    """SIGTERM ends the command as Ctrl-C does: processes it has started end too, and locks are released."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -233,6 +251,7 @@ def _add_method_options(parser: argparse.ArgumentParser, *, several: bool = Fals
     group.add_argument("--guide", help="amortized (default), mean_field or gaussian")
     group.add_argument("--mixture", choices=("dense", "sparse"))
     group.add_argument("--noise", choices=("per_example", "shared"), help="a draw for each example, or one a batch")
+    group.add_argument("--noise-schedule", choices=NOISE_SCHEDULES, help="how ε changes while training")
     group.add_argument("--mode", choices=("joint", "post_hoc"))
 
 
@@ -441,7 +460,7 @@ def _config(arguments: argparse.Namespace) -> "MonteCLoRAConfig":
     from bayeslora.config import MonteCLoRAConfig
 
     words = ("lora_alpha", "num_components", "sample_scaler", "kl_weight", "cooperation", "normalization", "guide",
-             "mixture", "noise", "mode")  # fmt: skip
+             "mixture", "noise", "noise_schedule", "mode")  # fmt: skip
     changes = {word: getattr(arguments, word) for word in words if getattr(arguments, word) is not None}
     if arguments.rank is not None:
         changes["r"] = arguments.rank

@@ -18,6 +18,8 @@ REFUSED_LORA_OPTIONS = {
     "megatron_core": "it names a module for PEFT to import, and Megatron's layers cannot be sampled",
 }
 
+NOISE_SCHEDULES = ("constant", "cosine", "entropy", "per_layer")
+
 MAX_RANK = 65_536
 MAX_COMPONENTS = 1024
 
@@ -70,6 +72,8 @@ class MonteCLoRAConfig:
             sign of the noise's rows at random (flipout, Wen et al. 2018): each example's law is the same, and the
             gradient has less variance. ``"shared"`` uses one draw for the whole batch; so does training wherever rows
             of an adapted layer's input are not examples, and with a guide whose rows are not symmetric.
+        noise_schedule: How ε changes while training, ``"constant"``, ``"cosine"``, ``"entropy"`` or ``"per_layer"``
+            (:mod:`bayeslora.noise_schedules`).
         guide: ``"amortized"``, ``"mean_field"`` or ``"gaussian"`` (:mod:`bayeslora.guides`).
         mode: ``"joint"`` trains everything; ``"post_hoc"`` freezes μ, B and the head, and trains only v and α.
         prior_concentration: α0 of the prior Dir(α0·1_N).
@@ -101,6 +105,7 @@ class MonteCLoRAConfig:
     mixture: Literal["dense", "sparse"] = "dense"
     components: Literal["collapsed", "explicit"] = "collapsed"
     noise: Literal["per_example", "shared"] = "per_example"
+    noise_schedule: str = "constant"
     guide: str = "amortized"
     mode: Literal["joint", "post_hoc"] = "joint"
     prior_concentration: float = 1.0
@@ -172,6 +177,7 @@ class MonteCLoRAConfig:
             "mixture": ("dense", "sparse"),
             "components": ("collapsed", "explicit"),
             "noise": ("per_example", "shared"),
+            "noise_schedule": NOISE_SCHEDULES,
             "mode": ("joint", "post_hoc"),
             "alpha_init": ("random", "ones"),
         }

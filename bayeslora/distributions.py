@@ -221,7 +221,8 @@ class CollapsedMixture(TorchDistribution):
         loc: μ, shape ``adapters + (columns, r)``.
         factor: L, lower triangular, shape ``adapters + (r, r)``.
         weights: w, shape ``adapters + (N,)``.
-        scale: ε, a positive number (0 makes every draw equal ``loc`` and has no density).
+        scale: ε, a positive number or one for each adapter, shape ``adapters`` (0 makes every draw equal ``loc`` and
+            has no density).
 
     Shapes: ``batch_shape = adapters + (columns,)``, ``event_shape = (r,)``.
     """
@@ -231,9 +232,9 @@ class CollapsedMixture(TorchDistribution):
     has_rsample = True
 
     def __init__(
-        self, loc: Tensor, factor: Tensor, weights: Tensor, scale: float, *, validate_args: bool | None = None
+        self, loc: Tensor, factor: Tensor, weights: Tensor, scale: float | Tensor, *, validate_args: bool | None = None
     ):
-        self.loc, self.factor, self.weights, self.scale = loc, factor, weights, float(scale)
+        self.loc, self.factor, self.weights, self.scale = loc, factor, weights, scale
         super().__init__(loc.shape[:-1], loc.shape[-1:], validate_args=False)
         if validate_args:
             self._validate_args = True
@@ -260,7 +261,7 @@ class CollapsedMixture(TorchDistribution):
         new.loc = self.loc.expand(batch_shape + self.event_shape)
         new.factor = self.factor.expand(adapters + self.factor.shape[-2:])
         new.weights = self.weights.expand(adapters + self.weights.shape[-1:])
-        new.scale = self.scale
+        new.scale = self.scale.expand(adapters) if isinstance(self.scale, Tensor) else self.scale
         super(CollapsedMixture, new).__init__(batch_shape, self.event_shape, validate_args=False)
         return new
 

@@ -31,6 +31,7 @@ from bayeslora.elbo import CooperativeELBO, Nodes
 from bayeslora.errors import InputError
 from bayeslora.guides import GUIDES, Guide
 from bayeslora.models import MonteCLoRA
+from bayeslora.noise_schedules import SCHEDULES, NoiseSchedule
 from bayeslora.predict import PosteriorDraws, Prediction, posterior_draws, predict, sample_sites
 from bayeslora.recorder import Recorder
 
@@ -77,6 +78,7 @@ class BayesLoRA(nn.Module):
         self.model = MonteCLoRA(self.network, config, likelihood=likelihood)
         self.guide = self._build_guide(guide)
         self.elbo = CooperativeELBO.from_config(config)
+        self.noise_schedule = self._build_noise_schedule()
         self.sampling = config.sample_scaler > 0
         self._rows: bool | None = None  # whether examples can have their own noise; looked up at the first batch
         self._freeze()
@@ -94,6 +96,13 @@ class BayesLoRA(nn.Module):
             )
         device = next(self.network.parameters()).device
         return guide(self.model).to(device)
+
+    def _build_noise_schedule(self) -> NoiseSchedule:
+        name = self.monteclora_config.noise_schedule
+        if name != "constant" and not isinstance(self.guide, Guide):
+            raise InputError(f"noise_schedule={name!r} changes ε, and a {type(self.guide).__name__} does not follow: "
+                             "use a subclass of bayeslora.guides.Guide, or noise_schedule='constant'")  # fmt: skip
+        return SCHEDULES[name](self.model)
 
     def _freeze(self) -> None:
         """Only what the objective depends on is trained, so that every trained parameter gets a gradient."""
@@ -214,7 +223,9 @@ class BayesLoRA(nn.Module):
                     logits.append(self.model.joint(**kwargs)[0])
 
                 loss = self.elbo.differentiable_loss(model, self.guide.forward, **batch)
-        return SequenceClassifierOutput(loss=loss, logits=torch.stack(logits).mean(0).detach())
+        mean = torch.stack(logits).mean(0).detach()
+        self.noise_schedule.see_logits(mean)
+        return SequenceClassifierOutput(loss=loss, logits=mean)
 
     def _run_directly(self, outputs: list[Tensor], **batch: Any) -> tuple[Nodes, Nodes]:
         """One particle without Pyro's handlers around the latent sites: same sites, values and gradients."""

@@ -33,6 +33,7 @@ from bayeslora.errors import InputError, TrainingDivergedError
 from bayeslora.models import CategoricalLikelihood
 from bayeslora.module import BayesLoRA
 from bayeslora.monitor import BriefProgress, GroupedTensorBoard, posterior_logs
+from bayeslora.noise_schedules import NoiseScheduleCallback
 from bayeslora.predict import Collator
 from bayeslora.run_folder import (
     ADAPTER_FOLDER,
@@ -177,7 +178,11 @@ def fit(
             eval_dataset=eval_dataset,
             data_collator=Collator.for_network(bayes.network),
             compute_metrics=_metrics if _metric_names(bayes) else None,
-            callbacks=[*callbacks, *([EarlyStoppingCallback(early_stopping)] if early_stopping else [])],
+            callbacks=[
+                NoiseScheduleCallback(bayes.noise_schedule),
+                *callbacks,
+                *([EarlyStoppingCallback(early_stopping)] if early_stopping else []),
+            ],
         )
         _choose_reports(trainer, progress, stack)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))

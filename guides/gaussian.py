@@ -46,7 +46,7 @@ class GaussianGuide(Guide):
 
     def sample_group(self, group: AdapterGroup, program: Any) -> dict[str, Tensor]:
         site, log_scale = f"A_{group.name}", self.log_scale(group)
-        normal = dist.Normal(self.model.mean(group), self.config.sample_scaler * log_scale.exp()).to_event(1)
+        normal = dist.Normal(self.model.mean(group), self._deviation(group)).to_event(1)
         adapters, columns = self.plates(group, program)
         with adapters:
             sites = self.sample_priors(group, program)
@@ -58,4 +58,9 @@ class GaussianGuide(Guide):
                 return sites | {site: program.sample(site, normal, infer=exact)}
 
     def noise_variance(self, group: AdapterGroup) -> Tensor:
-        return self.config.sample_scaler**2 * (2 * self.log_scale(group)).exp().mean((-2, -1))
+        return self._deviation(group).square().mean((-2, -1))
+
+    def _deviation(self, group: AdapterGroup) -> Tensor:
+        """s, shape ``(adapters, columns, r)``."""
+        scale = self.model.noise_scale(group)
+        return (scale[:, None, None] if isinstance(scale, Tensor) else scale) * self.log_scale(group).exp()

@@ -47,7 +47,7 @@ class MixtureGuide(Guide):
             else:
                 weights = active_weights(pi[..., 0, :], config.mixture)
                 posterior = CollapsedMixture(
-                    self.model.mean(group), factor[..., 0, :, :], weights, config.sample_scaler
+                    self.model.mean(group), factor[..., 0, :, :], weights, self.model.noise_scale(group)
                 )
                 with columns:
                     site, value = f"A_{name}", program.sample(f"A_{name}", posterior, infer=column_kl)
@@ -65,7 +65,7 @@ class MixtureGuide(Guide):
             return None
         log_v, _ = self.variational_parameters(group)
         scale = self.model.degrees_of_freedom(group) * log_v.exp().mean(-1)
-        return self.config.sample_scaler**2 * self.expected_squares(group) * scale
+        return self.model.noise_scale(group) ** 2 * self.expected_squares(group) * scale
 
 
 def initial_scale(model: MonteCLoRA, group: AdapterGroup) -> float:

@@ -61,6 +61,10 @@ class MonteCLoRA(PyroModule):
         self.config = config
         self.groups = find_groups(adapted)
         self._is_centred = False
+        if config.noise_schedule != "constant":
+            for group in self.groups:
+                factors = torch.ones(len(group), device=_device(group))
+                self.register_buffer(f"noise_factor_{group.name}", factors)
         self.likelihood = likelihood if likelihood is not None else likelihood_for(adapted.get_base_model())
         self.num_examples = num_examples
 
@@ -71,6 +75,15 @@ class MonteCLoRA(PyroModule):
     def degrees_of_freedom(self, group: AdapterGroup) -> float:
         """ν of a group: the configured value, or its rank."""
         return float(self.config.degrees_of_freedom or group.rank)
+
+    def noise_scale(self, group: AdapterGroup) -> float | Tensor:
+        """ε of prior and posterior: a number, or under a noise schedule one for each adapter, ``(adapters,)``."""
+        factors = self.noise_factors(group)
+        return self.config.sample_scaler if factors is None else self.config.sample_scaler * factors
+
+    def noise_factors(self, group: AdapterGroup) -> Tensor | None:
+        """What a noise schedule multiplies ε by, ``(adapters,)``: a buffer, saved with the posterior; None without."""
+        return getattr(self, f"noise_factor_{group.name}", None)
 
     def weights_prior(self, group: AdapterGroup) -> MixtureWeights:
         """p(π) = Dirichlet(α0·1_N) of a group's adapters, batch shape ``(adapters, 1)``."""
@@ -157,7 +170,7 @@ class MonteCLoRA(PyroModule):
                     components = program.sample(f"S_{name}", standard)
                 return self._adapted_matrix(group, {f"pi_{name}": pi, f"S_{name}": components})
             weights = active_weights(pi[..., 0, :], config.mixture)
-            prior = CollapsedMixture(self.mean(group), identity, weights, config.sample_scaler)
+            prior = CollapsedMixture(self.mean(group), identity, weights, self.noise_scale(group))
             with columns:
                 return program.sample(f"A_{name}", prior)
 
@@ -167,7 +180,8 @@ class MonteCLoRA(PyroModule):
             return sites[f"A_{name}"]
         weights = active_weights(sites[f"pi_{name}"][..., 0, :], self.config.mixture)  # (adapters, N)
         noise = torch.einsum("ak,kacr->acr", weights, sites[f"S_{name}"])
-        return self.mean(group) + self.config.sample_scaler * noise
+        scale = self.noise_scale(group)
+        return self.mean(group) + (scale[:, None, None] if isinstance(scale, Tensor) else scale) * noise
 
     def recomputes(self) -> bool:
         """Whether layers run again in the backward pass, and must then see the same draw."""

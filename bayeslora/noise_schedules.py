@@ -1,0 +1,139 @@
+r"""How ε changes while training: the paper's open question on its sample scaler.
+
+A schedule multiplies ε by a factor of each adapter, in the prior and in the posterior alike, so no KL depends on it.
+The factors are buffers of the model: what they are at the end is the posterior that is saved, and that predicts.
+
+===============  ======================================================================================================
+``"constant"``   1.
+``"cosine"``     Rises from 0 to 1 over the first half of training, :math:`(1 - \cos 2\pi t)/2` for :math:`t < 1/2`, so
+                 that the means are found before the noise is large.
+``"entropy"``    1 − H/log C, with H the predictive entropy of training examples, averaged over some 20 batches: little
+                 noise while the network is unsure, all of it where it is certain.
+``"per_layer"``  As the posterior's standard deviation in a Laplace approximation with one variance for each adapter:
+                 :math:`F_k^{-1/2}`, with :math:`F_k` the mean squared gradient of the entries of μ (an empirical
+                 Fisher information), averaged over some 20 steps; divided by the adapters' geometric mean.
+===============  ======================================================================================================
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from bayeslora.errors import InputError
+from bayeslora.models import CategoricalLikelihood, MonteCLoRA
+
+RATE = 0.05  # weight of the newest batch in an average
+RISING_SHARE = 0.5  # of training, over which the cosine rises
+WIDEST = 10.0  # a factor per layer lies between this and its inverse
+
+
+class NoiseSchedule:
+    """ε stays as it is.
+
+    Args:
+        model: Whose factors it sets.
+
+    Raises:
+        InputError: where what it measures does not exist.
+    """
+
+    def __init__(self, model: MonteCLoRA):
+        self.model = model
+
+    def begin_step(self, progress: float) -> None:
+        """Before an optimizer step; ``progress`` is the share of training behind it, in [0, 1)."""
+
+    def see_logits(self, logits: Tensor) -> None:
+        """After each forward pass of a training batch."""
+
+    def see_gradients(self) -> None:
+        """After the backward passes of an optimizer step, before the gradients are used."""
+
+    def set(self, factors: Tensor | float) -> None:
+        """Multiply ε by ``factors``, of shape ``(adapters,)`` in network order or a number, from now on."""
+        sizes = [len(group) for group in self.model.groups]
+        every = torch.as_tensor(factors).expand(sum(sizes))
+        for group, values in zip(self.model.groups, every.split(sizes), strict=True):
+            self._buffer(group).copy_(values)
+
+    def get(self) -> Tensor:
+        """The factors, shape ``(adapters,)``."""
+        return torch.cat([self._buffer(group) for group in self.model.groups])
+
+    def _buffer(self, group: Any) -> Tensor:
+        factors = self.model.noise_factors(group)
+        assert factors is not None  # a schedule other than the constant one has them
+        return factors
+
+
+class CosineSchedule(NoiseSchedule):
+    """Rises over the first half of training."""
+
+    def begin_step(self, progress: float) -> None:
+        risen = min(progress / RISING_SHARE, 1.0)
+        self.set(max((1 - math.cos(math.pi * risen)) / 2, 1e-3))  # without noise there would be no density
+
+
+class EntropySchedule(NoiseSchedule):
+    """Follows the certainty of the predictions on training batches."""
+
+    def __init__(self, model: MonteCLoRA):
+        super().__init__(model)
+        if not isinstance(model.likelihood, CategoricalLikelihood):
+            raise InputError("noise_schedule='entropy' follows the entropy of class probabilities, and this network "
+                             "has none: choose another noise_schedule")  # fmt: skip
+        self.set(0.5)
+
+    def see_logits(self, logits: Tensor) -> None:
+        log_probs = logits.detach().float().log_softmax(-1)
+        entropy = -(log_probs.exp() * log_probs).sum(-1).mean()
+        certainty = 1 - entropy / math.log(logits.shape[-1])
+        self.set(torch.lerp(self.get(), certainty.clamp(min=1e-3), RATE))
+
+
+class PerLayerSchedule(NoiseSchedule):
+    """Gives an adapter noise according to how well the data determine it."""
+
+    def __init__(self, model: MonteCLoRA):
+        super().__init__(model)
+        if model.config.mode == "post_hoc":
+            raise InputError("noise_schedule='per_layer' measures the gradients of μ, which mode='post_hoc' freezes: "
+                             "choose another noise_schedule")  # fmt: skip
+
+    def see_gradients(self) -> None:
+        weights = [adapter.lora_A.weight for group in self.model.groups for adapter in group.adapters]
+        gradients = [weight.grad for weight in weights if weight.grad is not None]
+        if len(gradients) < len(weights):
+            return
+        sizes = torch.tensor([gradient.numel() for gradient in gradients], device=gradients[0].device)
+        fisher = torch.stack(torch._foreach_norm(gradients)).float().square() / sizes
+        if not bool((fisher > 0).all() & torch.isfinite(fisher).all()):  # while B is zero, so is μ's gradient
+            return
+        log_deviation = -fisher.log() / 2
+        measured = (log_deviation - log_deviation.mean()).clamp(-math.log(WIDEST), math.log(WIDEST))
+        self.set(torch.lerp(self.get().log(), measured, RATE).exp())
+
+
+SCHEDULES: dict[str, type[NoiseSchedule]] = {
+    "constant": NoiseSchedule,
+    "cosine": CosineSchedule,
+    "entropy": EntropySchedule,
+    "per_layer": PerLayerSchedule,
+}
+
+
+class NoiseScheduleCallback(TrainerCallback):
+    """Keeps the schedule of a :class:`bayeslora.BayesLoRA` informed; :func:`bayeslora.fit` adds it, and so must you
+    to a ``transformers.Trainer`` of your own where the schedule is not constant."""
+
+    def __init__(self, schedule: NoiseSchedule):
+        self.schedule = schedule
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.schedule.begin_step(state.global_step / state.max_steps)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.schedule.see_gradients()
