@@ -1,5 +1,8 @@
 """Methods of the kind that users add, for tests/test_study.py; studies name them as ``tests.study_methods:Class``."""
 
+import os
+import signal
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +22,7 @@ class Prior(TrainedMethod):
     fail_on_seed: int = -1
     fail_while: str = ""
     kill_while: str = ""
+    sleep_and_say_in: str = ""
 
     name: ClassVar[str] = "prior"
     title: ClassVar[str] = "shares of the classes"
@@ -27,10 +31,10 @@ class Prior(TrainedMethod):
         if bench.cell.seed == self.fail_on_seed and (not self.fail_while or Path(self.fail_while).exists()):
             raise InputError("this seed brings bad luck")
         if self.kill_while and bench.cell.seed == 1 and Path(self.kill_while).exists():
-            import os
-            import signal
-
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.sleep_and_say_in:
+            Path(self.sleep_and_say_in).write_text(str(os.getpid()), encoding="utf-8")
+            time.sleep(60)
         if self.count_in:
             with open(self.count_in, "a", encoding="utf-8") as file:
                 file.write(f"{bench.cell.seed}\n")

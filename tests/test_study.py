@@ -337,6 +337,23 @@ class TestGrid:
         assert sorted(scored_on_test(result)["seed"]) == [0, 1, 2]
         assert self.trainings(tmp_path) == ["0", "1", "2"]
 
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX signals")
+    def test_terminated_it_takes_the_cells_process_with_it(self, study, tmp_path):
+        file, said = tmp_path / "study.json", tmp_path / "pid"
+        made = study({"name": PRIOR, "sleep_and_say_in": str(said)})
+        file.write_text(json.dumps(made.to_dict()))
+        command = [sys.executable, "-m", "bayeslora", "compare", str(file), "--output", str(tmp_path / "out")]
+        parent = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+                                  stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)  # fmt: skip
+        while not (said.is_file() and said.read_text()):
+            assert parent.poll() is None
+            time.sleep(0.1)
+        parent.terminate()
+        assert b"interrupted" in parent.communicate(timeout=30)[1]
+        assert parent.returncode == 130
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(said.read_text()), 0)
+
     def test_two_workers_share_a_study(self, study, tmp_path):
         made = self.grid(study, tmp_path)
         made = Study.from_dict({**made.to_dict(), "seeds": [0, 1, 2, 3, 4, 5]})

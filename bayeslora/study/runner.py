@@ -168,6 +168,9 @@ def _in_own_process(study: Study, cell: Cell, output_dir: Path) -> dict:
         raise RuntimeError(
             f"the cell's process died with exit code {worker.exitcode} (-9 is often a lack of memory)"
         ) from None
+    except BaseException:  # asked to stop: an orphan would go on, and hold the cell's lock
+        worker.terminate()
+        raise
     finally:
         with contextlib.suppress(BaseException):
             worker.join()
