@@ -45,6 +45,7 @@ _HOMES = {
     "negative_log_likelihood": "bayeslora.analysis.calibration",
     "noise_contraction": "bayeslora.analysis.variance",
     "paired_difference": "bayeslora.analysis.study",
+    "paired_robustness": "bayeslora.analysis.study",
     "plot_accuracy_calibration": "bayeslora.analysis.plots_study",
     "plot_adapters": "bayeslora.analysis.plots_posterior",
     "plot_agreement": "bayeslora.analysis.plots_uncertainty",
@@ -121,6 +122,7 @@ __all__ = [
     "negative_log_likelihood",
     "noise_contraction",
     "paired_difference",
+    "paired_robustness",
     "plot_accuracy_calibration",
     "plot_adapters",
     "plot_agreement",
@@ -214,6 +216,7 @@ if TYPE_CHECKING:
         best_settings,
         cost_table,
         paired_difference,
+        paired_robustness,
         robustness_table,
         steps_to_reach,
     )

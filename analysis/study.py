@@ -126,30 +126,102 @@ def paired_difference(
         >>> paired_difference(sure, unsure, [0, 1], metric="brier").verdict
         'better'
     """
-    check_level(level)
-    check_resamples(num_resamples)
-    if metric not in METRICS:
-        raise InputError(f"metric must be one of {', '.join(METRICS)}, but is {metric!r}")
     ours, theirs = np.asarray(method, dtype=np.float64), np.asarray(reference, dtype=np.float64)
     if ours.ndim != 3 or theirs.ndim != 3 or ours.shape[1:] != theirs.shape[1:]:
         raise InputError(f"probabilities must have shape (seeds, examples, classes), with the same examples and "
                          f"classes; got {ours.shape} and {theirs.shape}")  # fmt: skip
+    resampling = _Resampling(num_resamples, level, seed)
+    return _compare(ours[None], theirs[None], labels, metric, "median", resampling)
+
+
+def paired_robustness(
+    method: ArrayLike,
+    reference: ArrayLike,
+    labels: ArrayLike,
+    *,
+    statistic: str = "median",
+    metric: str = "nll",
+    num_resamples: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Difference:
+    """How much two methods differ over a grid of settings: in the median, say, or in the spread.
+
+    Each setting's mean over seeds is taken first, then the statistic over the settings, as in
+    :func:`robustness_table`. What is drawn is as in :func:`paired_difference`: the same examples and seeds for both
+    methods and at every setting. The settings are not drawn: they are the grid.
+
+    Args:
+        method, reference: Probabilities, shapes ``(settings, seeds, examples, classes)`` with the settings and the
+            seeds in the same order; numbers of seeds may differ as in :func:`paired_difference`.
+        labels: Class indices, shape ``(examples,)``.
+        statistic: ``"best"``, ``"median"``, ``"worst"`` or ``"spread"`` (best − worst, as a positive number).
+        metric, num_resamples, level, seed: As in :func:`paired_difference`.
+
+    Returns:
+        Method − reference; less spread is better, whatever the metric.
+
+    Raises:
+        InputError: shapes that do not fit, an unknown metric or statistic, or an option out of range.
+    """
+    if statistic not in STATISTICS:
+        raise InputError(f"statistic must be one of {', '.join(STATISTICS)}, but is {statistic!r}")
+    ours, theirs = np.asarray(method, dtype=np.float64), np.asarray(reference, dtype=np.float64)
+    same = ours.ndim == theirs.ndim == 4 and np.delete(ours.shape, 1).tolist() == np.delete(theirs.shape, 1).tolist()
+    if not same:
+        raise InputError(f"probabilities must have shape (settings, seeds, examples, classes), with the same settings, "
+                         f"examples and classes; got {ours.shape} and {theirs.shape}")  # fmt: skip
+    return _compare(ours, theirs, labels, metric, statistic, _Resampling(num_resamples, level, seed))
+
+
+class _Resampling(NamedTuple):
+    num_resamples: int
+    level: float
+    seed: int
+
+
+def _compare(
+    ours: np.ndarray, theirs: np.ndarray, labels: ArrayLike, metric: str, statistic: str, resampling: _Resampling
+) -> Difference:
+    """Of probabilities (settings, seeds, examples, classes); the numbers of seeds may differ."""
+    num_resamples, level, seed = resampling
+    check_level(level)
+    check_resamples(num_resamples)
+    if metric not in METRICS:
+        raise InputError(f"metric must be one of {', '.join(METRICS)}, but is {metric!r}")
+    higher = metric in HIGHER_IS_BETTER
     rng = np.random.default_rng(seed)
-    n = ours.shape[1]
+    n = ours.shape[2]
     weights = np.vstack([np.ones(n), rng.multinomial(n, np.full(n, 1 / n), size=num_resamples)])
-    scores = [np.stack([_weighted(metric, probs, labels)(weights) for probs in array]) for array in (ours, theirs)]
-    seeds = len(ours) if len(ours) == len(theirs) else 1
+    seeds = ours.shape[1] if ours.shape[1] == theirs.shape[1] else 1
+    found = []
+    for array in (ours, theirs):
+        scores = np.array([[_weighted(metric, probs, labels)(weights) for probs in setting] for setting in array])
+        found.append(scores if seeds > 1 else scores.mean(1, keepdims=True))  # (settings, S, 1 + R)
+    drawn = np.ones((1, 1 + num_resamples))
     if seeds > 1:
-        differences = scores[0] - scores[1]  # (S, 1 + R)
-        drawn = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=num_resamples) / seeds
-        resampled = np.einsum("rs,sr->r", drawn, differences[:, 1:])
-        estimate, widening = float(differences[:, 0].mean()), np.sqrt(seeds / (seeds - 1))
-    else:
-        difference = scores[0].mean(0) - scores[1].mean(0)
-        resampled, estimate, widening = difference[1:], float(difference[0]), 1.0
+        drawn = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=num_resamples).T / seeds
+        drawn = np.hstack([np.full((seeds, 1), 1 / seeds), drawn])
+    summarize = STATISTICS[statistic]
+    one, other = (summarize((scores * drawn).sum(1), higher) for scores in found)
+    estimate, *resampled = one - other
+    widening = np.sqrt(seeds / (seeds - 1)) if seeds > 1 else 1.0
     ends = estimate + widening * (np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2]) - estimate)
-    interval = Interval(estimate, float(ends[0]), float(ends[1]))
-    return Difference(*interval, verdict(interval, higher_is_better=metric in HIGHER_IS_BETTER))
+    interval = Interval(float(estimate), float(ends[0]), float(ends[1]))
+    return Difference(*interval, verdict(interval, higher_is_better=higher and statistic != "spread"))
+
+
+def _best(scores: np.ndarray, higher: bool) -> np.ndarray:
+    return scores.max(0) if higher else scores.min(0)
+
+
+# over settings, the first dimension
+STATISTICS: dict[str, Callable[[np.ndarray, bool], np.ndarray]] = {
+    "best": _best,
+    "median": lambda scores, higher: np.median(scores, 0),
+    "worst": lambda scores, higher: _best(scores, not higher),
+    "spread": lambda scores, higher: np.ptp(scores, 0),
+}
 
 
 def verdict(interval: Interval, *, higher_is_better: bool) -> str:

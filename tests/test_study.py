@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import BertTokenizerFast
 
-from bayeslora.analysis import fit_temperature
+from bayeslora.analysis import fit_temperature, robustness_table
 from bayeslora.comparison import compare
 from bayeslora.config import MonteCLoRAConfig
 from bayeslora.errors import InputError
@@ -26,6 +26,7 @@ from bayeslora.study.methods_peft import LoRA
 from bayeslora.study.predictions import read_predictions
 from bayeslora.study.runner import run_study
 from bayeslora.study.spec import Cell, MethodSpec, cells
+from bayeslora.study.summary import grid_differences
 from bayeslora.tasks import load_task
 from tests.conftest import VOCABULARY, tiny_network
 
@@ -286,6 +287,21 @@ class TestGrid:
         assert not len(again.failures)
         assert not (tmp_path / "out" / "failures.csv").exists()
         assert self.trainings(tmp_path) == ["0", "1", "2"]
+
+    def test_differences_over_the_grid_are_those_of_its_table(self, study, tmp_path):
+        made = study("lora", {"name": PRIOR, "label": "prior"}, "deep_ensemble", seeds=[0, 1],
+                     learning_rates=[0.01, 0.03])  # fmt: skip
+        result = run_study(made, tmp_path / "out", progress=False)
+        table = robustness_table(result.results).loc["reviews"]
+        for statistic in ("median", "spread"):
+            found = grid_differences(made, result.results, tmp_path / "out", "test", statistic).set_index("method")
+            assert list(found["seeds"]) == [2, 0]  # the ensemble is one for all seeds
+            for name, row in found.iterrows():
+                expected = table["nll", statistic][name] - table["nll", statistic]["LoRA"]
+                assert row["nll"] == pytest.approx(expected, abs=1e-6)
+                assert row["nll_lower"] < row["nll"] < row["nll_upper"]
+        summary = (tmp_path / "out" / "summary.md").read_text()
+        assert "Differences from LoRA in the spread over the settings" in summary
 
     def test_a_finished_study_is_read(self, study, tmp_path):
         made = self.grid(study, tmp_path)

@@ -22,6 +22,7 @@ from bayeslora.analysis.study import (
     best_settings,
     cost_table,
     paired_difference,
+    paired_robustness,
     robustness_table,
     steps_to_reach,
     verdict,
@@ -145,6 +146,48 @@ def test_seeds_that_disagree_widen_the_interval():
     assert widths[1] > 3 * widths[0]
 
 
+def test_over_a_grid_the_estimate_is_that_of_the_robustness_table():
+    rng = np.random.default_rng(5)
+    labels = rng.integers(3, size=80)
+    ours, theirs = (np.stack([random_probs(rng, 2, 80) for _ in range(5)]) for _ in range(2))
+    rows = [
+        {"task": "t", "split": "test", "method": name, "learning_rate": setting, "batch_size": 8, "rank": 8,
+         "seed": seed, "accuracy": accuracy(probs[setting, seed], labels),
+         "nll": negative_log_likelihood(probs[setting, seed], labels)}
+        for name, probs in (("ours", ours), ("theirs", theirs)) for setting in range(5) for seed in range(2)
+    ]  # fmt: skip
+    table = robustness_table(pd.DataFrame(rows), metrics=("accuracy", "nll")).loc["t"]
+    for metric in ("accuracy", "nll"):
+        for statistic in ("best", "median", "worst", "spread"):
+            found = paired_robustness(ours, theirs, labels, metric=metric, statistic=statistic, num_resamples=20)
+            column = table[metric, statistic]
+            assert found.estimate == pytest.approx(column["ours"] - column["theirs"], abs=1e-12)
+
+
+def test_one_setting_is_no_grid():
+    rng = np.random.default_rng(6)
+    labels = rng.integers(3, size=80)
+    ours, theirs = random_probs(rng, 3, 80), random_probs(rng, 3, 80)
+    assert paired_robustness(ours[None], theirs[None], labels, num_resamples=99) == paired_difference(
+        ours, theirs, labels, num_resamples=99
+    )
+
+
+def test_less_spread_is_better():
+    """A method that holds over the grid against one that fails at some settings; and the other way round."""
+    rng = np.random.default_rng(7)
+    labels = rng.integers(3, size=300)
+    robust = np.stack([random_probs(rng, 2, 300, skill=1.0, labels=labels) for _ in range(4)])
+    brittle = np.stack([random_probs(rng, 2, 300, skill=skill, labels=labels) for skill in (-2.0, 1.0, 1.0, 1.0)])
+    for metric in ("accuracy", "nll"):
+        for statistic in ("spread", "worst"):
+            options = {"metric": metric, "statistic": statistic, "num_resamples": 300}
+            assert paired_robustness(robust, brittle, labels, **options).verdict == BETTER
+            assert paired_robustness(brittle, robust, labels, **options).verdict == WORSE
+        found = paired_robustness(robust, brittle, labels, metric=metric, statistic="best", num_resamples=300)
+        assert found.verdict == NO_DIFFERENCE
+
+
 @pytest.mark.parametrize(
     ("ends", "higher", "word"),
     [((0.1, 0.2), True, BETTER), ((0.1, 0.2), False, WORSE), ((-0.2, -0.1), True, WORSE), ((-0.2, -0.1), False, BETTER),
@@ -160,6 +203,10 @@ def test_differences_of_what_cannot_be_compared():
         paired_difference(probs, probs[:, :3], [0] * 4)
     with pytest.raises(InputError, match="metric must be one of"):
         paired_difference(probs, probs, [0] * 4, metric="auroc")
+    with pytest.raises(InputError, match=r"\(settings, seeds, examples, classes\), with the same settings"):
+        paired_robustness(probs, probs, [0] * 4)
+    with pytest.raises(InputError, match="statistic must be one of best, median"):
+        paired_robustness(probs[None], probs[None], [0] * 4, statistic="mean")
 
 
 def test_steps_to_reach():

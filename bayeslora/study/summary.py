@@ -13,9 +13,11 @@ from bayeslora.analysis.comparison import FORMATS, layout
 from bayeslora.analysis.study import (
     METRICS,
     SETTING,
+    Difference,
     at_best_settings,
     cost_table,
     paired_difference,
+    paired_robustness,
     robustness_table,
     steps_to_reach,
 )
@@ -68,16 +70,50 @@ def differences(study: Study, results: pd.DataFrame, output_dir: Path, split: st
     labels = next(iter(reference.values()))[1]
     rows = []
     for name in names[1:]:
-        both = [seed for seed in reference if seed in found[name]]  # else it is one combination of all seeds
-        ours = np.stack([found[name][seed][0] for seed in both or found[name]])
-        theirs = np.stack([reference[seed][0] for seed in both or reference])
-        row = {"method": name, "seeds": len(both), "examples": len(labels)}
+        ours, theirs, seeds = _paired(found[name], reference)
+        row = {"method": name, "seeds": seeds, "examples": len(labels)}
         for metric in METRICS:
-            one = paired_difference(ours, theirs, labels, metric=metric)
-            row |= {metric: one.estimate, f"{metric}_lower": one.lower, f"{metric}_upper": one.upper,
-                    f"{metric}_verdict": one.verdict}  # fmt: skip
+            row |= _columns(metric, paired_difference(ours, theirs, labels, metric=metric))
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def grid_differences(study: Study, results: pd.DataFrame, output_dir: Path, split: str, statistic: str) -> pd.DataFrame:
+    """Every method against the study's first in a statistic over the grid, as :func:`differences` has them at single
+    settings; over the settings that both have finished with the same seeds."""
+    chosen = results[results["split"] == split]
+    found: dict[str, dict[Any, dict]] = {}
+    for (name, *setting), rows in chosen.groupby(["method", *SETTING], sort=False):
+        found.setdefault(str(name), {})[tuple(setting)] = _predictions(study, rows, output_dir, split)
+    names = list(found)
+    reference, rows = found[names[0]], []
+    seeds = len(study.seeds)
+    for name in names[1:]:
+        complete = [setting for setting, arrays in reference.items()
+                    if len(arrays) == seeds and len(found[name].get(setting, {})) in {1, seeds}]  # fmt: skip
+        pairs = [_paired(found[name][setting], reference[setting]) for setting in complete]
+        if len({(ours.shape, theirs.shape) for ours, theirs, _ in pairs}) != 1 or len(pairs) < 2:
+            continue
+        ours, theirs = (np.stack([pair[i] for pair in pairs]) for i in range(2))
+        labels = next(iter(reference[complete[0]].values()))[1]
+        row = {"method": name, "settings": len(pairs), "seeds": pairs[0][2], "examples": len(labels)}
+        for metric in METRICS:
+            row |= _columns(metric, paired_robustness(ours, theirs, labels, metric=metric, statistic=statistic))
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _paired(ours: dict, theirs: dict) -> tuple[np.ndarray, np.ndarray, int]:
+    """Probabilities of two methods, (seeds, n, C) each, and the number of seeds that they share: with none, one of
+    them is a combination of all seeds."""
+    both = [seed for seed in theirs if seed in ours]
+    return (np.stack([ours[seed][0] for seed in both or ours]), np.stack([theirs[seed][0] for seed in both or theirs]),
+            len(both))  # fmt: skip
+
+
+def _columns(metric: str, difference: Difference) -> dict[str, Any]:
+    return {metric: difference.estimate, f"{metric}_lower": difference.lower, f"{metric}_upper": difference.upper,
+            f"{metric}_verdict": difference.verdict}  # fmt: skip
 
 
 def _task_parts(
@@ -101,6 +137,12 @@ def _task_parts(
     if several:
         yield f"Over all settings of the grid, on {split} (means over seeds first; spread is best − worst):"
         yield _robustness_markdown(robustness_table(results, split=split))
+        for statistic in ("median", "spread"):
+            compared = grid_differences(study, results, output_dir, split, statistic)
+            if len(compared):
+                yield (f"Differences from {results['method'].iloc[0]} in the {statistic} over the settings that both "
+                       "have finished, with 95 % bootstrap intervals over examples and seeds:")  # fmt: skip
+                yield _difference_table(compared)
     if not selected and several:
         yield "There is no labelled validation split to choose a setting by; hold_out takes one from the training set."
     reached = _speed(results, curves[curves["task"] == task] if len(curves) else curves)
