@@ -7,7 +7,7 @@ import difflib
 import math
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -169,7 +169,9 @@ def adapt(network: nn.Module, config: MonteCLoRAConfig) -> PeftModel:
 def lora_config(network: nn.Module, config: MonteCLoRAConfig) -> LoraConfig:
     """The PEFT configuration, with the task type read off the network's class."""
     name = type(network).__name__
-    task_type = TaskType.SEQ_CLS if name.endswith("ForSequenceClassification") else None
+    task_types = {"ForSequenceClassification": TaskType.SEQ_CLS, "ForCausalLM": TaskType.CAUSAL_LM,
+                  "LMHeadModel": TaskType.CAUSAL_LM}  # fmt: skip
+    task_type = next((known for ending, known in task_types.items() if name.endswith(ending)), None)
     targets = config.target_modules
     options = {
         "r": config.r,
@@ -501,12 +503,20 @@ def is_compiled(network: nn.Module) -> bool:
     return any(module._compiled_call_impl is not None for module in network.modules())
 
 
-def rows_are_examples(network: nn.Module, groups: tuple[AdapterGroup, ...], inputs: Mapping[str, Tensor]) -> bool:
+def rows_are_examples(
+    network: nn.Module,
+    groups: tuple[AdapterGroup, ...],
+    inputs: Mapping[str, Tensor],
+    *,
+    run: Callable[[Mapping[str, Tensor]], Any] | None = None,
+) -> bool:
     """Whether the examples of a batch can each have their own weights: false where some adapted layer sees them along
     another dimension than the first (Longformer's attention), or sees something else (DeBERTa's relative positions).
 
     Runs two examples together, each with its own random weights, and alone, and compares what the ``lora_A`` return.
+    ``run`` runs the network on inputs, ``network(**inputs)`` unless given; there an example may take several rows.
     """
+    run_network = run or (lambda batch: network(**batch))
     pair = {name: value[[0, -1]] for name, value in inputs.items()}
     generator = torch.Generator().manual_seed(0)
     device = groups[0].adapters[0].lora_A.weight.device
@@ -516,18 +526,18 @@ def rows_are_examples(network: nn.Module, groups: tuple[AdapterGroup, ...], inpu
     layers = [adapter.lora_A for group in groups for adapter in group.adapters]
     hooks = [layer.register_forward_hook(lambda module, args, output: outputs.append(output)) for layer in layers]
 
-    def run(drawn: dict[str, Tensor], batch: dict[str, Tensor]) -> list[Tensor]:
+    def run_as(drawn: dict[str, Tensor], batch: dict[str, Tensor]) -> list[Tensor]:
         outputs.clear()
         with using_draw(groups, drawn):
-            network(**batch)
+            run_network(batch)
         return [output.float() for output in outputs]
 
     eager = torch.compiler.set_stance("force_eager") if is_compiled(network) else nullcontext()
     try:
         with eager, evaluation_mode(network), torch.no_grad():
-            together = run(weights, pair)
+            together = run_as(weights, pair)
             for i in range(2):
-                single = run({name: drawn[i] for name, drawn in weights.items()}, alone[i])
+                single = run_as({name: drawn[i] for name, drawn in weights.items()}, alone[i])
                 for one, both in zip(single, together, strict=True):
                     if both.shape[0] != 2 * one.shape[0] or one.shape[1:] != both.shape[1:]:
                         return False

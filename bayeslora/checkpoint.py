@@ -29,6 +29,8 @@ from bayeslora._version import __version__
 from bayeslora.adapters import active_adapter, check_in_use, frozen_weight, is_quantized
 from bayeslora.config import MonteCLoRAConfig
 from bayeslora.errors import InputError
+from bayeslora.models.language import described_likelihood
+from bayeslora.models.likelihoods import Likelihood
 from bayeslora.untrusted import (
     adapter_ranks,
     is_integer,
@@ -133,6 +135,10 @@ def _manifest(bayes: "BayesLoRA", folder: Path) -> dict[str, Any]:
         "adapters": _adapter_shapes(bayes),
         "sha256": {name: _sha256(folder / name) for name in FILES},
     }
+    likelihood = bayes.model.likelihood
+    described = likelihood.describe() if isinstance(likelihood, Likelihood) else None
+    if described is not None:
+        manifest["likelihood"] = described
     return manifest | {"digest": _digest(manifest)}
 
 
@@ -169,7 +175,8 @@ def from_pretrained(
     Args:
         folder: What :func:`save_pretrained` wrote.
         network: The same base model the adapter was fitted to, without an adapter.
-        guide, likelihood: The classes used when fitting, where they were not the configured ones.
+        guide, likelihood: The guide's class and the likelihood used when fitting, where they were not the configured
+            ones; next-token and choice likelihoods are stored with the adapter.
 
     Raises:
         InputError: for a folder that is missing, incomplete or damaged, or that belongs to another network.
@@ -184,6 +191,8 @@ def from_pretrained(
     read_header(folder / POSTERIOR)
     _check_base(folder, manifest, network)
     peft_network = open_peft_adapter(folder, network)
+    if likelihood is None and "likelihood" in manifest:
+        likelihood = described_likelihood(manifest["likelihood"])
     bayes = BayesLoRA(peft_network, config, guide=guide, likelihood=likelihood)
     if guide is None and type(bayes.guide).__name__ != manifest["guide"]:
         raise InputError(f"{folder} was fitted with the guide {manifest['guide']:.100}; pass its class as guide=")

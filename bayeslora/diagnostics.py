@@ -14,6 +14,7 @@ from bayeslora.analysis import diagnostics as verdicts
 from bayeslora.analysis.diagnostics import Diagnostic
 from bayeslora.errors import InputError
 from bayeslora.guides import MeanFieldGuide, MixtureGuide
+from bayeslora.models import NextTokenLikelihood
 from bayeslora.predict import Collator, Prediction, draw_trace
 from bayeslora.recorder import Recorder
 
@@ -67,6 +68,8 @@ def diagnose(
     """
     if bayes.monteclora_config.sample_scaler == 0:
         raise InputError("sample_scaler=0 is plain LoRA: it has no posterior to diagnose")
+    if isinstance(bayes.model.likelihood, NextTokenLikelihood):
+        raise InputError("diagnose permutes labels among examples, and a text has no label but itself")
     if num_samples < 25 or steps < 1:
         raise InputError(f"num_samples must be at least 25 and steps at least 1, got {num_samples} and {steps}")
     if bayes.num_examples not in (None, len(dataset)):
@@ -168,7 +171,7 @@ def _response_to_labels(bayes: "BayesLoRA", data: _Batches, seed: int) -> tuple[
                 mean = group.mean().detach()
                 scaled[group.name] = mean + log_scale.exp() * (drawn[group.name] - mean)
             with using_draw(groups, scaled):
-                logits = bayes.network(**inputs).logits
+                logits = model.outputs(inputs)
             loss, other = (bayes.negative_log_likelihood(logits, y).mean() for y in (labels, permuted))
             gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(other - loss, logs)]))
             curvatures.append(_curvature(bayes, sites, data.size))

@@ -194,7 +194,7 @@ class BayesLoRA(nn.Module):
     def _run_alone(self, labels: Tensor | None, inputs: dict[str, Any]) -> SequenceClassifierOutput:
         clear_draw(self.model.groups)
         if labels is None:
-            return SequenceClassifierOutput(logits=self.network(**inputs).logits)
+            return SequenceClassifierOutput(logits=self.model.outputs(inputs))
         if not self.training:
             return self._loss_at_mean(labels=labels, **inputs)
         refuse_sharded(self.model.groups)
@@ -260,7 +260,7 @@ class BayesLoRA(nn.Module):
         See :func:`bayeslora.adapters.rows_are_examples`.
         """
         if self._rows is None:
-            self._rows = rows_are_examples(self.network, self.model.groups, inputs)
+            self._rows = rows_are_examples(self.network, self.model.groups, inputs, run=self.model.outputs)
         return self._rows
 
     def _signs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -32,8 +32,9 @@ class Prediction:
     Classification (C classes): ``probs`` (n, C), the mean of the draws' probabilities; ``entropy`` (n,) of ``probs``
     and ``mutual_information`` (n,) between label and draw, in nats; ``sample_log_probs`` (S, n, C).
     Regression: ``mean`` (n,), ``std`` (n,) of the predictive including the noise; ``sample_means`` (S, n);
-    ``noise_scale``, the likelihood's σ. Fields of the other task, and draws that were not kept, are ``None``.
-    ``labels`` (n,) is ``None`` for unlabelled data. S is 1 at the mean (``num_samples=0``).
+    ``noise_scale``, the likelihood's σ. Texts: ``text_log_likelihood`` (S, n) of their scored tokens, in nats, and
+    ``num_tokens`` (n,), how many those are. Fields of other tasks, and draws that were not kept, are ``None``.
+    ``labels`` (n,) is ``None`` for unlabelled data, and for texts. S is 1 at the mean (``num_samples=0``).
     """
 
     labels: Array
@@ -46,6 +47,23 @@ class Prediction:
     std: Array = None
     sample_means: Array = field(default=None, repr=False)
     noise_scale: float | None = None
+    text_log_likelihood: Array = field(default=None, repr=False)
+    num_tokens: Array = None
+
+    @property
+    def nats_per_token(self) -> float | None:
+        """−log p of all texts under the posterior predictive, one draw for a whole text, over their scored tokens."""
+        if self.text_log_likelihood is None:
+            return None
+        shift = self.text_log_likelihood.max(0)
+        predictive = shift + np.log(np.exp(self.text_log_likelihood - shift).mean(0))
+        return float(-predictive.sum() / self.num_tokens.sum())
+
+    @property
+    def perplexity(self) -> float | None:
+        """exp of :attr:`nats_per_token`."""
+        nats = self.nats_per_token
+        return None if nats is None else float(np.exp(nats))
 
     @property
     def sample_probs(self) -> Array:
@@ -54,7 +72,9 @@ class Prediction:
 
     @property
     def sample_log_likelihood(self) -> Array:
-        """log p(y_i | draw s) in nats, (S, n); ``None`` without labels or draws."""
+        """log p(y_i | draw s) in nats, (S, n); ``None`` without labels or draws. Of a text: the sum over its tokens."""
+        if self.text_log_likelihood is not None:
+            return self.text_log_likelihood
         if self.labels is None:
             return None
         if self.sample_log_probs is not None:
@@ -112,8 +132,10 @@ def predict(
     (:mod:`bayeslora.prefix`).
 
     Raises:
-        InputError: for an empty data set or a negative number of draws.
+        InputError: for an empty data set, texts without labels, or a negative number of draws.
     """
+    from bayeslora.models import NextTokenLikelihood
+
     if num_samples < 0:
         raise InputError(f"num_samples must be 0 (the mean network) or more, got {num_samples}")
     if batch_size < 1:
@@ -123,6 +145,10 @@ def predict(
     copies = 1
     if bayes.monteclora_config.sample_scaler == 0:  # plain LoRA: every draw is the mean network
         num_samples, copies = 0, max(num_samples, 1)
+    is_text = isinstance(bayes.model.likelihood, NextTokenLikelihood)
+    if is_text and "labels" not in dataset[0]:
+        raise InputError("the texts have no labels, so no token of theirs is scored: encode them with labels, or let "
+                         "the model write with bayes.generate()")  # fmt: skip
     batches, order = batches_by_length(dataset, batch_size)
     outputs: list[Tensor] = []
     targets: list[Tensor | None] = []
@@ -130,7 +156,7 @@ def predict(
         draws = Draws(bayes, num_samples, seed, first=first_draw, prior=prior, noise_factor=noise_factor)
         for logits, target in run_batches(bayes, batches, draws, batch_size, progress):
             outputs.append(logits)
-            targets.append(target)
+            targets.append(target if target is None or target.dim() == 1 or not is_text else None)
     labelled = [target.cpu() for target in targets if target is not None]
     labels = torch.cat(labelled).numpy()[order] if len(labelled) == len(targets) else None
     drawn = torch.cat(outputs, 1).numpy()[:, order]  # (S, n, C)
@@ -142,22 +168,24 @@ def run_batches(
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Logits of each batch under every draw, ``(draws, n, C)`` (the mean's, if there is no draw), and its labels."""
     collate = Collator.for_network(bayes.network)
-    prefix = Prefix(bayes.network, bayes.model.groups)
+    prefix = Prefix(bayes.network, bayes.model.groups, bayes.model.outputs)
     with _progress(len(batches) * max(draws.count, 1), progress) as bar:
         for batch in batches:
             inputs = collate(batch).to(bayes.network.device)
             labels = inputs.pop("labels", None)
             parts = []
-            for part in _logits(bayes, inputs, draws, prefix, batch_size):
+            for part in _outputs(bayes, inputs, labels, draws, prefix, batch_size):
                 parts.append(part.float().cpu())
                 bar.update(len(part))
             yield torch.cat(parts), labels
 
 
-def _logits(bayes: "BayesLoRA", inputs: "Batch", draws: "Draws", prefix: Prefix, batch_size: int) -> Iterator[Tensor]:
+def _outputs(
+    bayes: "BayesLoRA", inputs: "Batch", labels: Tensor | None, draws: "Draws", prefix: Prefix, batch_size: int
+) -> Iterator[Tensor]:
     """One batch under every draw, or at the mean: shapes ``(draws, n, C)``, as many draws as fit at a time."""
     if draws.count == 0:
-        yield bayes.network(**inputs).logits.unsqueeze(0)
+        yield bayes.model.outputs(inputs, labels).unsqueeze(0)
         return
     together = _draws_together(bayes, inputs, draws, batch_size)
     prefix.run(inputs, repeat=together > 1)
@@ -165,8 +193,8 @@ def _logits(bayes: "BayesLoRA", inputs: "Batch", draws: "Draws", prefix: Prefix,
         count = min(together, draws.count - start)
         repeated = {name: torch.cat([value] * count) for name, value in inputs.items()}
         with using_draw(bayes.model.groups, draws.weights(start, count)), prefix.reused(count):
-            logits = bayes.network(**repeated).logits
-        yield logits.unflatten(0, (count, -1))
+            outputs = bayes.model.outputs(repeated, None if labels is None else torch.cat([labels] * count))
+        yield outputs.unflatten(0, (count, -1))
 
 
 def _draws_together(bayes: "BayesLoRA", inputs: "Batch", draws: "Draws", batch_size: int) -> int:
@@ -217,9 +245,11 @@ class Draws:
 
 
 def _summarize(bayes: "BayesLoRA", logits: np.ndarray, labels: np.ndarray | None, keep: bool) -> Prediction:
-    from bayeslora.models import GaussianLikelihood
+    from bayeslora.models import GaussianLikelihood, Likelihood, NextTokenLikelihood
 
     likelihood = bayes.model.likelihood
+    if isinstance(likelihood, NextTokenLikelihood):
+        return Prediction(None, text_log_likelihood=logits[..., 0].astype(np.float64), num_tokens=logits[0, :, 1])
     if isinstance(likelihood, GaussianLikelihood):
         means = logits.reshape(logits.shape[0], -1).astype(np.float64)
         noise = float(likelihood.scale.detach())
@@ -235,10 +265,10 @@ def _summarize(bayes: "BayesLoRA", logits: np.ndarray, labels: np.ndarray | None
     shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
     log_probs = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
     probs = np.exp(log_probs).mean(0)
-    id2label = getattr(bayes.network.config, "id2label", None) or {}
+    of_names = likelihood if isinstance(likelihood, Likelihood) else Likelihood()
     return Prediction(
         labels,
-        tuple(str(id2label[i]) for i in sorted(id2label)) or None,
+        of_names.label_names(bayes.network),
         probs,
         predictive_entropy(probs),
         mutual_information(np.exp(log_probs)),
@@ -328,10 +358,14 @@ def _group_arrays(group: AdapterGroup, sites: dict[str, Tensor], drawn: Tensor, 
 
 
 class Collator:
-    """Pads a list of encoded examples to the longest of them and stacks the rest; text columns are left out."""
+    """Pads a list of encoded examples to the longest of them and stacks the rest; text columns are left out.
+
+    Padding comes after the tokens; ``attention_mask`` is 0 there, and labels of tokens are -100. Lists of lists, the
+    options of a choice, become ``(batch, C, T)``: an option that an example lacks is one token that answers nothing.
+    """
 
     def __init__(self, pad_token_id: int = 0):
-        self.padding = {"input_ids": pad_token_id}
+        self.padding = {"input_ids": pad_token_id, "labels": -100, "letter_ids": -1}
 
     @classmethod
     def for_network(cls, network: Any) -> "Collator":
@@ -342,12 +376,33 @@ class Collator:
         for name in examples[0]:
             if any(isinstance(example[name], str) or example[name] is None for example in examples):
                 continue
+            fill = self.padding.get(name, 0)
+            if _is_nested(examples[0][name]):
+                batch[name] = _pad_options([example[name] for example in examples], name, fill)
+                continue
             values = [torch.as_tensor(example[name]) for example in examples]
-            if name != "labels" and values[0].dim() == 1:
-                batch[name] = pad_sequence(values, batch_first=True, padding_value=self.padding.get(name, 0))
+            if values[0].dim() == 1:
+                batch[name] = pad_sequence(values, batch_first=True, padding_value=fill)
             else:
                 batch[name] = torch.stack(values)
         return batch
+
+
+def _is_nested(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], list)
+
+
+def _pad_options(examples: Sequence[list[list[int]]], name: str, fill: int) -> Tensor:
+    """Options of the examples as ``(batch, C, T)``."""
+    most = max(len(options) for options in examples)
+    length = max(len(tokens) for options in examples for tokens in options)
+    padded = torch.full((len(examples), most, length), fill)
+    if name == "attention_mask":
+        padded[:, :, 0] = 1  # of an absent option: a row must attend to something
+    for row, options in zip(padded, examples, strict=True):
+        for place, tokens in zip(row, options, strict=False):
+            place[: len(tokens)] = torch.tensor(tokens)
+    return padded
 
 
 class Batch(dict):
@@ -360,13 +415,18 @@ class Batch(dict):
 def batches_by_length(dataset: Any, batch_size: int) -> tuple[list[list[dict[str, Any]]], np.ndarray]:
     """Batches of similar length, longest first, and the order that undoes the sorting."""
     examples = [dataset[index] for index in range(len(dataset))]
-    lengths = [-len(example["input_ids"]) if "input_ids" in example else 0 for example in examples]
+    lengths = [-_length(example["input_ids"]) if "input_ids" in example else 0 for example in examples]
     by_length = np.argsort(lengths, kind="stable")
     batches = [
         [examples[index] for index in by_length[start : start + batch_size]]
         for start in range(0, len(examples), batch_size)
     ]
     return batches, np.argsort(by_length)
+
+
+def _length(tokens: Any) -> int:
+    """Tokens of a text, or of the longest option."""
+    return max(map(len, tokens)) if _is_nested(tokens) else len(tokens)
 
 
 @contextmanager

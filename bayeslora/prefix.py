@@ -28,8 +28,13 @@ class Prefix:
     neither its input nor itself. All other modules run as always. Up to a GiB is kept.
     """
 
-    def __init__(self, network: nn.Module, groups: tuple[AdapterGroup, ...]):
-        self.network = network
+    def __init__(
+        self,
+        network: nn.Module,
+        groups: tuple[AdapterGroup, ...],
+        run: Callable[[Mapping[str, Tensor]], Any] | None = None,
+    ):
+        self._run = run or (lambda inputs: network(**inputs))
         self.adapters = [adapter.lora_A for group in groups for adapter in group.adapters]
         reusable = () if is_compiled(network) else _without_adapters(network)  # parts left out would be other graphs
         self.modules = list(dict.fromkeys(reusable))
@@ -73,7 +78,7 @@ class Prefix:
             for adapter in self.adapters:
                 stack.callback(adapter.register_forward_pre_hook(_stop).remove)
             with suppress(_FirstAdapter):
-                self.network(**inputs)
+                self._run(inputs)
         return {module: output for module, output in recorder.outputs.items() if recorder.calls[module] == 1}
 
 
@@ -147,7 +152,7 @@ def _memory(tensor: Tensor) -> int:
 
 
 def _rows(output: Output, other: Output, examples: int, others: int) -> list[bool]:
-    """Which tensors of an output have one row per example, seen from batches of two sizes.
+    """Which tensors of an output have rows per example, as many for each, seen from batches of two sizes.
 
     Raises:
         ValueError: if the outputs differ in anything else.
@@ -158,11 +163,17 @@ def _rows(output: Output, other: Output, examples: int, others: int) -> list[boo
             same, has_rows = type(one) is type(two) and one == two, False
         else:
             same = one.shape == two.shape
-            has_rows = one.shape[1:] == two.shape[1:] and (*one.shape[:1], *two.shape[:1]) == (examples, others)
+            alike = one.dim() > 0 and one.shape[1:] == two.shape[1:]
+            has_rows = alike and _share_rows(len(one), examples, len(two), others)
         if not same and not has_rows:
             raise ValueError("an output changes with the number of examples, but has no row for each")
         rows.append(not same)
     return rows
+
+
+def _share_rows(rows: int, examples: int, other_rows: int, other_examples: int) -> bool:
+    """Whether every example has as many rows in both."""
+    return rows % examples == 0 and rows * other_examples == other_rows * examples
 
 
 def _first_returning(module: nn.Module, leaves: list, spec: TreeSpec, rows: list[bool], copies: int) -> Callable:

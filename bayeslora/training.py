@@ -30,7 +30,8 @@ from bayeslora.checkpoint import load_adapter, read_manifest, version_info, writ
 from bayeslora.distributed import check_parallelism, launched_processes, on_main_process
 from bayeslora.elbo import ELBOParts
 from bayeslora.errors import InputError, TrainingDivergedError
-from bayeslora.models import CategoricalLikelihood
+from bayeslora.models import CategoricalLikelihood, ChoiceLikelihood, NextTokenLikelihood
+from bayeslora.models.language import NOT_SCORED
 from bayeslora.module import BayesLoRA
 from bayeslora.monitor import BriefProgress, GroupedTensorBoard, posterior_logs
 from bayeslora.noise_schedules import NoiseScheduleCallback
@@ -312,13 +313,16 @@ class BayesTrainer(Trainer):
             raise self._diverged("the evaluation gave NaN or infinite outputs", self.state.global_step)
         losses = self.bayes.negative_log_likelihood(logits, labels).detach()
         self._losses.append(self.gather_function(losses))
+        self._weights.append(self.gather_function(self.bayes.model.example_weights(logits).to(losses)))
         return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """With the mean loss of all examples; Trainer's own counts those twice that fill up the last batches."""
         self._losses: list[Tensor] = []
+        self._weights: list[Tensor] = []
         output = super().evaluation_loop(*args, **kwargs)
-        output.metrics["eval_loss"] = float(torch.cat(self._losses).mean())
+        losses, weights = torch.cat(self._losses), torch.cat(self._weights)
+        output.metrics["eval_loss"] = float((losses * weights).sum() / weights.sum())
         return output
 
     def _diverged(self, what: str, step: int) -> TrainingDivergedError:
@@ -505,12 +509,15 @@ def _check_data(bayes: BayesLoRA, dataset: Any, name: str) -> None:
         raise InputError(f"{name} is empty: nothing to learn from")
     if "labels" not in dataset[0]:
         raise InputError(f"{name} has no column 'labels' (it has {', '.join(dataset[0])}): is it an unlabelled split?")
+    if isinstance(bayes.model.likelihood, NextTokenLikelihood):
+        return _check_texts(dataset, name)
     labels = np.asarray([dataset[i]["labels"] for i in range(len(dataset))] if isinstance(dataset, list)
                         else dataset["labels"])  # fmt: skip
     if labels.dtype == object or not np.issubdtype(labels.dtype, np.number) or not np.isfinite(labels).all():
         raise InputError(f"{name}: every label must be a finite number; found {labels.dtype} with missing values")
     if isinstance(bayes.model.likelihood, CategoricalLikelihood):
-        classes = bayes.network.config.num_labels
+        chosen = bayes.model.likelihood if isinstance(bayes.model.likelihood, ChoiceLikelihood) else None
+        classes = len(chosen.names) if chosen else bayes.network.config.num_labels
         if not np.equal(labels, np.round(labels)).all():
             raise InputError(f"{name}: a classifier's labels are whole numbers, found {labels[labels % 1 != 0][0]}")
         if (labels == -1).all():
@@ -518,6 +525,18 @@ def _check_data(bayes: BayesLoRA, dataset: Any, name: str) -> None:
         outside = labels[(labels < 0) | (labels >= classes)]
         if len(outside):
             raise InputError(f"{name}: label {outside[0]} is outside the network's {classes} classes 0..{classes - 1}")
+
+
+def _check_texts(dataset: Any, name: str) -> None:
+    """Every text has a token to score, and a label for each token."""
+    for index in range(len(dataset)):
+        tokens, labels = dataset[index]["input_ids"], dataset[index]["labels"]
+        if np.ndim(labels) != 1 or len(labels) != len(tokens):
+            raise InputError(f"{name}: the labels of a text are its tokens, or -100, one for each; text {index} has "
+                             f"{len(tokens)} tokens and labels of shape {np.shape(labels)}")  # fmt: skip
+        if all(label == NOT_SCORED for label in list(labels)[1:]):
+            raise InputError(f"{name}: no token of text {index} is scored (its labels are all -100 after the first): "
+                             "is max_length too short for the prompt?")  # fmt: skip
 
 
 def _check_resumable(arguments: TrainingArguments) -> None:

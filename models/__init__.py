@@ -1,14 +1,18 @@
 """What is assumed: priors over the adapters, and likelihoods of the labels."""
 
-from bayeslora.models.likelihoods import CategoricalLikelihood, GaussianLikelihood, likelihood_for
+from bayeslora.models.language import ChoiceLikelihood, NextTokenLikelihood
+from bayeslora.models.likelihoods import CategoricalLikelihood, GaussianLikelihood, Likelihood, likelihood_for
 from bayeslora.models.low_rank_regression import LowRankRegression, low_rank_regression
 from bayeslora.models.monteclora import MonteCLoRA
 
 __all__ = [
     "CategoricalLikelihood",
+    "ChoiceLikelihood",
     "GaussianLikelihood",
+    "Likelihood",
     "LowRankRegression",
     "MonteCLoRA",
+    "NextTokenLikelihood",
     "likelihood_for",
     "low_rank_regression",
 ]

@@ -1,11 +1,13 @@
 """How labels follow from a network's outputs, as Pyro observation sites.
 
-A likelihood is a :class:`PyroModule` called with the network's logits, the labels (or ``None`` to simulate them) and
-the number of training examples; it samples the site ``labels`` in a plate over the examples of the batch.
+A likelihood is a :class:`PyroModule` called with the network's outputs, the labels (or ``None`` to simulate them) and
+the number of training examples; it samples the site ``labels`` in a plate over the examples of the batch. A
+:class:`Likelihood` also says what those outputs are; for any other module they are the network's logits. Those of
+language models are in :mod:`bayeslora.models.language`.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,7 +32,46 @@ def example_plate(batch_size: int, num_examples: int | None) -> Iterator[None]:
         yield
 
 
-class CategoricalLikelihood(PyroModule):
+class Likelihood(PyroModule):
+    """What a likelihood says beside its density; each method has a default for a classifier or a regressor."""
+
+    def outputs(self, network: nn.Module, inputs: Mapping[str, Any], labels: Tensor | None = None) -> Tensor:
+        """What the labels depend on, as the network computes it under the weights that are set.
+
+        Args:
+            network: The network, adapted or not.
+            inputs: Its arguments, one example a row.
+            labels: The labels, for a likelihood that evaluates the density of these only.
+
+        Returns:
+            One row an example, ``(batch, ...)``.
+        """
+        return network(**inputs).logits
+
+    def weights(self, outputs: Tensor) -> Tensor:
+        """How much each example counts in an average over several batches, ``(batch,)``."""
+        return outputs.new_ones(len(outputs), dtype=torch.float32)
+
+    def label_names(self, network: nn.Module) -> tuple[str, ...] | None:
+        """Names of the classes in order, or None where there are none."""
+        names = getattr(network.config, "id2label", None) or {}
+        return tuple(str(names[i]) for i in sorted(names)) or None
+
+    def describe(self) -> dict[str, Any] | None:
+        """What makes this likelihood again, ready for JSON; None where the network's class says it all."""
+        return None
+
+
+def network_outputs(
+    likelihood: nn.Module | None, network: nn.Module, inputs: Mapping[str, Any], labels: Tensor | None = None
+) -> Tensor:
+    """:meth:`Likelihood.outputs`; the network's logits for any other module, and for None."""
+    if isinstance(likelihood, Likelihood):
+        return likelihood.outputs(network, inputs, labels)
+    return network(**inputs).logits
+
+
+class CategoricalLikelihood(Likelihood):
     """Class labels: ``y ~ Categorical(softmax(logits))``, logits of shape ``(batch, classes)``."""
 
     def forward(self, logits: Tensor, labels: Tensor | None, num_examples: int | None = None) -> Tensor:
@@ -38,7 +79,7 @@ class CategoricalLikelihood(PyroModule):
             return pyro.sample("labels", dist.Categorical(logits=logits.float()), obs=labels)
 
 
-class GaussianLikelihood(PyroModule):
+class GaussianLikelihood(Likelihood):
     """Real labels: ``y ~ N(f, σ²)`` with f of shape ``(batch, 1)`` or ``(batch,)`` and a learned σ.
 
     σ starts at sqrt(½), where the gradient of the negative log-likelihood is that of the squared error.
@@ -58,15 +99,27 @@ class GaussianLikelihood(PyroModule):
 def likelihood_for(network: nn.Module) -> PyroModule:
     """The likelihood that fits a network's task, read off its class and configuration.
 
+    A causal language model gets :class:`~bayeslora.models.NextTokenLikelihood`, the mean over tokens.
+
     Raises:
-        InputError: for a network that is neither a sequence classifier nor a regressor.
+        InputError: for a network that is neither a sequence classifier, a regressor nor a causal language model.
     """
     config: Any = network.config
     problem = getattr(config, "problem_type", None)
     if type(network).__name__.endswith("ForSequenceClassification") and problem != "multi_label_classification":
         regression = problem == "regression" or (problem is None and config.num_labels == 1)
         return GaussianLikelihood() if regression else CategoricalLikelihood()
+    if is_causal(network):
+        from bayeslora.models.language import NextTokenLikelihood
+
+        return NextTokenLikelihood()
     raise InputError(
         f"no likelihood for {type(network).__name__} with problem_type={problem!r}: load the network with "
-        "AutoModelForSequenceClassification (single-label or regression), or pass likelihood= to BayesLoRA"
+        "AutoModelForSequenceClassification (single-label or regression) or AutoModelForCausalLM, or pass likelihood= "
+        "to BayesLoRA"
     )
+
+
+def is_causal(network: nn.Module) -> bool:
+    """Whether the network is a causal language model, by its class."""
+    return type(network).__name__.endswith(("ForCausalLM", "LMHeadModel"))

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from bayeslora.adapters import AdapterGroup, adapt, find_groups, leaves_for_recomputation, using_draw
 from bayeslora.config import MonteCLoRAConfig
 from bayeslora.distributions import CollapsedMixture, MixtureWeights, WishartCholesky, active_weights
-from bayeslora.models.likelihoods import likelihood_for
+from bayeslora.models.likelihoods import Likelihood, likelihood_for, network_outputs
 
 
 class MonteCLoRA(PyroModule):
@@ -107,7 +107,7 @@ class MonteCLoRA(PyroModule):
         """The joint density of latent sites and labels, without the bookkeeping of Pyro's parameter store.
 
         Returns:
-            The network's logits under this draw, and the labels.
+            The network's outputs (logits, see :meth:`outputs`) under this draw, and the labels.
         """
         with self.full_precision():
             draw = self.run(pyro)
@@ -123,12 +123,23 @@ class MonteCLoRA(PyroModule):
         return {group.name: self._sample_group(group, program) for group in self.groups}
 
     def observe(self, labels: Tensor | None = None, **inputs: Any) -> tuple[Tensor, Tensor]:
-        """The likelihood's site, given the weights that are set; returns logits and labels."""
+        """The likelihood's site, given the weights that are set; returns outputs and labels."""
         recomputed = leaves_for_recomputation(self.groups, self.network) if self.recomputes() else nullcontext()
         with recomputed:
-            logits = self.network(**inputs).logits
+            outputs = self.outputs(inputs, labels)
         # forward, not call: σ enters Pyro's global store only where the whole model is called as a Pyro model
-        return logits, self.likelihood.forward(logits, labels, self.num_examples)
+        return outputs, self.likelihood.forward(outputs, labels, self.num_examples)
+
+    def outputs(self, inputs: Mapping[str, Any], labels: Tensor | None = None) -> Tensor:
+        """What the likelihood makes of the network under the weights that are set: its logits, unless it is a
+        :class:`~bayeslora.models.Likelihood` that says otherwise."""
+        return network_outputs(self.likelihood, self.network, inputs, labels)
+
+    def example_weights(self, outputs: Tensor) -> Tensor:
+        """How much each example counts in an average over several batches, ``(batch,)``."""
+        if isinstance(self.likelihood, Likelihood):
+            return self.likelihood.weights(outputs)
+        return outputs.new_ones(len(outputs), dtype=torch.float32)
 
     def mean_field(self, labels: Tensor | None = None, **inputs: Any) -> tuple[Tensor, Tensor]:
         """The same with every A at its mean μ: no latent site, plain LoRA."""
