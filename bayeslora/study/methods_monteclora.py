@@ -138,7 +138,7 @@ class MonteCLoRA(Posterior, TrainedMethod):
         return super().from_options(options)
 
     def train(self, bench: "Bench") -> Trained:
-        bayes = BayesLoRA(bench.network(), self.configuration(bench))
+        bayes = BayesLoRA(bench.network(), self.configuration(bench), likelihood=bench.task.likelihood())
         return self.fit(bayes, bench, self.learning_rate_scale)
 
     def predictors(self, trained: Trained, bench: "Bench") -> Iterator[tuple[str, Predictor]]:
@@ -170,7 +170,8 @@ class PostHocMonteCLoRA(Posterior, PostHocMethod):
     title: ClassVar[str] = "MonteCLoRA post-hoc"
 
     def predictors(self, trained: Trained, bench: "Bench", predict: Predictor) -> Iterator[tuple[str, Predictor]]:
-        bayes = BayesLoRA(copy.deepcopy(trained.network), self.configuration(bench, mode="post_hoc"))
+        config = self.configuration(bench, mode="post_hoc")
+        bayes = BayesLoRA(copy.deepcopy(trained.network), config, likelihood=bench.task.likelihood())
         bayes.eval()
         self.fit(bayes, bench, 1.0)
         shutil.rmtree(bench.folder / "training")

@@ -78,7 +78,7 @@ class LoRA(PointEstimate):
             return super().save(trained, bench)
         from bayeslora.module import BayesLoRA  # a posterior without noise, which `bayeslora report` opens
 
-        bayes = BayesLoRA(trained.network, self.configuration(bench))
+        bayes = BayesLoRA(trained.network, self.configuration(bench), likelihood=bench.task.likelihood())
         bayes.num_examples = len(bench.train_data)
         bayes.save_pretrained(bench.folder / ADAPTER_FOLDER)
         write_json(bench.folder / RUN_FILE, bench.record(bayes, trained))

@@ -55,7 +55,7 @@ class MCDropout(PostHocMethod):
         count = self.num_samples or bench.study.num_samples
 
         def run(inputs: Mapping[str, Tensor]) -> Tensor:
-            return torch.stack([network(**inputs).logits.double().softmax(-1) for _ in range(count)])
+            return torch.stack([bench.outputs(network, inputs).double().softmax(-1) for _ in range(count)])
 
         def predictor(split: str) -> Any:
             with torch.random.fork_rng():
@@ -137,7 +137,7 @@ def _ensemble(network: nn.Module, members: Sequence[Mapping[str, Tensor]], bench
         found = []
         for member in members:
             use(member)
-            found.append(network(**inputs).logits.double().softmax(-1))
+            found.append(bench.outputs(network, inputs).double().softmax(-1))
         return torch.stack(found)
 
     try:
@@ -167,7 +167,7 @@ def _last_layer_laplace(network: nn.Module, bench: "Bench") -> Callable[[Mapping
     handle = head.register_forward_pre_hook(remember)
 
     def run_features(inputs: Mapping[str, Tensor]) -> Tensor:
-        logits = network(**inputs).logits
+        logits = bench.outputs(network, inputs)
         features.append(seen[0])
         return logits.softmax(-1)[None]
 
@@ -190,7 +190,7 @@ def _last_layer_laplace(network: nn.Module, bench: "Bench") -> Callable[[Mapping
     def run(inputs: Mapping[str, Tensor]) -> Tensor:
         handle = head.register_forward_pre_hook(remember)
         try:
-            network(**inputs)
+            bench.outputs(network, inputs)
         finally:
             handle.remove()
         with torch.inference_mode(False), torch.enable_grad():

@@ -30,6 +30,7 @@ class TaskSpec:
     text_columns: tuple[str, ...] | None = None
     label_column: str | None = None
     label_names: tuple[str, ...] | None = None
+    prompting: Mapping[str, Any] | None = None
 
     def load(self) -> Any:
         from bayeslora.tasks import load_task
@@ -273,7 +274,8 @@ def _method_specs(method: Any) -> list[MethodSpec]:
 
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        fields = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {name: entry for name, entry in fields.items() if name != "prompting" or entry is not None}
     if isinstance(value, Mapping):
         return {str(key): _plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
