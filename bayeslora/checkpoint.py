@@ -100,7 +100,7 @@ def write_adapter(bayes: "BayesLoRA", folder: Path) -> None:
     check_in_use(bayes.model.groups)
     with tempfile.TemporaryDirectory(prefix=".adapter-", dir=folder) as scratch:
         written = Path(scratch)
-        _write_peft_files(bayes.network, written)
+        write_peft_files(bayes.network, written)
         state = {f"guide.{name}": value for name, value in bayes.guide.state_dict().items()}
         state |= {f"model.{name}": value for name, value in bayes.model.state_dict().items()}
         save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, written / POSTERIOR)
@@ -110,10 +110,19 @@ def write_adapter(bayes: "BayesLoRA", folder: Path) -> None:
             os.replace(written / name, folder / name)
 
 
-def _write_peft_files(network: PeftModel, folder: Path) -> None:
-    """What PEFT's own ``save_pretrained`` writes, but for the model card, which takes longer than all the rest."""
+def write_peft_files(network: PeftModel, folder: Path, *, lora_A: Mapping[str, Tensor] | None = None) -> None:
+    """What PEFT's own ``save_pretrained`` writes, but for the model card, which takes longer than all the rest.
+
+    Args:
+        network: The adapted network.
+        folder: Where to.
+        lora_A: Name of each adapted layer to its A, ``(r, n_in)``, in place of the mean.
+    """
     key = active_adapter(network)
     tensors = get_peft_model_state_dict(network, adapter_name=key, save_embedding_layers=False)
+    for name, matrix in (lora_A or {}).items():
+        entry = f"base_model.model.{name}.lora_A.weight"
+        tensors[entry] = matrix.to(tensors[entry].dtype)
     separate = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     save_file(separate, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     base, lora = network.get_base_model(), copy.copy(network.peft_config[key])

@@ -364,6 +364,13 @@ class BayesLoRA(nn.Module):
 
         save_pretrained(self, folder)
 
+    def export_draws(self, folder: str | Path, num_draws: int, *, seed: int = 0) -> list[Path]:
+        """Write draws, and the mean, as ordinary PEFT adapters; see :func:`bayeslora.export.export_draws`."""
+        from bayeslora.export import export_draws
+
+        with one_at_a_time:
+            return export_draws(self, folder, num_draws, seed=seed)
+
     @classmethod
     def from_pretrained(cls, folder: str | Path, network: nn.Module, **options: Any) -> "BayesLoRA":
         """Read :meth:`save_pretrained`'s folder onto a fresh base ``network``; see :mod:`bayeslora.checkpoint`."""
