@@ -80,6 +80,7 @@ _HOMES = {
     "to_arviz": "bayeslora.analysis.inference_data",
     "to_markdown": "bayeslora.analysis.comparison",
     "variance_shares": "bayeslora.analysis.variance",
+    "vote": "bayeslora.analysis.voting",
     "vote_entropy": "bayeslora.analysis.agreement",
 }
 
@@ -157,6 +158,7 @@ __all__ = [
     "to_arviz",
     "to_markdown",
     "variance_shares",
+    "vote",
     "vote_entropy",
 ]
 
@@ -232,6 +234,7 @@ if TYPE_CHECKING:
         noise_contraction,
         variance_shares,
     )
+    from bayeslora.analysis.voting import vote
 
 
 def __getattr__(name: str) -> Any:

@@ -138,6 +138,12 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument("--split", help="default: test where it is labelled, else validation")
     parser.add_argument("--max-examples", type=int, help="a random subset of this size")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output, nothing else")
+    group = parser.add_argument_group("answers written by a language model (gsm8k, humaneval)")
+    group.add_argument("--generate", action="store_true", help="let it write, and judge that too")
+    group.add_argument("--max-new-tokens", type=int, default=256)
+    group.add_argument("--temperature", type=float, default=0.0, help="0 takes the most probable token")
+    group.add_argument("--top-p", type=float, default=1.0)
+    group.add_argument("--execute-generated-code", action="store_true", help="humaneval: run it, in a confined process")
 
 
 def _add_predict(commands: Any) -> None:
@@ -337,11 +343,26 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     data = task.encode(tokenizer, split, max_length=record["max_length"], limit=arguments.max_examples, labelled=True)
     scores = {"split": split, "examples": len(data), "num_samples": arguments.num_samples}
     scores |= _score(task, _predict(bayes, data, arguments, progress=not arguments.json))
+    if arguments.generate:
+        scores |= _judge(bayes, task, tokenizer, split, arguments)
     if arguments.json:
         print(json.dumps(scores))
     else:
         print("\n".join(f"{name:24} {value:.4f}" if isinstance(value, float) else f"{name:24} {value}"
                         for name, value in scores.items()))  # fmt: skip
+
+
+def _judge(
+    bayes: "BayesLoRA", task: "Task", tokenizer: Any, split: str, arguments: argparse.Namespace
+) -> dict[str, float]:
+    from bayeslora.judging import judge
+    from bayeslora.task_text import TextTask
+
+    if not isinstance(task, TextTask):
+        raise InputError(f"--generate is for texts, and task {task.name!r} is one of kind {task.kind}")
+    words = ("num_samples", "max_new_tokens", "temperature", "top_p", "execute_generated_code", "seed", "batch_size")
+    options = {word: getattr(arguments, word) for word in words}
+    return judge(bayes, task, tokenizer, split, limit=arguments.max_examples, progress=not arguments.json, **options)
 
 
 def run_predict(arguments: argparse.Namespace) -> None:

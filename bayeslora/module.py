@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyro
 import torch
@@ -19,9 +19,11 @@ from bayeslora.adapters import (
     adapt,
     check_in_use,
     clear_draw,
+    find_groups,
     is_quantized,
     one_at_a_time,
     rows_are_examples,
+    using_draw,
     using_noise,
 )
 from bayeslora.config import MonteCLoRAConfig
@@ -32,8 +34,11 @@ from bayeslora.errors import InputError
 from bayeslora.guides import GUIDES, Guide
 from bayeslora.models import MonteCLoRA
 from bayeslora.noise_schedules import SCHEDULES, NoiseSchedule
-from bayeslora.predict import PosteriorDraws, Prediction, posterior_draws, predict, sample_sites
+from bayeslora.predict import Draws, PosteriorDraws, Prediction, posterior_draws, predict, sample_sites
 from bayeslora.recorder import Recorder
+
+if TYPE_CHECKING:
+    from bayeslora.generation import Generation
 
 logger = logging.getLogger(__name__)
 
@@ -343,8 +348,26 @@ class BayesLoRA(nn.Module):
             check_in_use(self.model.groups)
             return predict(self, dataset, num_samples=num_samples, **options)
 
-    def merge(self) -> nn.Module:
+    def generate(self, prompts: Any, **options: Any) -> "Generation":
+        """Write on from prompts with a causal language model; see :func:`bayeslora.generation.generate`."""
+        from bayeslora.generation import generate
+
+        with one_at_a_time:
+            check_in_use(self.model.groups)
+            return generate(self, prompts, **options)
+
+    @contextmanager
+    def as_draw(self, index: int = 0, *, seed: int = 0) -> Iterator[nn.Module]:
+        """Inside, ``bayes.network`` is draw ``index`` of ``seed``, one network for whatever is done with it."""
+        with one_at_a_time, using_draw(self.model.groups, Draws(self, 1, seed, first=index).weights(0, 1)):
+            yield self.network
+
+    def merge(self, draw: int | None = None, *, seed: int = 0) -> nn.Module:
         """A copy of the network with the posterior mean merged into its weights: a plain transformers model.
+
+        Args:
+            draw: Merge this draw of ``seed`` instead of the mean.
+            seed: As in :meth:`predict`.
 
         Raises:
             InputError: for a quantised network.
@@ -356,7 +379,14 @@ class BayesLoRA(nn.Module):
                 "from_pretrained on the same base model in full precision, and merge there"
             )
         clear_draw(self.model.groups)
-        return copy.deepcopy(self.network).merge_and_unload()
+        merged = copy.deepcopy(self.network)
+        if draw is not None:
+            drawn = Draws(self, 1, seed, first=draw).weights(0, 1)
+            with torch.no_grad():
+                for group in find_groups(merged):
+                    for adapter, columns in zip(group.adapters, drawn[group.name], strict=True):
+                        adapter.lora_A.weight.copy_(columns.mT)
+        return merged.merge_and_unload()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write PEFT's two files and the posterior; see :mod:`bayeslora.checkpoint`."""
