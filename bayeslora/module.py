@@ -142,6 +142,15 @@ class BayesLoRA(nn.Module):
         return self.network.config
 
     @property
+    def generation_config(self) -> Any:
+        """The network's own, where TRL looks for it."""
+        return self.network.get_base_model().generation_config
+
+    def add_model_tags(self, tags: Any) -> None:
+        """Tags for the network's model card, which TRL adds."""
+        self.network.get_base_model().add_model_tags(tags)
+
+    @property
     def device(self) -> torch.device:
         return self.network.device
 
