@@ -1,12 +1,12 @@
 """Texts to learn, for causal language models: mathematics and code, with what a written answer is judged by.
 
-==========  ==================================  ==============================  ======================================
-task        read                                learnt                          judged by
-==========  ==================================  ==============================  ======================================
-gsm8k       ``Question: QUESTION``, ``Answer:`` the solution and its number     :func:`gsm8k_matches`
-magicoder   the problem as an instruction       the solution                    nothing; learnt for humaneval
-humaneval   a signature and its documentation   the function's body             :mod:`bayeslora.code_execution`
-==========  ==================================  ==============================  ======================================
+==========  =======================================  =========================  ====================================
+task        read                                     learnt                     judged by
+==========  =======================================  =========================  ====================================
+gsm8k       ``Question: QUESTION``, ``Answer:``      solution and number        :func:`gsm8k_matches`
+magicoder   the problem as an instruction            the solution               nothing; learnt for humaneval
+humaneval   a signature and its documentation        the function's body        :mod:`bayeslora.code_execution`
+==========  =======================================  =========================  ====================================
 
 References:
     Cobbe et al. (2021), *Training Verifiers to Solve Math Word Problems*; Chen et al. (2021), *Evaluating Large
