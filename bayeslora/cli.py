@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import math
 import shlex
 import signal
 import sys
@@ -547,8 +548,9 @@ def _predict(bayes: "BayesLoRA", data: Any, arguments: argparse.Namespace, **opt
 def _score(task: "Task", prediction: "Prediction") -> dict[str, float]:
     from bayeslora.analysis import calibration_summary
 
-    if prediction.nats_per_token is not None:
-        return {"nats_per_token": prediction.nats_per_token, "perplexity": prediction.perplexity}
+    nats = prediction.nats_per_token
+    if nats is not None:
+        return {"nats_per_token": nats, "perplexity": math.exp(nats)}
     if prediction.probs is None:
         return task.score(prediction.mean, prediction.labels)
     return calibration_summary(prediction.probs, prediction.labels) | task.score(prediction.probs, prediction.labels)

@@ -15,8 +15,8 @@ class BayesSFTTrainer(SFTTrainer):
 
     TRL prepares the data as always: chat templates, prompt and completion, masking, truncation, packing. The loss is
     the objective per example, as under a stock ``transformers.Trainer``; TRL's own entropy and token accuracy, which
-    need a point estimate's logits, are not logged. Checkpoints hold the adapter and its posterior. With TRL's packing a whole
-    batch is one row: it shares a draw and counts as one example, so keep ``normalization="paper"`` there.
+    need a point estimate's logits, are not logged. Checkpoints hold the adapter and its posterior. With TRL's packing a
+    whole batch is one row: it shares a draw and counts as one example, so keep ``normalization="paper"`` there.
 
     Args:
         model: What to fit; its likelihood must be the next-token one.

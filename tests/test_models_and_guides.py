@@ -87,9 +87,11 @@ class TestModel:
     def test_a_network_without_a_likelihood_is_refused(self):
         import transformers
 
-        config = transformers.GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2)
-        with pytest.raises(InputError, match="GPT2ForTokenClassification"):
-            MonteCLoRA(transformers.GPT2ForTokenClassification(config), MonteCLoRAConfig(r=2))
+        config = transformers.BertConfig(
+            vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+        )
+        with pytest.raises(InputError, match="BertForTokenClassification"):
+            MonteCLoRA(transformers.BertForTokenClassification(config), MonteCLoRAConfig(r=2))
 
     def test_degrees_of_freedom(self):
         model = small_model()
