@@ -125,9 +125,10 @@ def _boolq(row: Row) -> Question:
 
 
 _ARC = ("question", "choices")
+# of PIQA and Social IQA the copies that the evaluation harness reads: the authors' own need code of theirs to be loaded
 CHOICE_TASKS = {
-    "piqa": NamedChoice("ybisk/piqa", None, ("goal", "sol1", "sol2"), _piqa),
-    "siqa": NamedChoice("allenai/social_i_qa", None, ("context", "question", "answerA", "answerB", "answerC"), _siqa),
+    "piqa": NamedChoice("baber/piqa", None, ("goal", "sol1", "sol2"), _piqa),
+    "siqa": NamedChoice("lighteval/siqa", None, ("context", "question", "answerA", "answerB", "answerC"), _siqa),
     "winogrande": NamedChoice(
         "allenai/winogrande", "winogrande_xl", ("sentence", "option1", "option2"), _winogrande
     ),

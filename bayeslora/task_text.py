@@ -51,7 +51,7 @@ class NamedText:
 TEXT_TASKS = {
     "gsm8k": NamedText(
         "openai/gsm8k", "main", ("question", "answer"),
-        lambda row: (f"Question: {row['question']}\nAnswer:", f" {row['answer']}"), ("\n\n", "Question:"),
+        lambda row: (f"Question: {row['question']}\nAnswer:", f" {row['answer']}"), ("Question:",),
     ),
     "magicoder": NamedText(
         "ise-uiuc/Magicoder-OSS-Instruct-75K", None, ("problem", "solution"),
