@@ -215,7 +215,10 @@ def _add_data_options(parser: argparse.ArgumentParser, *, several: bool = False)
     """``several``: options of compare, which takes several values for some and needs none beside a study file."""
     group = parser.add_argument_group("model and data")
     group.add_argument(
-        "--model", required=not several, metavar="PATH_OR_HUB_NAME", help='or "demo", the demo\'s encoder'
+        "--model",
+        required=not several,
+        metavar="PATH_OR_HUB_NAME",
+        help='or "demo", the demo\'s encoder, or "demo-lm", a small language model',
     )
     group.add_argument("--task", required=not several, nargs="+" if several else None, metavar="NAME",
                        help="a named task, or any name for your own data")  # fmt: skip

@@ -17,6 +17,7 @@ References:
 import json
 import math
 import platform
+import re
 import secrets
 import subprocess
 import sys
@@ -83,8 +84,16 @@ def run_program(
 
 
 def humaneval_program(prompt: str, completion: str, test: str, entry_point: str) -> str:
-    """The program that HumanEval runs: signature, completion, tests, and their call."""
-    return f"{prompt}{completion}\n\n{test}\n\ncheck({entry_point})\n"
+    """The program that HumanEval runs: signature, completion, tests, and their call.
+
+    A completion that defines the function itself, in a fenced block of Markdown or bare, as chat models answer, takes
+    the place of the signature's.
+    """
+    block = re.search(r"```(?:python|py)?\s*\n(.*?)(?:\n```|\Z)", completion, re.DOTALL)
+    code = block[1] if block else completion
+    if re.search(rf"^def {re.escape(entry_point)}\b", code, re.MULTILINE):
+        code = f"    pass\n\n{code}"
+    return f"{prompt}{code}\n\n{test}\n\ncheck({entry_point})\n"
 
 
 def pass_at_k(num_samples: int, num_passed: int, k: int) -> float:

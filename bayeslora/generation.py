@@ -35,6 +35,7 @@ from bayeslora.predict import Collator, Draws, batches_by_length, evaluating
 if TYPE_CHECKING:
     from bayeslora.module import BayesLoRA
 
+_AS_WRITTEN: dict[str, Any] = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
 _STOP_WINDOW = 32  # tokens at the end of a text in which a stop is looked for
 
 
@@ -218,7 +219,7 @@ class _Rule:
     def stops_in(self, tokens: list[int]) -> bool:
         if not self.stops:
             return False
-        end = self.tokenizer.decode(tokens[-_STOP_WINDOW:], skip_special_tokens=True)
+        end = self.tokenizer.decode(tokens[-_STOP_WINDOW:], **_AS_WRITTEN)
         return any(stop in end for stop in self.stops)
 
 
@@ -244,7 +245,7 @@ class _Text:
 
     def read(self, rule: _Rule) -> str:
         tokens = self.tokens[:-1] if self.tokens and self.tokens[-1] in rule.ends else self.tokens
-        text = rule.tokenizer.decode(tokens, skip_special_tokens=True)
+        text = rule.tokenizer.decode(tokens, **_AS_WRITTEN)
         places = [text.find(stop) for stop in rule.stops if stop in text]
         return text[: min(places, default=len(text))]
 

@@ -35,6 +35,11 @@ def test_a_program_passes_or_fails_by_its_own_doing():
     assert run(humaneval_program(prompt, "    return a + b", test, "add")).passed
     assert run(humaneval_program(prompt, "    return a - b", test, "add")) == (False, "AssertionError")
     assert run(humaneval_program(prompt, "    return a +", test, "add")) == (False, "SyntaxError")
+    whole = "def add(x, y):\n    return x + y\n"
+    assert run(humaneval_program(prompt, whole, test, "add")).passed
+    assert run(humaneval_program(prompt, f"Here it is:\n\n```python\n{whole}```\nIt adds.", test, "add")).passed
+    assert run(humaneval_program(prompt, "```\n    return a + b\n```", test, "add")).passed
+    assert not run(humaneval_program(prompt, f"```python\n{whole.replace('+', '-')}```", test, "add")).passed
     assert run("import re, math, collections, heapq, hashlib, datetime, typing, itertools, random, string").passed
     assert run("raise SystemExit(0)") == (False, "SystemExit")
     assert run("import os; os._exit(0)") == (False, "killed")

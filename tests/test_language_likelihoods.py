@@ -79,8 +79,9 @@ def test_the_output_layer_runs_at_the_scored_tokens_only():
     network, batch, seen = tiny_language_model(), COLLATE(texts()), []
     labels = batch.pop("labels")
     network.lm_head.register_forward_hook(lambda module, args, output: seen.append(args[0].shape))
-    target_log_probs(network, batch, labels)
+    log_probs = target_log_probs(network, batch, labels)
     assert seen == [(1, int((labels != -100).sum()), 32)]
+    torch.testing.assert_close(log_probs != 0, labels != -100)  # each beside its label
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -210,6 +211,7 @@ def test_prediction_of_choices_averages_the_draws(batch_size):
                 expected.append(bayes.model.outputs(COLLATE(questions())).double().softmax(-1))
     np.testing.assert_allclose(prediction.probs, torch.stack(expected).mean(0), atol=1e-5)
     assert prediction.label_names == ("A", "B", "C", "D")
+    assert COLLATE(questions())["attention_mask"][1, 2:].sum(-1).tolist() == [1, 1]  # something to attend to
     assert (prediction.probs[1, 2:] == 0).all()
     assert (prediction.entropy <= np.log([3, 2, 4]) + 1e-9).all()
     assert prediction.labels.tolist() == [2, 0, 3]
