@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bayeslora import BayesLoRA, InputError, MonteCLoRAConfig
-from bayeslora.adapters import using_draw
+from bayeslora.adapters import using_draw, using_noise
 from bayeslora.language_data import encode_letters, encode_options, encode_text, pack
 from bayeslora.models import ChoiceLikelihood, NextTokenLikelihood
 from bayeslora.models.language import ABSENT, target_log_probs
@@ -266,3 +266,42 @@ def test_mistakes_are_explained():
     bayes = BayesLoRA(network, MonteCLoRAConfig(r=4))
     with pytest.raises(InputError, match="no labels"):
         bayes.predict([{"input_ids": [1, 2], "attention_mask": [1, 1]}], progress=False)
+
+
+def test_in_training_all_options_of_a_question_see_its_own_mirror_image_of_the_noise():
+    bayes = choosing()
+    batch = COLLATE(questions())
+    labels = batch.pop("labels")
+    generator = torch.Generator().manual_seed(0)
+    groups = bayes.model.groups
+    noise = {g.name: torch.randn(len(g), g.columns, g.rank, generator=generator) for g in groups}
+    signs = bayes._signs({"labels": labels})
+    with torch.no_grad():
+        with using_noise(groups, noise, signs):
+            together = bayes.model.outputs(batch)
+        for index, example in enumerate(questions()):
+            alone = COLLATE([{name: value for name, value in example.items() if name != "labels"}])
+            drawn = {g.name: g.mean() + noise[g.name] * signs[g.name][:, index, None] for g in groups}
+            with using_draw(groups, drawn):
+                torch.testing.assert_close(
+                    together[index : index + 1], bayes.model.outputs(alone), rtol=1e-4, atol=1e-4
+                )
+    assert any((signs[g.name][:, 0] != signs[g.name][:, 1]).any() for g in groups)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("kind", ["choice", "text"])
+def test_checkpointing_changes_no_gradient_under_noise(kind, reentrant):
+    found = []
+    for checkpointing in (False, True):
+        bayes = choosing() if kind == "choice" else BayesLoRA(tiny_language_model(), MonteCLoRAConfig(r=4))
+        torch.manual_seed(1)
+        with_signal(bayes).train()
+        if checkpointing:
+            bayes.activation_checkpointing_enable({"use_reentrant": reentrant})
+        batch = COLLATE(questions() if kind == "choice" else texts())
+        torch.manual_seed(2)
+        bayes(**batch).loss.backward()
+        found.append(torch.cat([p.grad.flatten() for p in bayes.parameters() if p.grad is not None]))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-5)
+    assert found[0].norm() > 0.1
