@@ -12,7 +12,7 @@ from bayeslora.predict import Collator
 from tests.language import PLACES, tiny_language_model, tiny_tokenizer
 
 RULE = {"cat": "north", "dog": "south", "ball": "up"}
-OPTIONS = {"output_dir": None, "epochs": 12, "batch_size": 8, "learning_rate": 2e-2, "progress": False}
+OPTIONS = {"output_dir": None, "epochs": 8, "batch_size": 8, "learning_rate": 2e-2, "progress": False}
 
 
 def sentences(count, seed=0):
@@ -41,7 +41,7 @@ def choices(count, seed=0):
 def test_next_tokens_are_learnt(tmp_path):
     bayes = BayesLoRA(tiny_language_model(), MonteCLoRAConfig(r=4))
     before = bayes.predict(sentences(12, seed=1), num_samples=4, progress=False).nats_per_token
-    result = fit(bayes, sentences(48), sentences(12, seed=1), **OPTIONS | {"output_dir": tmp_path})
+    result = fit(bayes, sentences(40), sentences(12, seed=1), **OPTIONS | {"output_dir": tmp_path})
     after = bayes.predict(sentences(12, seed=1), num_samples=4, progress=False)
     assert before > 3
     assert after.nats_per_token < 0.2
@@ -51,7 +51,7 @@ def test_next_tokens_are_learnt(tmp_path):
 
 def test_choices_are_learnt_and_every_tool_for_classes_takes_them(tmp_path):
     bayes = BayesLoRA(tiny_language_model(), MonteCLoRAConfig(r=4), likelihood=ChoiceLikelihood("ABCD"))
-    result = fit(bayes, choices(60), choices(20, seed=1), **OPTIONS | {"output_dir": tmp_path, "best_metric": "nll"})
+    result = fit(bayes, choices(48), choices(20, seed=1), **OPTIONS | {"output_dir": tmp_path, "best_metric": "nll"})
     assert result.metrics["eval_accuracy"] > 0.9
     data = choices(20, seed=2)
     prediction = bayes.predict(data, num_samples=4, progress=False)

@@ -34,7 +34,7 @@ def trainer(folder, bayes, count=48, **options):
 def test_prompts_and_completions_are_learnt(tmp_path):
     bayes = BayesLoRA(tiny_language_model(), MonteCLoRAConfig(r=4))
     before = [p.detach().clone() for p in bayes.guide.parameters()]
-    sft = trainer(tmp_path, bayes, num_train_epochs=8, per_device_train_batch_size=8, learning_rate=2e-2,
+    sft = trainer(tmp_path, bayes, num_train_epochs=6, per_device_train_batch_size=8, learning_rate=2e-2,
                   save_strategy="epoch", save_total_limit=1)  # fmt: skip
     sft.train()
     texts = [encode_text(tiny_tokenizer(), f"where is the {a}?", f" to the {place}") for a, place in RULE.items()]
