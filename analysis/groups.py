@@ -101,7 +101,7 @@ class _Places:
 
 
 def prediction_groups(prediction: Any, seed: int, *, first_draw: int = 0, prior: bool = False) -> Groups:
-    """The variables that come from a data set.
+    """The variables that come from a data set; of texts there is only their log-likelihood.
 
     Args:
         prediction: What ``BayesLoRA.predict`` returned, for S draws of n examples.
@@ -110,8 +110,10 @@ def prediction_groups(prediction: Any, seed: int, *, first_draw: int = 0, prior:
         prior: They are draws of the prior: only ``prior_predictive``.
 
     Raises:
-        InputError: The task is neither classification nor regression, or the labels do not fit.
+        InputError: The task is none that is known, or the labels do not fit.
     """
+    if getattr(prediction, "text_log_likelihood", None) is not None:
+        return _text_groups(prediction, prior)
     random = [np.random.default_rng([seed, prior, first_draw + s]) for s in range(_num_draws(prediction))]
     if getattr(prediction, "sample_log_probs", None) is not None:
         found = _classification_groups(prediction, random)
@@ -165,6 +167,12 @@ def _regression_groups(prediction: Any, random: list[np.random.Generator]) -> Gr
     if prediction.labels is not None:
         groups["observed_data"] = {"labels": np.asarray(prediction.labels)}
     return Groups(groups, {"example": np.arange(means.shape[1])}, dict(DIMS))
+
+
+def _text_groups(prediction: Any, prior: bool) -> Groups:
+    pointwise = np.asarray(prediction.text_log_likelihood)  # (S, n)
+    groups = {} if prior else {"log_likelihood": _one_chain({"labels": pointwise})}
+    return Groups(groups, {"example": np.arange(pointwise.shape[1])}, dict(DIMS))
 
 
 def _draw_labels(probs: np.ndarray, random: list[np.random.Generator]) -> np.ndarray:

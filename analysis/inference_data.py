@@ -53,7 +53,7 @@ def to_arviz(
     posterior_predictive,       ``class_probs[example, class]``, or ``mean[example]`` for regression;
     prior_predictive            ``labels[example]`` drawn from that
     log_likelihood              ``labels[example]``, pointwise, in nats
-    observed_data               ``labels[example]``
+    observed_data               ``labels[example]``; of texts neither this nor the predictive groups
     sample_stats                what the run logged, over training steps instead of draws:
                                 ``elbo_task[step]``, ``elbo_kl_site[step, site]``, ...; see
                                 :func:`bayeslora.analysis.training_history.history_group`

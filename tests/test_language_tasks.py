@@ -1,13 +1,15 @@
 """Tasks of language models from files in the official layouts: prompts, labels, tokens, and the commands on them."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from bayeslora import InputError, load_task
 from bayeslora.cli import main
 from bayeslora.models import ChoiceLikelihood, NextTokenLikelihood
-from bayeslora.task_text import gsm8k_matches
+from bayeslora.task_choice import CHOICE_TASKS
+from bayeslora.task_text import TEXT_TASKS, gsm8k_matches
 from tests.language import tiny_language_model, tiny_tokenizer
 
 # one row each, as the hub has it, and what must come of it: prompts, options, label
@@ -229,3 +231,15 @@ def test_the_likelihood_comes_with_the_task(places):
     network, tokenizer = task.load_network(places / "model")
     assert type(network).__name__ == "LlamaForCausalLM"
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize(("registry", "name"), [(CHOICE_TASKS, "piqa"), (TEXT_TASKS, "humaneval")])
+def test_a_repository_without_named_configurations_is_read(tmp_path, monkeypatch, registry, name):
+    row = {"task_id": "0", "prompt": "the cat", "canonical_solution": "up", "test": "t", "entry_point": "cat"}
+    write(tmp_path, name, "test", [OFFICIAL[name][0] if name in OFFICIAL else row])
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setitem(registry, name, replace(registry[name], repository=str(tmp_path / name)))
+    assert load_task(name).data["test"].num_rows == 1
+    monkeypatch.setitem(registry, name, replace(registry[name], repository=str(tmp_path / "nowhere")))
+    with pytest.raises(InputError, match=f"cannot load task '{name}' from the hub .*pass data_dir"):
+        load_task(name)

@@ -47,6 +47,8 @@ def test_next_tokens_are_learnt(tmp_path):
     assert after.nats_per_token < 0.2
     assert result.metrics["eval_loss"] < 0.2
     assert after.sample_log_likelihood.std(0).max() > 1e-3  # the draws differ
+    idata = to_arviz(bayes, sentences(12, seed=1), num_samples=4)
+    np.testing.assert_allclose(idata.log_likelihood["labels"].values[0], after.sample_log_likelihood, atol=1e-5)
 
 
 def test_choices_are_learnt_and_every_tool_for_classes_takes_them(tmp_path):
