@@ -13,6 +13,7 @@ from bayeslora.language_data import encode_letters, encode_options, encode_text,
 from bayeslora.models import ChoiceLikelihood, NextTokenLikelihood
 from bayeslora.models.language import ABSENT, target_log_probs
 from bayeslora.predict import Collator, Draws
+from tests.conftest import tiny_batch, tiny_network
 from tests.language import PLACES, tiny_language_model, tiny_tokenizer
 
 COLLATE = Collator(pad_token_id=0)  # the end of a text is its padding
@@ -305,3 +306,20 @@ def test_checkpointing_changes_no_gradient_under_noise(kind, reentrant):
         found.append(torch.cat([p.grad.flatten() for p in bayes.parameters() if p.grad is not None]))
     torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-5)
     assert found[0].norm() > 0.1
+
+
+def test_a_likelihood_of_one_s_own_needs_no_more_than_its_density():
+    class Own(pyro.nn.PyroModule):
+        def forward(self, logits, labels, num_examples=None):
+            with pyro.plate("examples", len(logits)):
+                return pyro.sample("labels", pyro.distributions.Categorical(logits=logits), obs=labels)
+
+    batch, losses = tiny_batch(), []
+    for likelihood in (Own("likelihood"), None):
+        bayes = BayesLoRA(tiny_network(), MonteCLoRAConfig(r=2), likelihood=likelihood)
+        torch.manual_seed(0)
+        losses.append(bayes.train()(**batch).loss.detach())
+    torch.testing.assert_close(*losses)
+    labels = batch.pop("labels")
+    examples = [{name: value[i] for name, value in batch.items()} | {"labels": int(labels[i])} for i in range(6)]
+    assert bayes.predict(examples, num_samples=2, progress=False).probs.shape == (6, 2)

@@ -210,6 +210,11 @@ def test_fit_and_evaluate_texts_from_a_shell(tmp_path, capsys, places):
     assert "nats per token" in output
     scores = json.loads(run(capsys, "evaluate", tmp_path / "run", "--json", "--num-samples", 2))
     assert scores["perplexity"] > 1
+    assert "strict" not in scores
+    few = ["--generate", "--max-new-tokens", 3, "--max-examples", 2, "--num-samples", 2]
+    judged = json.loads(run(capsys, "evaluate", tmp_path / "run", "--json", *few))
+    assert judged["examples"] == 2
+    assert 0 <= judged["flexible_vote"] <= 1
     lines = run(capsys, "predict", tmp_path / "run", "--split", "test", "--num-samples", 2).splitlines()
     assert json.loads(lines[0])["log_likelihood"] < 0
 
