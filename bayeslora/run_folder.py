@@ -43,8 +43,8 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 
 def write_json(path: Path, record: Any) -> None:
-    """Whole or not at all."""
-    temporary = _temporary(path)
+    """Whole or not at all, also where two processes write it at once."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(json.dumps(record, indent=2, default=float) + "\n")
         file.flush()
@@ -52,14 +52,14 @@ def write_json(path: Path, record: Any) -> None:
     os.replace(temporary, path)
 
 
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.tmp")
-
-
 def foreign_entry(folder: Path, *own: str) -> Path | None:
     """Something in ``folder`` besides the ``own`` files, the lock, and what a killed process leaves of them."""
-    ours = {LOCK_FILE, *own} | {_temporary(folder / name).name for name in own}
-    return next((path for path in sorted(folder.iterdir()) if path.name not in ours), None)
+
+    def is_ours(name: str) -> bool:
+        left = name.endswith(".tmp") and any(name.startswith(f".{one}.") for one in own)  # see write_json
+        return left or name in {LOCK_FILE, *own}
+
+    return next((path for path in sorted(folder.iterdir()) if not is_ours(path.name)), None)
 
 
 # ---- checkpoints ----

@@ -35,5 +35,5 @@ def test_gsm8k(place, capsys):
     assert set(found) == {"LoRA", "MonteCLoRA"}
     assert all(math.isfinite(value) for numbers in found.values() for value in numbers.values())
     assert found["LoRA"]["mutual information"] == 0  # of one model with itself
-    assert 0 < found["MonteCLoRA"]["mutual information"]
+    assert found["MonteCLoRA"]["mutual information"] > 0
     assert "nats a token" in capsys.readouterr().out

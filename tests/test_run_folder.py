@@ -2,6 +2,7 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import resource
 import shutil
@@ -333,9 +334,27 @@ class TestLock:
 
 
 def test_foreign_entry(tmp_path):
-    for name in ("run.json", ".run.json.tmp", LOCK_FILE):
+    for name in ("run.json", ".run.json.17.tmp", LOCK_FILE):
         (tmp_path / name).touch()
     assert foreign_entry(tmp_path, "run.json") is None
-    assert foreign_entry(tmp_path).name == ".run.json.tmp"
+    assert foreign_entry(tmp_path).name == ".run.json.17.tmp"
     (tmp_path / "thesis.tex").touch()
     assert foreign_entry(tmp_path, "run.json").name == "thesis.tex"
+
+
+def _write_often(path):
+    for number in range(200):
+        write_json(path, {"number": number})
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_two_processes_write_one_file(tmp_path):
+    writers = [multiprocessing.get_context("fork").Process(target=_write_often, args=(tmp_path / "one.json",))
+               for _ in range(2)]  # fmt: skip
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert [writer.exitcode for writer in writers] == [0, 0]
+    assert [path.name for path in tmp_path.iterdir()] == ["one.json"]
+    assert json.loads((tmp_path / "one.json").read_text()) == {"number": 199}

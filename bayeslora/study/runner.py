@@ -15,7 +15,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from bayeslora.errors import InputError, StorageError, TrainingDivergedError
-from bayeslora.run_folder import write_json
+from bayeslora.run_folder import foreign_entry, write_json
 from bayeslora.study.methods import Lineup
 from bayeslora.study.predictions import read_predictions
 from bayeslora.study.spec import Cell, Study, axes, cells
@@ -307,7 +307,7 @@ def _check_folder(output_dir: Path, study: Study) -> None:
                 f"{output_dir} holds a comparison with another {changed[0]} ({found.get(changed[0])!r}); "
                 "use the same settings to continue it, or another folder"
             )
-    elif output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+    elif output_dir.exists() and (not output_dir.is_dir() or foreign_entry(output_dir, SETTINGS_FILE)):
         raise InputError(f"{output_dir} holds something else already; give a new or empty folder")
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
