@@ -1,7 +1,7 @@
 """Grade-school mathematics as text: fit, measure nats a token, write answers with several draws, and vote.
 
-SmolLM2-135M-Instruct reads 300 worked solutions of GSM8K with plain LoRA and with MonteCLoRA. The likelihood is that of
-100 test solutions; the written answers are to 20 test questions. A model of this size solves next to none of them: what
+SmolLM2-135M-Instruct reads 200 worked solutions of GSM8K with plain LoRA and with MonteCLoRA. The likelihood is that of
+60 test solutions; the written answers are to 10 test questions. A model of this size solves next to none of them: what
 is compared is likelihood, and how sure the model is of what it writes. Needs the extra `language`.
 
     python examples/gsm8k.py                        # data from the hub
@@ -22,8 +22,8 @@ METHODS = {"LoRA": MonteCLoRAConfig(sample_scaler=0.0), "MonteCLoRA": MonteCLoRA
 
 
 def main(
-    data_dir: str | None = None, output: str | None = None, *, model: str = "demo-lm", training: int = 300,
-    testing: int = 100, questions: int = 20, epochs: int = 1, num_samples: int = 4, seed: int = 0,
+    data_dir: str | None = None, output: str | None = None, *, model: str = "demo-lm", training: int = 200,
+    testing: int = 60, questions: int = 10, epochs: int = 1, num_samples: int = 4, seed: int = 0,
 ) -> dict[str, dict[str, float]]:  # fmt: skip
     """Fit both, print a line of numbers for each, and return them by method."""
     place, task, found = Path(output or tempfile.mkdtemp()), load_task("gsm8k", data_dir), {}

@@ -2,7 +2,7 @@
 
 No pretrained vision model comes through pip, so a small one is trained on the spot on scikit-learn's upright digits
 (1000 images of 8 x 8). Then LoRA and MonteCLoRA adapt it to the same digits turned by 90 degrees, from 100 images each,
-and are tested on 697 turned ones and on turned ones under noise. Needs scikit-learn.
+and are tested on 697 turned ones and on turned ones under noise.
 
     python examples/vision.py
 """
