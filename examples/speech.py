@@ -6,6 +6,17 @@ the same kind, and on 200 in three other accents. Utterances are one second long
 its 1500 positions. Needs the extra `speech`, which carries the synthesiser.
 
     python examples/speech.py
+
+It prints, in some ten minutes on one core (means of three seeds, 8 draws):
+
+    322314 trained parameters of LoRA, 812 more of the posterior
+
+    | split   | method     | seeds | accuracy (%) |           NLL |    ECE (%) |         Brier |
+    | ------- | ---------- | ----: | -----------: | ------------: | ---------: | ------------: |
+    | heard   | LoRA       |     3 |   98.8 ± 0.3 | 0.038 ± 0.023 |  1.2 ± 0.1 | 0.020 ± 0.006 |
+    | heard   | MonteCLoRA |     3 |   98.3 ± 0.6 | 0.070 ± 0.030 |  3.9 ± 1.6 | 0.033 ± 0.016 |
+    | unheard | LoRA       |     3 |   78.5 ± 5.1 | 0.985 ± 0.235 | 15.1 ± 4.1 | 0.353 ± 0.082 |
+    | unheard | MonteCLoRA |     3 |   82.3 ± 1.0 | 0.628 ± 0.025 |  7.3 ± 0.8 | 0.258 ± 0.021 |
 """
 
 import ctypes
@@ -16,7 +27,7 @@ import espeakng_loader
 import numpy as np
 from scipy.signal import resample_poly
 from torch import nn
-from transformers import AutoFeatureExtractor, WhisperForAudioClassification, set_seed
+from transformers import AutoFeatureExtractor, WhisperForAudioClassification, logging, set_seed
 
 from bayeslora import BayesLoRA, MonteCLoRAConfig, fit
 from bayeslora.analysis import calibration_summary, comparison_table, to_markdown
@@ -75,6 +86,7 @@ def utterances(voices: tuple[str, ...], count: int, extractor, synthesiser: Synt
 
 def encoder() -> nn.Module:
     """Whisper's encoder with a new head for ten words, for inputs of one second."""
+    logging.set_verbosity_error()  # that the head is new is no news
     network = WhisperForAudioClassification.from_pretrained(speech_encoder(), num_labels=len(DIGITS))
     positions = network.encoder.embed_positions.weight[:50].detach().clone()
     network.encoder.embed_positions = nn.Embedding.from_pretrained(positions)

@@ -5,6 +5,17 @@ No pretrained vision model comes through pip, so a small one is trained on the s
 and are tested on 697 turned ones and on turned ones under noise.
 
     python examples/vision.py
+
+It prints, in some four minutes on one core (means of three seeds, 8 draws):
+
+    29322 trained parameters of LoRA, 812 more of the posterior
+
+    | split         | method     | seeds | accuracy (%) |           NLL |    ECE (%) |         Brier |
+    | ------------- | ---------- | ----: | -----------: | ------------: | ---------: | ------------: |
+    | turned        | LoRA       |     3 |   78.4 ± 1.0 | 1.053 ± 0.038 | 14.7 ± 0.9 | 0.370 ± 0.016 |
+    | turned        | MonteCLoRA |     3 |   77.7 ± 1.0 | 0.886 ± 0.041 |  8.8 ± 1.1 | 0.345 ± 0.016 |
+    | turned, noisy | LoRA       |     3 |   58.5 ± 0.8 | 2.032 ± 0.033 | 28.7 ± 0.5 | 0.680 ± 0.007 |
+    | turned, noisy | MonteCLoRA |     3 |   56.0 ± 0.6 | 1.741 ± 0.022 | 21.3 ± 1.5 | 0.647 ± 0.011 |
 """
 
 import copy
