@@ -42,9 +42,10 @@ STATE_FILE = "trainer_state.json"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 
-def write_json(path: Path, record: Any) -> None:
-    """Whole or not at all, also where two processes write it at once."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def write_json(path: Path, record: Any, *, shared: bool = False) -> None:
+    """Whole or not at all; ``shared``: also where two processes write it at once."""
+    own = f"{os.getpid()}." if shared else ""
+    temporary = path.with_name(f".{path.name}.{own}tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(json.dumps(record, indent=2, default=float) + "\n")
         file.flush()

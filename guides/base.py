@@ -24,6 +24,9 @@ class Guide(PyroModule):
     #: can then have its own noise.
     symmetric_rows = False
 
+    #: Whether ε is read from ``model.noise_scale(group)`` at every draw, so that a noise schedule can change it.
+    follows_noise_schedule = False
+
     def __init__(self, model: MonteCLoRA):
         super().__init__("guide")
         self._model = (model,)  # in a tuple: the model's parameters are its own

@@ -28,6 +28,7 @@ class GaussianGuide(Guide):
     """
 
     symmetric_rows = True
+    follows_noise_schedule = True
 
     def __init__(self, model: MonteCLoRA):
         super().__init__(model)

@@ -26,6 +26,7 @@ class MixtureGuide(Guide):
     """
 
     symmetric_rows = True  # turns Σ into DΣD with a diagonal D of ±1, which is as likely
+    follows_noise_schedule = True
 
     def variational_parameters(self, group: AdapterGroup) -> tuple[Tensor, Tensor]:
         """log v of shape ``(adapters, r)`` and log α of shape ``(adapters, N)``."""

@@ -7,6 +7,7 @@ import torch
 
 from bayeslora import BayesLoRA, InputError, MonteCLoRAConfig
 from bayeslora.config import NOISE_SCHEDULES
+from bayeslora.guides import GaussianGuide
 from bayeslora.noise_schedules import SCHEDULES
 from tests.conftest import tiny_batch, tiny_dataset, tiny_network
 from tests.test_training import At, equal, interrupt, new, run, state
@@ -175,8 +176,12 @@ class TestRefused:
     def test_guides_that_do_not_follow(self):
         from pyro.infer.autoguide import AutoNormal
 
-        with pytest.raises(InputError, match="a AutoNormal does not follow"):
-            BayesLoRA(tiny_network(), MonteCLoRAConfig(noise_schedule="cosine"), guide=AutoNormal)
+        class Fixed(GaussianGuide):
+            follows_noise_schedule = False
+
+        for guide in (AutoNormal, Fixed):
+            with pytest.raises(InputError, match=f"a {guide.__name__} does not follow"):
+                BayesLoRA(tiny_network(), MonteCLoRAConfig(noise_schedule="cosine"), guide=guide)
 
     def test_entropy_of_a_regression(self):
         with pytest.raises(InputError, match="this network has none"):

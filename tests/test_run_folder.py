@@ -344,7 +344,7 @@ def test_foreign_entry(tmp_path):
 
 def _write_often(path):
     for number in range(200):
-        write_json(path, {"number": number})
+        write_json(path, {"number": number}, shared=True)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

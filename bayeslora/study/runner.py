@@ -311,6 +311,6 @@ def _check_folder(output_dir: Path, study: Study) -> None:
         raise InputError(f"{output_dir} holds something else already; give a new or empty folder")
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        write_json(file, {"settings": study.settings, "study": study.to_dict()})
+        write_json(file, {"settings": study.settings, "study": study.to_dict()}, shared=True)
     except OSError as error:
         raise InputError(f"cannot write in {output_dir}: {error}") from error
