@@ -6,6 +6,28 @@ budget. An option's score is the log-likelihood of its text after the question, 
 
     python examples/llama_commonsense.py                        # data from the hub
     python examples/llama_commonsense.py --data-dir DIR         # DIR/arc_easy/train.parquet, DIR/openbookqa/...
+
+It prints, in some thirty minutes on two cores (one worker each), for ARC-easy and then OpenBookQA:
+
+    | split | method                             | seeds | accuracy (%) |           NLL |    ECE (%) |         Brier |
+    | ----- | ---------------------------------- | ----: | -----------: | ------------: | ---------: | ------------: |
+    | test  | LoRA                               |     2 |   66.0 ± 1.4 | 0.848 ± 0.005 | 12.7 ± 1.7 | 0.446 ± 0.002 |
+    | test  | LoRA + temperature*                |     2 |   66.0 ± 1.4 | 0.851 ± 0.003 | 11.5 ± 0.6 | 0.451 ± 0.003 |
+    | test  | MonteCLoRA, mean                   |     2 |   62.5 ± 0.7 | 0.940 ± 0.004 |  9.6 ± 1.6 | 0.494 ± 0.001 |
+    | test  | MonteCLoRA, 4 draws                |     2 |   63.0 ± 0.0 | 0.939 ± 0.007 | 11.4 ± 3.1 | 0.495 ± 0.000 |
+    | test  | MonteCLoRA, 4 draws + temperature* |     2 |   63.0 ± 0.0 | 0.936 ± 0.006 | 12.4 ± 2.2 | 0.496 ± 0.000 |
+
+    | split | method                             | seeds | accuracy (%) |           NLL |    ECE (%) |         Brier |
+    | ----- | ---------------------------------- | ----: | -----------: | ------------: | ---------: | ------------: |
+    | test  | LoRA                               |     2 |   32.0 ± 1.4 | 1.927 ± 0.010 | 31.4 ± 1.7 | 0.875 ± 0.008 |
+    | test  | LoRA + temperature*                |     2 |   32.0 ± 1.4 | 1.342 ± 0.004 |  6.8 ± 0.5 | 0.727 ± 0.002 |
+    | test  | MonteCLoRA, mean                   |     2 |   33.0 ± 0.0 | 2.029 ± 0.007 | 30.5 ± 0.1 | 0.891 ± 0.000 |
+    | test  | MonteCLoRA, 4 draws                |     2 |   33.5 ± 0.7 | 2.021 ± 0.003 | 30.5 ± 0.1 | 0.891 ± 0.000 |
+    | test  | MonteCLoRA, 4 draws + temperature* |     2 |   33.5 ± 0.7 | 1.354 ± 0.001 |  7.7 ± 1.4 | 0.733 ± 0.001 |
+
+Fifty steps on 200 questions are too few for the posterior: its noise slows the start, LoRA is ahead in likelihood on
+both, and has not had the time to become overconfident on ARC-easy. 100 test questions each: five points of accuracy are
+within their noise.
 """
 
 import argparse
