@@ -7,12 +7,13 @@ is compared is likelihood, and how sure the model is of what it writes. Needs th
     python examples/gsm8k.py                        # data from the hub
     python examples/gsm8k.py --data-dir DIR         # DIR/gsm8k/train.parquet, DIR/gsm8k/test.parquet
 
-It prints, in some fifteen minutes on an idle core (one seed, 4 draws):
+It prints, in some 25 minutes of one core's time (one seed, 4 draws):
 
     LoRA        nats a token 0.919   entropy 0.939   mutual information 0.000   confidence in what it writes 0.736
     MonteCLoRA  nats a token 0.973   entropy 0.982   mutual information 0.003   confidence in what it writes 0.742
 
 and no right answer of ten for either. After 50 steps MonteCLoRA is behind, and its draws hardly disagree.
+The two start from different random A: one seed says little about a difference of this size.
 """
 
 import argparse

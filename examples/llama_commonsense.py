@@ -7,7 +7,8 @@ budget. An option's score is the log-likelihood of its text after the question, 
     python examples/llama_commonsense.py                        # data from the hub
     python examples/llama_commonsense.py --data-dir DIR         # DIR/arc_easy/train.parquet, DIR/openbookqa/...
 
-It prints, in some thirty minutes on two cores (one worker each), for ARC-easy and then OpenBookQA:
+It prints, within an hour on two busy cores (the same command twice, with one --output: two workers on one study), for
+ARC-easy and then OpenBookQA:
 
     | split | method                             | seeds | accuracy (%) |           NLL |    ECE (%) |         Brier |
     | ----- | ---------------------------------- | ----: | -----------: | ------------: | ---------: | ------------: |
