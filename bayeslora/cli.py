@@ -11,6 +11,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -181,7 +182,8 @@ def _add_compare(commands: Any) -> None:
         "examples in the same order. The same command again continues where it stopped; with one --storage, many\n"
         "machines share the work.",
     )  # fmt: skip
-    parser.add_argument("study", type=Path, nargs="?", metavar="STUDY.yaml", help="a study file, instead of the flags")
+    parser.add_argument("study", type=Path, nargs="?", metavar="STUDY.yaml",
+                        help="a study file, instead of the flags; --data-dir says where its data is")  # fmt: skip
     _add_data_options(parser, several=True)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for runs, tables and figures")
     parser.add_argument(
@@ -195,6 +197,7 @@ def _add_compare(commands: Any) -> None:
     parser.add_argument("--num-samples", type=int, default=8, help="draws of the posterior predictive")
     _add_training_options(parser, several=True)
     _add_method_options(parser, several=True)
+    parser.set_defaults(default_of=parser.get_default)
 
 
 def _add_report(commands: Any) -> None:
@@ -425,9 +428,7 @@ def run_report(arguments: argparse.Namespace) -> None:
 
 
 def run_compare(arguments: argparse.Namespace) -> None:
-    from bayeslora.study.spec import Study
-
-    study = Study.from_yaml(arguments.study) if arguments.study else _study(arguments)
+    study = _study_from_file(arguments) if arguments.study else _study(arguments)
     from bayeslora.study.runner import run_study
     from bayeslora.study.summary import headline
 
@@ -445,6 +446,23 @@ def run_compare(arguments: argparse.Namespace) -> None:
         failed = result.failures.iloc[0]
         raise InputError(f"{len(result.failures)} failed, the first: {failed['method']}: {failed['error']}; the same "
                          "command tries them again")  # fmt: skip
+
+
+def _study_from_file(arguments: argparse.Namespace) -> "Any":
+    """The study of the file; its tasks from ``--data-dir`` where it names no folder, ``sentiment`` excepted."""
+    from bayeslora.study.spec import Study
+
+    beside = ("study", "output", "storage", "in_process", "data_dir", "run", "command_line", "default_of")
+    for name, value in vars(arguments).items():
+        if name not in beside and value != arguments.default_of(name):
+            raise InputError(f"--{name.replace('_', '-')} does nothing beside a study file: change "
+                             f"{arguments.study} instead")  # fmt: skip
+    study = Study.from_yaml(arguments.study)
+    if arguments.data_dir is None:
+        return study
+    local = {"data_dir": str(arguments.data_dir)}
+    tasks = [task if task.data_dir or task.name == "sentiment" else replace(task, **local) for task in study.tasks]
+    return replace(study, tasks=tuple(tasks))
 
 
 def _study(arguments: argparse.Namespace) -> "Any":

@@ -179,16 +179,18 @@ def test_compare_continues_and_refuses_other_settings(model, data, tmp_path, cap
 def test_compare_from_a_study_file(model, data, tmp_path, capsys):
     study = tmp_path / "study.yaml"
     study.write_text(
-        f"model: {model}\ntasks: [{{name: reviews, data_dir: {data}, text_columns: text}}]\n"
+        f"model: {model}\ntasks: [{{name: reviews, text_columns: text}}]\n"
         "methods: [lora, temperature]\n"
         "learning_rates: [1e-3, 1e-2]\nranks: [2]\nbatch_sizes: [8]\nmax_length: 16\ntraining: {max_steps: 2}\n",
         encoding="utf-8",
     )
-    command = ["compare", str(study), "--in-process", "--output", str(tmp_path / "c")]
+    command = ["compare", str(study), "--in-process", "--data-dir", str(data), "--output", str(tmp_path / "c")]
     assert main(command) == 0
     out = capsys.readouterr().out
     assert "each at the setting with its lowest mean NLL on validation" in out
     assert "accuracy (%) spread" in out
+    assert main([*command, "--learning-rate", "1e-2"]) == 2
+    assert "--learning-rate does nothing beside a study file: change" in capsys.readouterr().err
     study.write_text(study.read_text() + "learning_rate: [1]\n", encoding="utf-8")
     assert main(command) == 2
     assert "did you mean 'learning_rates'" in capsys.readouterr().err
