@@ -9,11 +9,13 @@ is compared is likelihood, and how sure the model is of what it writes. Needs th
 
 It prints, in some 25 minutes of one core's time (one seed, 4 draws):
 
-    LoRA        nats a token 0.919   entropy 0.939   mutual information 0.000   confidence in what it writes 0.736
-    MonteCLoRA  nats a token 0.973   entropy 0.982   mutual information 0.003   confidence in what it writes 0.742
+    LoRA        nats a token 0.919   entropy 0.939   mutual information 0.000   confidence in what it writes 0.753
+    MonteCLoRA  nats a token 0.971   entropy 0.994   mutual information 0.005   confidence in what it writes 0.730
 
-and no right answer of ten for either. After 50 steps MonteCLoRA is behind, and its draws hardly disagree.
-The two start from different random A: one seed says little about a difference of this size.
+LoRA solves none of ten; of MonteCLoRA's forty drafts two are right, and its weighted vote is right once. After 50
+steps from the same start MonteCLoRA is behind in likelihood, and its draws hardly disagree. It is the noise that slows
+it: with ``sample_scaler=0.03`` instead of 0.1 the likelihood is 0.934 nats a token. There are 210 adapters here, 37 in
+the demo's encoder, and at the start the noise is four times the means of A in most of them, six times in the widest.
 """
 
 import argparse
@@ -21,6 +23,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from transformers import set_seed
 
 from bayeslora import BayesLoRA, MonteCLoRAConfig, fit, load_task
 from bayeslora.generation import token_uncertainty
@@ -36,6 +39,7 @@ def main(
     """Fit both, print a line of numbers for each, and return them by method."""
     place, task, found = Path(output or tempfile.mkdtemp()), load_task("gsm8k", data_dir), {}
     for name, config in METHODS.items():
+        set_seed(seed)  # the same start for all: A is drawn when the adapters are made
         network, tokenizer = task.load_network(model)
         train = task.encode(tokenizer, "train", limit=training, max_length=256)
         test = task.encode(tokenizer, "test", limit=testing, max_length=256)
