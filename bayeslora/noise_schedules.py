@@ -7,8 +7,8 @@ The factors are buffers of the model: what they are at the end is the posterior 
 ``"constant"``   1.
 ``"cosine"``     Rises from 0 to 1 over the first half of training, :math:`(1 - \cos 2\pi t)/2` for :math:`t < 1/2`, so
                  that the means are found before the noise is large.
-``"entropy"``    1 − H/log C, with H the predictive entropy of training examples, averaged over some 20 batches: little
-                 noise while the network is unsure, all of it where it is certain.
+``"entropy"``    1 − H/log C, with H the predictive entropy of training examples, averaged over some 20 batches, from 0
+                 on: little noise while the network is unsure, and more the more certain it becomes.
 ``"per_layer"``  As the posterior's standard deviation in a Laplace approximation with one variance for each adapter:
                  :math:`F_k^{-1/2}`, with :math:`F_k` the mean squared gradient of the entries of μ (an empirical
                  Fisher information), averaged over some 20 steps; divided by the adapters' geometric mean.
@@ -27,6 +27,7 @@ from bayeslora.models import CategoricalLikelihood, MonteCLoRA
 
 RATE = 0.05  # weight of the newest batch in an average
 RISING_SHARE = 0.5  # of training, over which the cosine rises
+LEAST = 1e-3  # factor of a schedule that starts without noise: at none there would be no density
 WIDEST = 10.0  # a factor per layer lies between this and its inverse
 
 
@@ -74,7 +75,7 @@ class CosineSchedule(NoiseSchedule):
 
     def begin_step(self, progress: float) -> None:
         risen = min(progress / RISING_SHARE, 1.0)
-        self.set(max((1 - math.cos(math.pi * risen)) / 2, 1e-3))  # without noise there would be no density
+        self.set(max((1 - math.cos(math.pi * risen)) / 2, LEAST))
 
 
 class EntropySchedule(NoiseSchedule):
@@ -85,13 +86,13 @@ class EntropySchedule(NoiseSchedule):
         if not isinstance(model.likelihood, CategoricalLikelihood):
             raise InputError("noise_schedule='entropy' follows the entropy of class probabilities, and this network "
                              "has none: choose another noise_schedule")  # fmt: skip
-        self.set(0.5)
+        self.set(LEAST)
 
     def see_logits(self, logits: Tensor) -> None:
         log_probs = logits.detach().float().log_softmax(-1)
         entropy = -(log_probs.exp() * log_probs).sum(-1).mean()
         certainty = 1 - entropy / math.log(logits.shape[-1])
-        self.set(torch.lerp(self.get(), certainty.clamp(min=1e-3), RATE))
+        self.set(torch.lerp(self.get(), certainty.clamp(min=LEAST), RATE))
 
 
 class PerLayerSchedule(NoiseSchedule):
