@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bayeslora._version import __version__
-from bayeslora.config import NOISE_SCHEDULES
+from bayeslora.config import NOISE_SCHEDULES, PRESETS
 from bayeslora.errors import InputError, StorageError, TrainingDivergedError
 
 if TYPE_CHECKING:
@@ -253,8 +253,9 @@ def _add_training_options(parser: argparse.ArgumentParser, *, several: bool = Fa
 
 def _add_method_options(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
     group = parser.add_argument_group("method")
-    group.add_argument("--preset", choices=("calibrated", "paper"), default="calibrated",
-                       help="calibrated: our default; paper: the paper's smaller noise")  # fmt: skip
+    group.add_argument("--preset", choices=sorted(PRESETS), default="calibrated",
+                       help="calibrated: our default; robust: noise that follows certainty, for classes; paper: the "
+                            "paper's smaller noise")  # fmt: skip
     group.add_argument("--rank", type=int, nargs="+" if several else None, help="r, the adapters' rank")
     group.add_argument("--lora-alpha", type=float)
     group.add_argument("--target-modules", nargs="+", metavar="NAME", help="layers to adapt; default all-linear")

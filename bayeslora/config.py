@@ -35,6 +35,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # The defaults of this class.
     "calibrated": {},
+    # Noise that grows with the certainty of the predictions: for classes, over learning rates and batch sizes.
+    "robust": {"sample_scaler": 0.25, "noise_schedule": "entropy"},
 }
 
 
@@ -197,7 +199,7 @@ class MonteCLoRAConfig:
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> "MonteCLoRAConfig":
-        """A named set of hyperparameters, ``"paper"`` or ``"calibrated"``, with ``changes`` on top."""
+        """A named set of hyperparameters, ``"paper"``, ``"calibrated"`` or ``"robust"``, with ``changes`` on top."""
         if name not in PRESETS:
             raise InputError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
         return cls(**{**PRESETS[name], **changes})

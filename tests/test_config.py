@@ -55,7 +55,7 @@ def test_kl_weight_follows_the_normalization():
     assert MonteCLoRAConfig(normalization="elbo", kl_weight=0.1).kl_weight == 0.1
 
 
-def test_paper_preset_is_the_papers():
+def test_presets():
     paper = MonteCLoRAConfig.preset("paper", r=4)
     assert (paper.sample_scaler, paper.kl_weight, paper.num_components, paper.cooperation) == (
         5e-3,
@@ -65,5 +65,7 @@ def test_paper_preset_is_the_papers():
     )
     assert paper.r == 4
     assert MonteCLoRAConfig.preset("calibrated") == MonteCLoRAConfig()
+    robust = MonteCLoRAConfig(sample_scaler=0.25, noise_schedule="entropy")
+    assert MonteCLoRAConfig.preset("robust") == robust
     with pytest.raises(InputError, match="calibrated"):
         MonteCLoRAConfig.preset("sharp")

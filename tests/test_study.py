@@ -146,7 +146,8 @@ def test_the_studies_of_the_repository_can_be_read():
 
 POINTS = {"full": {"learning_rate_scale": 0.3}, "lora": {}, "lora_plus": {"ratio": 2}, "rslora": {}, "dora": {},
           "adalora": {"learning_rate_scale": 2.0}, "peft_monteclora": {"buffer_size": 4}}  # fmt: skip
-OURS = ({}, {"preset": "paper"}, {"mixture": "sparse"}, {"guide": "mean_field"}, {"guide": "gaussian"})
+OURS = ({}, {"preset": "paper"}, {"preset": "robust"}, {"mixture": "sparse"}, {"guide": "mean_field"},
+        {"guide": "gaussian"})  # fmt: skip
 
 
 @pytest.mark.parametrize(
