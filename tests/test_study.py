@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import BertTokenizerFast
 
-from bayeslora.analysis import fit_temperature, robustness_table
+from bayeslora.analysis import area_under_risk_coverage, fit_temperature, predictive_entropy, robustness_table
 from bayeslora.comparison import compare
 from bayeslora.config import MonteCLoRAConfig
 from bayeslora.errors import InputError
@@ -26,7 +26,7 @@ from bayeslora.study.methods_peft import LoRA
 from bayeslora.study.predictions import read_predictions
 from bayeslora.study.runner import run_study
 from bayeslora.study.spec import Cell, MethodSpec, cells
-from bayeslora.study.summary import grid_differences
+from bayeslora.study.summary import grid_differences, selective_differences
 from bayeslora.tasks import load_task
 from tests.conftest import VOCABULARY, tiny_network
 
@@ -303,6 +303,19 @@ class TestGrid:
                 assert row["nll_lower"] < row["nll"] < row["nll_upper"]
         summary = (tmp_path / "out" / "summary.md").read_text()
         assert "Differences from LoRA in the spread over the settings" in summary
+
+        found = selective_differences(made, result.results, tmp_path / "out", "test").set_index("method")
+        assert list(found["runs"]) == [4, 2]  # the ensemble: one for all seeds of a setting
+        prior = result.results.query("split == 'test' and method == 'prior'")
+        assert found["aurc"]["prior"] == pytest.approx(1 - prior["accuracy"].mean())  # all examples are equally sure
+        areas = []
+        for cell in cells(made, ["LoRA"]):
+            probs, labels = read_predictions(tmp_path / "out" / cell.folder, "test")["LoRA"]
+            areas.append(area_under_risk_coverage(predictive_entropy(probs), probs.argmax(-1) != labels))
+        assert found["difference"]["prior"] == pytest.approx(found["aurc"]["prior"] - np.mean(areas))
+        assert (found["lower"] <= found["difference"]).all()
+        assert (found["difference"] <= found["upper"]).all()
+        assert "Selective prediction on test" in summary
 
     def test_a_finished_study_is_read(self, study, tmp_path):
         made = self.grid(study, tmp_path)

@@ -8,7 +8,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from bayeslora.analysis import comparison_table, to_markdown
+from bayeslora.analysis import (
+    area_under_risk_coverage,
+    bootstrap_interval,
+    comparison_table,
+    predictive_entropy,
+    to_markdown,
+)
 from bayeslora.analysis.comparison import FORMATS, layout
 from bayeslora.analysis.study import (
     METRICS,
@@ -20,6 +26,7 @@ from bayeslora.analysis.study import (
     paired_robustness,
     robustness_table,
     steps_to_reach,
+    verdict,
 )
 from bayeslora.study.methods import Lineup
 from bayeslora.study.predictions import PREDICTIONS_FILE, read_predictions
@@ -81,10 +88,7 @@ def differences(study: Study, results: pd.DataFrame, output_dir: Path, split: st
 def grid_differences(study: Study, results: pd.DataFrame, output_dir: Path, split: str, statistic: str) -> pd.DataFrame:
     """Every method against the study's first in a statistic over the grid, as :func:`differences` has them at single
     settings; over the settings that both have finished with the same seeds."""
-    chosen = results[results["split"] == split]
-    found: dict[str, dict[Any, dict]] = {}
-    for (name, *setting), rows in chosen.groupby(["method", *SETTING], sort=False):
-        found.setdefault(str(name), {})[tuple(setting)] = _predictions(study, rows, output_dir, split)
+    found = _by_setting(study, results, output_dir, split)
     names = list(found)
     reference, rows = found[names[0]], []
     seeds = len(study.seeds)
@@ -101,6 +105,46 @@ def grid_differences(study: Study, results: pd.DataFrame, output_dir: Path, spli
             row |= _columns(metric, paired_robustness(ours, theirs, labels, metric=metric, statistic=statistic))
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def selective_differences(study: Study, results: pd.DataFrame, output_dir: Path, split: str) -> pd.DataFrame:
+    """Selective prediction: the area under the risk-coverage curve of every method (``aurc``), examples in order of the
+    entropy of its probabilities, and its ``difference`` from the study's first, with a 95 % bootstrap interval over
+    examples and a ``verdict``: means over the ``runs`` at the settings and seeds that both have finished. With two
+    classes a temperature leaves the order, and so the area, as they are."""
+    (_, reference), *others = _by_setting(study, results, output_dir, split).items()
+    rows = []
+    for name, settings in others:
+        pairs = [_paired(settings[at], arrays) for at, arrays in reference.items() if arrays and settings.get(at)]
+        if not pairs:
+            continue
+        labels = next(labels for arrays in reference.values() for _, labels in arrays.values())
+        ours, theirs = (_ranking(np.concatenate([pair[i] for pair in pairs]), labels) for i in range(2))
+        change = bootstrap_interval(lambda *two: _area(*two[:2]) - _area(*two[2:]), *ours, *theirs, num_resamples=500)
+        rows.append({"method": name, "runs": ours[0].shape[1], "aurc": _area(*ours), "difference": change.estimate,
+                     "lower": change.lower, "upper": change.upper,
+                     "verdict": verdict(change, higher_is_better=False)})  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _ranking(probs: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Uncertainty and error, (examples, runs) each, of probabilities (runs, examples, C)."""
+    return np.stack([predictive_entropy(run) for run in probs], 1), (probs.argmax(-1) != labels).T
+
+
+def _area(uncertainty: np.ndarray, wrong: np.ndarray) -> float:
+    return float(np.mean([area_under_risk_coverage(*run) for run in zip(uncertainty.T, wrong.T, strict=True)]))
+
+
+def _by_setting(
+    study: Study, results: pd.DataFrame, output_dir: Path, split: str
+) -> dict[str, dict[tuple, dict[int | None, tuple[np.ndarray, np.ndarray]]]]:
+    """Method to setting to what :func:`_predictions` finds."""
+    found: dict[str, dict[tuple, dict]] = {}
+    chosen = results[results["split"] == split]
+    for (name, *setting), rows in chosen.groupby(["method", *SETTING], sort=False):
+        found.setdefault(str(name), {})[tuple(setting)] = _predictions(study, rows, output_dir, split)
+    return found
 
 
 def _paired(ours: dict, theirs: dict) -> tuple[np.ndarray, np.ndarray, int]:
@@ -122,34 +166,41 @@ def _task_parts(
     splits = [split for split in results["split"].unique() if split != "validation"] or ["validation"]
     split = "test" if "test" in splits else splits[0]
     several = len(results.drop_duplicates(SETTING)) > 1
+    first = results["method"].iloc[0]
     selected = several and "validation" in set(results["split"]) and splits != ["validation"]
     yield f"## {task}"
     if not several or selected:
         chosen = ", each at the setting with its lowest mean NLL on validation" if selected else ""
         yield f"Mean ± standard deviation over seeds{chosen}. A star: tuned on validation labels."
         yield to_markdown(headline(results))
-        compared = differences(study, results, output_dir, split)
-        if len(compared):
-            reference = results["method"].iloc[0]
-            yield (f"Differences from {reference} on {split}, in pairs, with 95 % bootstrap intervals over "
-                   f"{compared['examples'].iloc[0]} examples, and over seeds where both have several:")  # fmt: skip
-            yield _difference_table(compared)
+        for one in splits:
+            compared = differences(study, results, output_dir, one)
+            if len(compared):
+                yield (f"Differences from {first} on {one}, in pairs, with 95 % bootstrap intervals over "
+                       f"{compared['examples'].iloc[0]} examples, and over seeds where both have several:")  # fmt: skip
+                yield _difference_table(compared)
     if several:
         yield f"Over all settings of the grid, on {split} (means over seeds first; spread is best − worst):"
         yield _robustness_markdown(robustness_table(results, split=split))
         for statistic in ("median", "spread"):
             compared = grid_differences(study, results, output_dir, split, statistic)
             if len(compared):
-                yield (f"Differences from {results['method'].iloc[0]} in the {statistic} over the settings that both "
+                yield (f"Differences from {first} in the {statistic} over the settings that both "
                        "have finished, with 95 % bootstrap intervals over examples and seeds:")  # fmt: skip
                 yield _difference_table(compared)
+    for one in splits:
+        compared = selective_differences(study, results, output_dir, one)
+        if len(compared):
+            yield (f"Selective prediction on {one}: area under the risk-coverage curve in means over runs, and "
+                   f"differences from {first} with 95 % bootstrap intervals over examples:")  # fmt: skip
+            yield _selective_markdown(compared)
     if not selected and several:
         yield "There is no labelled validation split to choose a setting by; hold_out takes one from the training set."
     reached = _speed(results, curves[curves["task"] == task] if len(curves) else curves)
     if reached:
         yield reached
     yield f"Cost, in means over all runs ({results['host'].iloc[0]}, {results['processors'].iloc[0]} processors):"
-    yield _cost_markdown(cost_table(results, split=split, reference=results["method"].iloc[0]))
+    yield _cost_markdown(cost_table(results, split=split, reference=first))
     yield from _figures(task, results, split, several, output_dir)
 
 
@@ -190,6 +241,13 @@ def _difference_table(table: pd.DataFrame) -> str:
             )
         rows.append(cells)
     return _markdown(["method", *(FORMATS[metric][0] for metric in METRICS)], rows)
+
+
+def _selective_markdown(table: pd.DataFrame) -> str:
+    rows = [[row["method"], str(row["runs"]), f"{100 * row['aurc']:.2f}",
+             f"{100 * row['difference']:+.2f} [{100 * row['lower']:+.2f}, {100 * row['upper']:+.2f}] {row['verdict']}"]
+            for row in table.to_dict("records")]  # fmt: skip
+    return _markdown(["method", "runs", "AURC (%)", "difference"], rows)
 
 
 def _robustness_markdown(table: pd.DataFrame) -> str:
