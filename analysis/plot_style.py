@@ -26,8 +26,8 @@ def new_axes(ax: Any, *, height: float = 2.6) -> Any:
 
 
 def style(number: int) -> tuple[str, str]:
-    """Colour and marker of the n-th method or kind."""
-    return COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+    """Colour and marker of the n-th method or kind: 49 pairs before one comes again."""
+    return COLOURS[number % len(COLOURS)], MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]
 
 
 def frame(ax: Any, *, x: str, y: str) -> None:
@@ -36,6 +36,11 @@ def frame(ax: Any, *, x: str, y: str) -> None:
     ax.set_ylabel(y, fontsize=TEXT_SIZE)
     ax.tick_params(which="both", labelsize=SMALL_TEXT_SIZE)
     ax.spines[["top", "right"]].set_visible(False)
+
+
+def height_with_legend(names: int) -> float:
+    """Inches for axes below a legend of one column."""
+    return 2.2 + 0.15 * names
 
 
 def legend_above(ax: Any, *, height: float = 1.0) -> None:

@@ -9,6 +9,7 @@ from bayeslora.analysis.plot_style import (
     BAND,
     COLOURS,
     frame,
+    height_with_legend,
     legend_above,
     name_rows,
     new_axes,
@@ -62,7 +63,7 @@ def plot_learning_rates(results: pd.DataFrame, ax: Any = None, *, metric: str = 
     """
     chosen = _one_task(results, split)
     title, factor = TITLES[metric]
-    ax = new_axes(ax)
+    ax = new_axes(ax, height=height_with_legend(chosen["method"].nunique()))
     for number, (name, rows) in enumerate(chosen.groupby("method", sort=False)):
         colour, marker = style(number)
         groups = factor * rows.groupby("learning_rate")[metric].agg(["mean", "min", "max"])
@@ -85,7 +86,7 @@ def plot_accuracy_calibration(
     """
     chosen = _one_task(_at_best(results), split)
     title, factor = TITLES[metric]
-    ax = new_axes(ax)
+    ax = new_axes(ax, height=height_with_legend(chosen["method"].nunique()))
     for number, (name, rows) in enumerate(chosen.groupby("method", sort=False)):
         colour, marker = style(number)
         x, y = 100 * rows["accuracy"], factor * rows[metric]
@@ -104,7 +105,7 @@ def plot_cost(results: pd.DataFrame, ax: Any = None, *, metric: str = "nll", spl
     """
     chosen = _one_task(_at_best(results), split)
     title, factor = TITLES[metric]
-    ax = new_axes(ax)
+    ax = new_axes(ax, height=height_with_legend(chosen["method"].nunique()))
     for number, (name, rows) in enumerate(chosen.groupby("method", sort=False)):
         colour, marker = style(number)
         ax.plot(rows["train_seconds"].mean(), factor * rows[metric].mean(), color=colour, marker=marker, markersize=5,

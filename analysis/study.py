@@ -82,11 +82,14 @@ def best_settings(results: pd.DataFrame, *, split: str = "validation", metric: s
 
 
 def at_best_settings(results: pd.DataFrame, *, split: str = "validation", metric: str = "nll") -> pd.DataFrame:
-    """The rows at each method's own :func:`best_settings`; all rows where every method has one setting only."""
+    """The rows at each method's own :func:`best_settings`, methods in the order of ``results``; all rows where every
+    method has one setting only."""
     if len(results.drop_duplicates(SETTING)) == 1:
         return results
     settings = best_settings(results, split=split, metric=metric)[SETTING].reset_index()
-    return results.merge(settings, on=["task", "method", *SETTING], how="inner")
+    found = results.merge(settings, on=["task", "method", *SETTING], how="inner")
+    order = {method: number for number, method in enumerate(results["method"].unique())}
+    return found.sort_values("method", key=lambda names: names.map(order), kind="stable", ignore_index=True)
 
 
 def paired_difference(

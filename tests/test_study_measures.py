@@ -69,6 +69,15 @@ def test_settings_are_chosen_on_validation_alone():
         best_settings(table(), split="dev")
 
 
+def test_methods_keep_their_order_at_their_best_settings():
+    """The first is the reference of the differences, also where its best setting comes late in the grid."""
+    rows = table()
+    rows.loc[(rows["method"] == "LoRA") & (rows["learning_rate"] == 1e-2), "nll"] = 0.0
+    by_rate = rows.sort_values("learning_rate", kind="stable")
+    assert list(best_settings(by_rate)["learning_rate"]) == [1e-2, 1e-3]
+    assert list(at_best_settings(by_rate)["method"].unique()) == ["LoRA", "DoRA"]
+
+
 def test_one_setting_needs_no_validation():
     only = table()[lambda t: (t["split"] == "test") & (t["learning_rate"] == 1e-2)]
     pd.testing.assert_frame_equal(at_best_settings(only), only)
@@ -244,6 +253,13 @@ class TestPlots:
         lines = {line.get_label(): line for line in ax.lines}
         np.testing.assert_allclose(lines["LoRA"].get_xdata(), [1e-4, 1e-3, 1e-2])
         np.testing.assert_allclose(lines["LoRA"].get_ydata(), [0.61, 0.81, 0.71])
+
+    def test_many_methods_can_be_told_apart_and_leave_room(self):
+        many = pd.concat([table()[lambda t: t["method"] == "LoRA"].assign(method=f"method {i}") for i in range(16)])
+        ax = plot_cost(many)
+        assert len({(line.get_color(), line.get_marker()) for line in ax.lines}) == 16
+        ax.figure.canvas.draw()
+        assert ax.get_window_extent().height > 1.2 * ax.figure.dpi  # inches, below the legend
 
     def test_points_are_at_the_best_setting_on_validation(self):
         ax = plot_accuracy_calibration(table(), metric="nll")
