@@ -4,11 +4,13 @@ Nothing is shown or saved and no global setting is touched: sizes are given to e
 make a figure where no Axes is given.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 COLUMN_WIDTH = 3.3  # inches
 TEXT_SIZE = 8.0  # points
 SMALL_TEXT_SIZE = 7.0
+LETTER = 0.055  # inches of one letter in small text, on average
 
 # Okabe and Ito (2008), without yellow, which is too light for thin lines on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -16,13 +18,13 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 BAND = 0.18  # opacity of an interval's band
 
 
-def new_axes(ax: Any, *, height: float = 2.6) -> Any:
-    """The given Axes, or one in a new figure of column width, known to pyplot so that a notebook shows it."""
+def new_axes(ax: Any, *, height: float = 2.6, width: float = COLUMN_WIDTH) -> Any:
+    """The given Axes, or one in a new figure (of column width), known to pyplot so that a notebook shows it."""
     if ax is not None:
         return ax
     from matplotlib import pyplot
 
-    return pyplot.subplots(figsize=(COLUMN_WIDTH, height), layout="constrained")[1]
+    return pyplot.subplots(figsize=(width, height), layout="constrained")[1]
 
 
 def style(number: int) -> tuple[str, str]:
@@ -38,9 +40,14 @@ def frame(ax: Any, *, x: str, y: str) -> None:
     ax.spines[["top", "right"]].set_visible(False)
 
 
-def height_with_legend(names: int) -> float:
-    """Inches for axes below a legend of one column."""
-    return 2.2 + 0.15 * names
+def size_below_legend(names: Sequence[str]) -> dict[str, float]:
+    """Inches of a new figure whose axes lie below a legend in one column."""
+    return {"height": 2.2 + 0.15 * len(names), "width": max(COLUMN_WIDTH, 0.4 + LETTER * max(map(len, names)))}
+
+
+def size_beside_names(names: Sequence[str]) -> dict[str, float]:
+    """Inches of a new figure with a row for each name, the names on the left."""
+    return {"height": 0.5 + 0.22 * len(names), "width": max(COLUMN_WIDTH, 2.0 + LETTER * max(map(len, names)))}
 
 
 def legend_above(ax: Any, *, height: float = 1.0) -> None:

@@ -9,10 +9,11 @@ from bayeslora.analysis.plot_style import (
     BAND,
     COLOURS,
     frame,
-    height_with_legend,
     legend_above,
     name_rows,
     new_axes,
+    size_below_legend,
+    size_beside_names,
     style,
 )
 from bayeslora.analysis.study import SETTING, at_best_settings
@@ -42,7 +43,7 @@ def plot_grid_spread(results: pd.DataFrame, ax: Any = None, *, metric: str = "ac
     title, factor = TITLES[metric]
     names = list(dict.fromkeys(means.index.get_level_values("method")))
     values = [factor * means.xs(name, level="method").dropna().to_numpy() for name in names]
-    ax = new_axes(ax, height=0.5 + 0.22 * len(names))
+    ax = new_axes(ax, **size_beside_names(names))
     rows = np.arange(len(names))
     ax.boxplot(
         values, positions=rows, orientation="horizontal", whis=(0, 100), widths=0.55, showfliers=False,
@@ -63,7 +64,7 @@ def plot_learning_rates(results: pd.DataFrame, ax: Any = None, *, metric: str = 
     """
     chosen = _one_task(results, split)
     title, factor = TITLES[metric]
-    ax = new_axes(ax, height=height_with_legend(chosen["method"].nunique()))
+    ax = new_axes(ax, **size_below_legend(chosen["method"].unique()))
     for number, (name, rows) in enumerate(chosen.groupby("method", sort=False)):
         colour, marker = style(number)
         groups = factor * rows.groupby("learning_rate")[metric].agg(["mean", "min", "max"])
@@ -86,7 +87,7 @@ def plot_accuracy_calibration(
     """
     chosen = _one_task(_at_best(results), split)
     title, factor = TITLES[metric]
-    ax = new_axes(ax, height=height_with_legend(chosen["method"].nunique()))
+    ax = new_axes(ax, **size_below_legend(chosen["method"].unique()))
     for number, (name, rows) in enumerate(chosen.groupby("method", sort=False)):
         colour, marker = style(number)
         x, y = 100 * rows["accuracy"], factor * rows[metric]
@@ -105,7 +106,7 @@ def plot_cost(results: pd.DataFrame, ax: Any = None, *, metric: str = "nll", spl
     """
     chosen = _one_task(_at_best(results), split)
     title, factor = TITLES[metric]
-    ax = new_axes(ax, height=height_with_legend(chosen["method"].nunique()))
+    ax = new_axes(ax, **size_below_legend(chosen["method"].unique()))
     for number, (name, rows) in enumerate(chosen.groupby("method", sort=False)):
         colour, marker = style(number)
         ax.plot(rows["train_seconds"].mean(), factor * rows[metric].mean(), color=colour, marker=marker, markersize=5,
