@@ -461,8 +461,10 @@ def _study_from_file(arguments: argparse.Namespace) -> "Any":
     study = Study.from_yaml(arguments.study)
     if arguments.data_dir is None:
         return study
-    local = {"data_dir": str(arguments.data_dir)}
-    tasks = [task if task.data_dir or task.name == "sentiment" else replace(task, **local) for task in study.tasks]
+    folder = str(arguments.data_dir)
+    tasks = [
+        task if task.data_dir or task.name == "sentiment" else replace(task, data_dir=folder) for task in study.tasks
+    ]
     return replace(study, tasks=tuple(tasks))
 
 
