@@ -1,0 +1,76 @@
+"""Makes the tables of docs/findings.md from folders that ``bayeslora compare`` wrote.
+
+    python studies/findings.py runs/grid            # nlu_grid.yaml: tables over the grid, differences in pairs
+    python studies/findings.py runs/shift runs/glue # shift.yaml, glue.yaml: one setting, every split and task
+
+A folder's own ``summary.md`` has all settings that it holds; this keeps to those that every method here has with the
+seeds that are named, and compares with LoRA's temperature too.
+"""
+
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from bayeslora.analysis import to_markdown
+from bayeslora.analysis.study import SETTING, robustness_table
+from bayeslora.study import Study
+from bayeslora.study.summary import (
+    differences,
+    grid_differences,
+    headline,
+    selective_differences,
+)
+
+HERE = Path(__file__).parent
+RATES = [1e-3, 3e-3]
+STUDIES = {"grid": "nlu_grid.yaml", "shift": "shift.yaml", "glue": "glue.yaml"}
+
+
+def over_the_grid(study: Study, results: pd.DataFrame, folder: Path, seeds: list[int]) -> None:
+    """Median, worst and spread over the settings of :data:`RATES` of the methods that ran there with all ``seeds``."""
+    across = len(seeds) == len(study.seeds)  # an ensemble is one of all seeds
+    study = Study.from_dict(study.to_dict() | {"seeds": seeds})
+    rows = results[results["learning_rate"].isin(RATES) & (results["seed"].isin(seeds) | results["seed"].isna())]
+    tested = rows[rows["split"] == "test"]
+    runs = tested.groupby("method").size()
+    single = tested[tested["seed"].isna()]["method"].unique()
+    whole = runs[(runs == runs["LoRA"]) | runs.index.isin(single if across else [])].index
+    rows = rows[rows["method"].isin(whole)]
+    table = robustness_table(rows)
+    print(f"\nseeds {seeds}, {len(rows.drop_duplicates(SETTING))} settings\n")
+    columns = [(metric, part) for metric in ("accuracy", "nll", "ece") for part in ("median", "worst", "spread")]
+    print(table[columns].round(4).to_string())
+    for without in ([], ["LoRA"]):  # the first that is left is the reference
+        left = rows[~rows["method"].isin(without)]
+        print(f"\nfrom {left['method'].iloc[0]}: AURC\n")
+        print(selective_differences(study, left, folder, "test").round(4).to_string())
+        for statistic in ("median", "spread"):
+            print(f"\nfrom {left['method'].iloc[0]}, in the {statistic}\n")
+            print(grid_differences(study, left, folder, "test", statistic).round(4).T.to_string())
+
+
+def at_one_setting(study: Study, results: pd.DataFrame, folder: Path) -> None:
+    """Means over seeds of every task and split, and differences from LoRA and from LoRA with a temperature."""
+    for task, rows in results.groupby("task", sort=False):
+        print(f"\n{task}\n\n{to_markdown(headline(rows))}")
+        for split in [split for split in rows["split"].unique() if split != "validation"]:
+            for without in ([], ["LoRA"]):
+                left = rows[~rows["method"].isin(without)]
+                print(f"\n{split}, from {left['method'].iloc[0]}\n")
+                print(differences(study, left, folder, split).round(4).T.to_string())
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
+    for name in sys.argv[1:]:
+        place = Path(name)
+        found = pd.read_csv(place / "results.csv")
+        kind = "grid" if len(found.drop_duplicates(SETTING)) > 1 else "glue" if found["task"].nunique() > 1 else "shift"
+        described = Study.from_yaml(HERE / STUDIES[kind])
+        if kind == "grid":
+            over_the_grid(described, found, place, [0, 1, 2])
+            over_the_grid(described, found, place, [0, 1])
+        else:
+            at_one_setting(described, found, place)
