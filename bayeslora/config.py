@@ -79,9 +79,9 @@ class MonteCLoRAConfig:
         guide: ``"amortized"``, ``"mean_field"`` or ``"gaussian"`` (:mod:`bayeslora.guides`).
         mode: ``"joint"`` trains everything; ``"post_hoc"`` freezes μ, B and the head, and trains only v and α.
         prior_concentration: α0 of the prior Dir(α0·1_N).
-        degrees_of_freedom: ν of both Wishart distributions, at least r; the adapter's rank when ``None``. A draw's noise
-            has the larger share of its variance in few directions the smaller ν is: a draw of one Σ spreads over about
-            rν/(ν + r + 1) of r. E[Σ] = ν·diag(v) grows with ν, so a larger one goes with a smaller ε.
+        degrees_of_freedom: ν of both Wishart distributions, at least r; the adapter's rank when ``None``. The smaller ν,
+            the fewer directions hold most of a draw's variance: where v is even, about rν/(ν + r + 1) of r for one Σ.
+            E[Σ] = ν·diag(v) grows with ν, so a larger ν goes with a smaller ε.
         alpha_init: ``"random"`` (log α uniform on [0, 1)) or ``"ones"``.
         scale_init: Initial value of every entry of v; where the KL is smallest when ``None``, so that v moves only
             where the data pull. 1 is the Wishart prior's own scale.

@@ -3,8 +3,9 @@
     python studies/findings.py runs/grid            # nlu_grid.yaml: tables over the grid, differences in pairs
     python studies/findings.py runs/shift runs/glue # shift.yaml, glue.yaml: one setting, every split and task
 
-A folder's own ``summary.md`` has all settings that it holds; this keeps to the rates that every method has with all seeds,
-once with all settings and once with those at which LoRA learned something, and compares with LoRA's temperature too.
+A folder's own ``summary.md`` has all settings that it holds; this keeps to the rates that every method has with all
+seeds, once with all settings and once with those at which LoRA learned something, and compares with LoRA's temperature
+too.
 """
 
 import sys
