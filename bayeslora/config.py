@@ -79,7 +79,7 @@ class MonteCLoRAConfig:
         guide: ``"amortized"``, ``"mean_field"`` or ``"gaussian"`` (:mod:`bayeslora.guides`).
         mode: ``"joint"`` trains everything; ``"post_hoc"`` freezes μ, B and the head, and trains only v and α.
         prior_concentration: α0 of the prior Dir(α0·1_N).
-        degrees_of_freedom: ν of both Wishart distributions, at least r; the adapter's rank when ``None``. The smaller ν,
+        degrees_of_freedom: ν of both Wishart distributions, at least r; the adapter's rank when ``None``. The smaller,
             the fewer directions hold most of a draw's variance: where v is even, about rν/(ν + r + 1) of r for one Σ.
             E[Σ] = ν·diag(v) grows with ν, so a larger ν goes with a smaller ε.
         alpha_init: ``"random"`` (log α uniform on [0, 1)) or ``"ones"``.
