@@ -137,6 +137,7 @@ def _add_fit(commands: Any) -> None:
 def _add_evaluate(commands: Any) -> None:
     parser = _command(commands, "evaluate", run_evaluate, "score a fitted run on a labelled split")
     _add_run_options(parser)
+    _add_antithetic(parser)
     parser.add_argument("--split", help="default: test where it is labelled, else validation")
     parser.add_argument("--max-examples", type=int, help="a random subset of this size")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output, nothing else")
@@ -154,6 +155,7 @@ def _add_predict(commands: Any) -> None:
         "One JSON object a line on standard output: probabilities, entropy and mutual information (nats).",
     )  # fmt: skip
     _add_run_options(parser)
+    _add_antithetic(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--text", nargs="+", help="one or more texts")
     source.add_argument("--split", help="a split of the run's task, labelled or not")
@@ -274,6 +276,10 @@ def _add_method_options(parser: argparse.ArgumentParser, *, several: bool = Fals
 def _add_run_options(parser: argparse.ArgumentParser, *, num_samples: int = 16) -> None:
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="what fit wrote")
     _add_prediction_options(parser, num_samples=num_samples)
+
+
+def _add_antithetic(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--antithetic", action="store_true", help="mirrored pairs of draws: less Monte Carlo error")
 
 
 def _add_prediction_options(parser: argparse.ArgumentParser, *, num_samples: int = 16) -> None:
@@ -565,6 +571,7 @@ def _predict(bayes: "BayesLoRA", data: Any, arguments: argparse.Namespace, **opt
         num_samples=arguments.num_samples,
         batch_size=arguments.batch_size,
         seed=arguments.seed,
+        antithetic=arguments.antithetic,
         **options,
     )
 

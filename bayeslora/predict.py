@@ -116,6 +116,7 @@ def predict(
     first_draw: int = 0,
     prior: bool = False,
     noise_factor: float = 1.0,
+    antithetic: bool = False,
 ) -> Prediction:
     """Average the predictive over draws of the posterior.
 
@@ -132,12 +133,16 @@ def predict(
         first_draw: Use the draws ``first_draw .. first_draw + num_samples - 1`` of ``seed``, to go on in blocks.
         prior: Draw from the prior around the means that the network has now, instead of the posterior.
         noise_factor: Multiplies every draw's A − μ: below 1 the draws lie closer to the mean than the posterior's.
+        antithetic: Draw in mirrored pairs: draw 2k is the same as without, and draw 2k + 1 is its image 2μ − A, as
+            likely under the posterior. Averages have less Monte Carlo error, as what is odd in A − μ cancels
+            (Hammersley and Morton 1956, *A new Monte Carlo technique: antithetic variates*); a pair is dependent.
 
     Whatever the network computes before its first adapter is computed once for all draws of a batch
     (:mod:`bayeslora.prefix`).
 
     Raises:
-        InputError: for an empty data set, texts without labels, or a negative number of draws.
+        InputError: for an empty data set, texts without labels, a negative number of draws, or ``antithetic`` with a
+            guide that does not promise symmetry (``symmetric_rows``).
     """
     from bayeslora.models import NextTokenLikelihood
 
@@ -147,6 +152,10 @@ def predict(
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
     if len(dataset) == 0:
         raise InputError("the data set is empty: there is nothing to predict")
+    if antithetic and not prior and not getattr(bayes.guide, "symmetric_rows", False):
+        raise InputError(f"antithetic draws need a posterior that is symmetric about its mean, and "
+                         f"{type(bayes.guide).__name__} does not promise it: leave antithetic out, or set "
+                         "symmetric_rows = True on the guide if no row's sign matters to it")  # fmt: skip
     copies = 1
     if bayes.monteclora_config.sample_scaler == 0:  # plain LoRA: every draw is the mean network
         num_samples, copies = 0, max(num_samples, 1)
@@ -158,7 +167,8 @@ def predict(
     outputs: list[Tensor] = []
     targets: list[Tensor | None] = []
     with evaluating(bayes):
-        draws = Draws(bayes, num_samples, seed, first=first_draw, prior=prior, noise_factor=noise_factor)
+        draws = Draws(bayes, num_samples, seed, first=first_draw, prior=prior, noise_factor=noise_factor,
+                      antithetic=antithetic)  # fmt: skip
         for logits, target in run_batches(bayes, batches, draws, batch_size, progress):
             outputs.append(logits)
             targets.append(target if target is None or target.dim() == 1 or not is_text else None)
@@ -218,13 +228,15 @@ class Draws:
     """A of every adapter in ``count`` draws: kept where they take up to a GiB, else drawn anew for every use.
 
     They are those from number ``first`` on, of the posterior or of the ``prior``, with A − μ times ``noise_factor``.
+    If ``antithetic``, each draw of an odd number is the mirror image of the one before it.
     """
 
     def __init__(
         self, bayes: "BayesLoRA", count: int, seed: int | None, *, first: int = 0, prior: bool = False,
-        noise_factor: float = 1.0,
+        noise_factor: float = 1.0, antithetic: bool = False,
     ):  # fmt: skip
-        self.bayes, self.count, self.first, self.noise_factor = bayes, count, first, noise_factor
+        self.bayes, self.count, self.first = bayes, count, first
+        self.noise_factor, self.antithetic = noise_factor, antithetic
         self.draw_sites = prior_sites if prior else posterior_sites
         self.seed = int(torch.randint(2**62, ())) if seed is None and count else seed
         self.bytes_each = sum(group.mean().nbytes for group in bayes.model.groups)
@@ -241,11 +253,15 @@ class Draws:
     def _draw(self, indices: range) -> dict[str, Tensor]:
         model = self.bayes.model
         numbers = [self.first + index for index in indices]
-        draws = [model.weights(self.draw_sites(self.bayes, self.seed, number)) for number in numbers]
-        drawn = {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
-        if self.noise_factor != 1:
-            means = {group.name: group.mean() for group in model.groups}
-            drawn = {name: torch.lerp(means[name], values, self.noise_factor) for name, values in drawn.items()}
+        mirrored = [self.antithetic and number % 2 == 1 for number in numbers]
+        sources = [number - mirror for number, mirror in zip(numbers, mirrored, strict=True)]
+        found = {number: model.weights(self.draw_sites(self.bayes, self.seed, number)) for number in set(sources)}
+        drawn = {g.name: torch.stack([found[number][g.name] for number in sources]) for g in model.groups}
+        if self.noise_factor != 1 or any(mirrored):
+            factors = [-self.noise_factor if mirror else self.noise_factor for mirror in mirrored]
+            for group in model.groups:
+                mean, values = group.mean(), drawn[group.name]
+                drawn[group.name] = torch.lerp(mean, values, values.new_tensor(factors)[:, None, None, None])
         return drawn
 
 

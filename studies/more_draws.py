@@ -1,6 +1,6 @@
-"""How much do more draws of the preset "robust" help, on movies and on Amazon's reviews?
+"""How much do more draws of the preset "robust" help, and mirrored pairs, on movies and on Amazon's reviews?
 
-python studies/more_draws.py    # some five minutes on one free core
+python studies/more_draws.py    # some ten minutes on one free core
 """
 
 import tempfile
@@ -31,10 +31,14 @@ fit(bayes, task.encode(tokenizer, "train", limit=300, max_length=64), output_dir
 for split in ("test", "amazon"):
     data = task.encode(tokenizer, split, limit=300, max_length=64)
     found = {"the mean": scores((mean := bayes.predict(data, num_samples=0)).probs, mean.labels)}
-    draws = bayes.predict(data, num_samples=DRAWS).sample_probs
+    draws = bayes.predict(data, num_samples=2 * DRAWS, antithetic=True).sample_probs
+    independent, pairs = draws[::2], (draws[::2] + draws[1::2]) / 2
     rng = np.random.default_rng(0)
-    for count in (1, 8, 32, DRAWS):
-        subsets = [rng.choice(DRAWS, count, replace=False) for _ in range(SUBSETS)]
-        found[f"{count} draws"] = np.mean([scores(draws[some].mean(0), mean.labels) for some in subsets], axis=0)
+    for count in (1, 8, 16, 32, DRAWS):
+        for name, members, picked in (("draws", independent, count), ("antithetic draws", pairs, count // 2)):
+            if picked:
+                subsets = [rng.choice(DRAWS, picked, replace=False) for _ in range(SUBSETS)]
+                averaged = [scores(members[some].mean(0), mean.labels) for some in subsets]
+                found[f"{count} {name}"] = np.mean(averaged, axis=0)
     for name, (accuracy, nll, aurc) in found.items():
-        print(f"{split:7s} {name:9s} accuracy {accuracy:4.1f} %   NLL {nll:.3f}   AURC {aurc:5.2f} %", flush=True)
+        print(f"{split:7s} {name:19s} accuracy {accuracy:4.1f} %   NLL {nll:.3f}   AURC {aurc:5.2f} %", flush=True)

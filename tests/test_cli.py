@@ -117,6 +117,9 @@ def test_evaluate_prints_one_json_object(run, capsys):
     assert main(["evaluate", str(run), "--num-samples", "3", "--json", "--batch-size", "3"]) == 0
     again = json.loads(capsys.readouterr().out)
     assert again["nll"] == pytest.approx(scores["nll"], rel=1e-5)
+    assert main(["evaluate", str(run), "--num-samples", "3", "--json", "--antithetic"]) == 0
+    pairs = json.loads(capsys.readouterr().out)
+    assert pairs["nll"] != scores["nll"]
 
 
 def test_evaluate_for_people(run, capsys):

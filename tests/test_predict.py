@@ -5,10 +5,12 @@ import numpy as np
 import pytest
 import torch
 
-from bayeslora import InputError
+from bayeslora import BayesLoRA, InputError, MonteCLoRAConfig
 from bayeslora import predict as predict_module
 from bayeslora.adapters import using_draw
-from tests.conftest import tiny_batch, tiny_dataset
+from bayeslora.guides import MeanFieldGuide
+from bayeslora.predict import Draws
+from tests.conftest import tiny_batch, tiny_dataset, tiny_network
 from tests.test_module import module, randomize_b
 from tests.test_prefix import adapted
 
@@ -130,6 +132,59 @@ def test_draws_too_large_to_keep(monkeypatch):
         draws = bayes.predict(data[:2], num_samples=4, batch_size=32).sample_probs
         np.testing.assert_allclose(draws, expected[:, :2], atol=1e-6)
         assert passes == rows
+
+
+class TestAntithetic:
+    def test_each_odd_draw_mirrors_the_one_before(self):
+        bayes, data = fitted(), tiny_dataset(7)
+        with torch.no_grad():
+            plain, pairs = Draws(bayes, 4, 3).kept, Draws(bayes, 4, 3, antithetic=True).kept
+        for group in bayes.model.groups:
+            mean, one, two = group.mean(), plain[group.name], pairs[group.name]
+            assert torch.equal(two[::2], one[::2])
+            torch.testing.assert_close(two[1::2] + two[::2], 2 * mean.expand_as(two[::2]))
+        there = bayes.predict(data, num_samples=5, antithetic=True).sample_probs
+        np.testing.assert_allclose(there[::2], bayes.predict(data, num_samples=5).sample_probs[::2], atol=1e-6)
+        assert np.abs(there[1::2] - there[:4:2]).max() > 1e-2
+
+    @pytest.mark.parametrize("limit", [2**30, 0])
+    def test_blocks_and_memory_change_nothing(self, monkeypatch, limit):
+        """A block may begin with an image; half of the noise is half of it there too."""
+        bayes, data = fitted(), tiny_dataset(3)
+        options = {"antithetic": True, "noise_factor": 0.5, "batch_size": 4}
+        expected = bayes.predict(data, num_samples=5, **options).sample_probs
+        monkeypatch.setattr(predict_module, "MAX_KEPT_BYTES", limit)
+        blocks = [bayes.predict(data, num_samples=n, first_draw=i, **options).sample_probs for i, n in ((0, 1), (1, 4))]
+        np.testing.assert_allclose(np.concatenate(blocks), expected, atol=1e-6)
+        mirrored = bayes.predict(data, num_samples=2, first_draw=2, noise_factor=-0.5).sample_probs[0]
+        np.testing.assert_allclose(expected[3], mirrored, atol=1e-6)
+
+    @pytest.mark.parametrize("options", [{}, {"components": "explicit"}, {"guide": "gaussian"}])
+    @pytest.mark.parametrize("prior", [False, True])
+    def test_what_is_odd_in_the_noise_cancels(self, options, prior):
+        """For little noise a pair's average is off from the mean network by its second order only."""
+        bayes, data = fitted(sample_scaler=5e-4, **options), tiny_dataset(6)
+        mean = bayes.predict(data, num_samples=0).sample_log_probs
+        pair = bayes.predict(data, num_samples=2, antithetic=True, prior=prior).sample_log_probs - mean
+        assert np.abs(pair.mean(0)).max() < 0.1 * np.abs(pair).max()
+
+    def test_same_average_with_less_error(self):
+        bayes, data = fitted(sample_scaler=2e-3), tiny_dataset(4)
+        plain = bayes.predict(data, num_samples=256).sample_probs[..., 0]
+        pairs = bayes.predict(data, num_samples=256, seed=1, antithetic=True).sample_probs[..., 0]
+        pairs = pairs.reshape(128, 2, 4).mean(1)
+        variances = plain.var(0, ddof=1) / 256, pairs.var(0, ddof=1) / 128
+        assert (np.abs(plain.mean(0) - pairs.mean(0)) < 4 * np.sqrt(sum(variances))).all()
+        assert (variances[1] < 0.5 * variances[0]).all()
+
+    def test_needs_a_symmetric_posterior(self):
+        class Shifted(MeanFieldGuide):
+            symmetric_rows = False
+
+        bayes = BayesLoRA(tiny_network("bert"), MonteCLoRAConfig(r=2), guide=Shifted)
+        with pytest.raises(InputError, match="Shifted does not promise it"):
+            bayes.predict(tiny_dataset(2), antithetic=True)
+        bayes.predict(tiny_dataset(2), num_samples=2, antithetic=True, prior=True)  # the prior is
 
 
 class TestCost:

@@ -210,6 +210,22 @@ def test_one_training_serves_all_that_builds_on_it(study, tmp_path, monkeypatch)
     assert not list((tmp_path / "out").rglob("*.safetensors"))  # networks are not kept
 
 
+def test_draws_in_mirrored_pairs(study, tmp_path):
+    """One training, two ways to average: the first draw is common, and the second is its image or another draw."""
+    found = []
+    for antithetic in (False, True):
+        made = study({"name": "monteclora", "sample_scaler": 0.5, "antithetic": antithetic,
+                      "num_samples": 2, "predictions": ["mean", "draws"]})  # fmt: skip
+        folder = tmp_path / str(antithetic)
+        run_cell(made, only(made), folder)
+        found.append(read_predictions(folder / only(made).folder, "test"))
+    (plain_mean, plain), (pairs_mean, pairs) = (list(one.items()) for one in found)
+    assert plain_mean[0] == pairs_mean[0]
+    assert np.array_equal(plain_mean[1][0], pairs_mean[1][0])
+    assert (plain[0].split(", ")[-1], pairs[0].split(", ")[-1]) == ("2 draws", "2 antithetic draws")
+    assert np.abs(plain[1][0] - pairs[1][0]).max() > 1e-4
+
+
 def test_the_temperature_sees_validation_only(study, tmp_path):
     made = study("lora", "temperature")
     run_cell(made, only(made), tmp_path)

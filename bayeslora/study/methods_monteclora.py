@@ -47,13 +47,15 @@ class Posterior:
     ``preset`` and ``config``: :class:`bayeslora.MonteCLoRAConfig`'s; a study writes the configuration's words next to
     the others. ``predictions``: ways to predict, of :data:`WAYS`; those with a temperature and ``scale_tuned``, which
     multiplies the noise by the one of :data:`FACTORS` with the lowest negative log-likelihood, tune on validation
-    examples and are left out where there are none. ``num_samples``: draws, the study's if ``None``.
+    examples and are left out where there are none. ``num_samples``: draws, the study's if ``None``;
+    ``antithetic``: in mirrored pairs (:func:`bayeslora.predict.predict`).
     """
 
     preset: str = "calibrated"
     config: Mapping[str, Any] = field(default_factory=dict)
     predictions: tuple[str, ...] = WAYS
     num_samples: int | None = None
+    antithetic: bool = False
 
     title: ClassVar[str]
 
@@ -106,21 +108,24 @@ class Posterior:
         """The ways to predict with a fitted posterior."""
         count = self.num_samples or bench.study.num_samples
         mean = cache(lambda split: predict(bayes, bench.data(split), 0))
-        draws = cache(lambda split: predict(bayes, bench.data(split), count))
+        draws = cache(lambda split: predict(bayes, bench.data(split), count, antithetic=self.antithetic))
+        these = f"{count} antithetic draws" if self.antithetic else f"{count} draws"
         wanted = self.predictions if bayes.sampling else ("mean",)
         tuned = bench.has_validation
         if "mean" in wanted:
             yield f"{label}, mean" if bayes.sampling else label, mean
         if "draws" in wanted:
-            yield f"{label}, {count} draws", draws
+            yield f"{label}, {these}", draws
         if "mean_temperature" in wanted and tuned:
             yield f"{label}, mean + temperature*", tempered(mean)
         if "draws_temperature" in wanted and tuned:
-            yield f"{label}, {count} draws + temperature*", tempered(draws)
+            yield f"{label}, {these} + temperature*", tempered(draws)
         if "scale_tuned" in wanted and tuned:
-            factor = best_factor(bayes, bench.tuning_data())
-            scaled = draws if factor == 1 else cache(lambda s: predict(bayes, bench.data(s), count, factor))
-            yield f"{label}, {count} draws, scale tuned*", scaled
+            factor = best_factor(bayes, bench.tuning_data(), self.antithetic)
+            scaled = draws if factor == 1 else cache(
+                lambda split: predict(bayes, bench.data(split), count, factor, self.antithetic)
+            )  # fmt: skip
+            yield f"{label}, {these}, scale tuned*", scaled
 
 
 @register
@@ -180,10 +185,11 @@ class PostHocMonteCLoRA(Posterior, PostHocMethod):
                 yield label, predictor
 
 
-def predict(bayes: BayesLoRA, data: Any, num_samples: int, factor: float = 1.0) -> Predicted:
+def predict(bayes: BayesLoRA, data: Any, num_samples: int, factor: float = 1.0, antithetic: bool = False) -> Predicted:
     """The posterior predictive; at the mean with no samples."""
     started = time.perf_counter()
-    found = bayes.predict(data, num_samples=num_samples, noise_factor=factor, keep_draws=False, progress=False)
+    found = bayes.predict(data, num_samples=num_samples, noise_factor=factor, antithetic=antithetic, keep_draws=False,
+                          progress=False)  # fmt: skip
     information = found.mutual_information if num_samples else None
     return Predicted(found.probs, found.labels, information, time.perf_counter() - started)
 
@@ -200,9 +206,9 @@ def tempered(base: Predictor) -> Predictor:
     return predictor
 
 
-def best_factor(bayes: BayesLoRA, data: Any) -> float:
+def best_factor(bayes: BayesLoRA, data: Any, antithetic: bool = False) -> float:
     """Of :data:`FACTORS`, the one whose noise gives the validation examples the lowest negative log-likelihood."""
-    found = {factor: predict(bayes, data, TUNING_DRAWS, factor) for factor in FACTORS}
+    found = {factor: predict(bayes, data, TUNING_DRAWS, factor, antithetic) for factor in FACTORS}
     return min(found, key=lambda factor: _nll(found[factor]))
 
 
