@@ -255,9 +255,9 @@ def _add_training_options(parser: argparse.ArgumentParser, *, several: bool = Fa
 
 def _add_method_options(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
     group = parser.add_argument_group("method")
-    group.add_argument("--preset", choices=sorted(PRESETS), default="calibrated",
-                       help="calibrated: our default; robust: noise that follows certainty, for classes; paper: the "
-                            "paper's smaller noise")  # fmt: skip
+    group.add_argument("--preset", choices=sorted(PRESETS),
+                       help="calibrated: noise that follows certainty, default for classes and choices; constant: even "
+                            "noise, default for numbers and texts; paper: the paper's small noise")  # fmt: skip
     group.add_argument("--rank", type=int, nargs="+" if several else None, help="r, the adapters' rank")
     group.add_argument("--lora-alpha", type=float)
     group.add_argument("--target-modules", nargs="+", metavar="NAME", help="layers to adapt; default all-linear")
@@ -304,8 +304,8 @@ def run_demo(arguments: argparse.Namespace) -> None:
 
 
 def run_fit(arguments: argparse.Namespace) -> None:
-    config = _config(arguments)
     task = _task(arguments)
+    config = _config(arguments, task.kind)
     from transformers import set_seed
 
     from bayeslora.checkpoint import open_peft_adapter
@@ -483,7 +483,7 @@ def _study(arguments: argparse.Namespace) -> "Any":
     if arguments.early_stopping is not None:
         raise InputError("compare trains every method on the same budget: --early-stopping does not apply")
     ranks = arguments.rank or [8]
-    config = _config(argparse.Namespace(**{**vars(arguments), "rank": min(ranks)}))
+    config = _config(argparse.Namespace(**{**vars(arguments), "rank": min(ranks)}), "classification")
     if config.mode == "post_hoc":
         raise InputError("compare starts both methods from scratch, but --mode post_hoc needs a trained LoRA: name "
                          "monteclora_post_hoc in --methods")  # fmt: skip
@@ -511,9 +511,9 @@ def _ways() -> Sequence[str]:
     return WAYS
 
 
-def _config(arguments: argparse.Namespace) -> "MonteCLoRAConfig":
-    """The preset with the method options that were given."""
-    from bayeslora.config import MonteCLoRAConfig
+def _config(arguments: argparse.Namespace, kind: str) -> "MonteCLoRAConfig":
+    """The preset, by default the one for this kind of task, with the method options that were given."""
+    from bayeslora.config import MonteCLoRAConfig, default_preset
 
     words = ("lora_alpha", "num_components", "sample_scaler", "kl_weight", "cooperation", "normalization", "guide",
              "mixture", "noise", "noise_schedule", "mode")  # fmt: skip
@@ -523,7 +523,7 @@ def _config(arguments: argparse.Namespace) -> "MonteCLoRAConfig":
     if arguments.target_modules:
         single = arguments.target_modules == ["all-linear"]
         changes["target_modules"] = "all-linear" if single else tuple(arguments.target_modules)
-    return MonteCLoRAConfig.preset(arguments.preset, **changes)
+    return MonteCLoRAConfig.preset(arguments.preset or default_preset(kind), **changes)
 
 
 def _fit_options(arguments: argparse.Namespace) -> dict[str, Any]:

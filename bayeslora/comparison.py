@@ -69,7 +69,7 @@ def compare(
     Args:
         model: A folder, a hub name, or ``"demo"``.
         task: From :func:`bayeslora.load_task`; classification.
-        config: MonteCLoRA's hyperparameters; its adapter is LoRA's too.
+        config: MonteCLoRA's hyperparameters, the preset ``"calibrated"`` if ``None``; its adapter is LoRA's too.
         output_dir: A study's folder, with one run folder per method and seed, and ``comparison.md``. Calling again with
             the same settings continues: finished runs are read, not repeated.
         seeds: One pair of runs each.
@@ -85,7 +85,7 @@ def compare(
         InputError: for a regression task, ``mode="post_hoc"``, an ``output_dir`` that holds other settings or something
             else, and where a run fails.
     """
-    config = config or MonteCLoRAConfig()
+    config = config or MonteCLoRAConfig.preset("calibrated")
     if config.mode == "post_hoc":
         raise InputError("compare starts both methods from scratch, but mode='post_hoc' needs a trained LoRA")
     if task.kind not in ("classification", "choice"):
@@ -112,10 +112,10 @@ def compare(
 
 def two_methods(config: MonteCLoRAConfig, task: Task, test_split: str) -> dict[str, Any]:
     """The words of a study of LoRA, its temperature where there are labels for one, and MonteCLoRA as configured."""
-    values, defaults = config.to_dict(), MonteCLoRAConfig().to_dict()
+    values, defaults = config.to_dict(), MonteCLoRAConfig.preset("constant").to_dict()
     changed = {word: value for word, value in values.items() if value != defaults[word] and word != "r"}
     own = {word: value for word, value in changed.items() if word not in LORA_WORDS}
-    ours = {"name": "monteclora", "label": METHODS[1], "predictions": ["mean", "draws"], **own}
+    ours = {"name": "monteclora", "label": METHODS[1], "preset": "constant", "predictions": ["mean", "draws"], **own}
     labelled = {split for split in (test_split, "validation") if split in task.splits and task.is_labelled(split)}
     temperature = ["temperature"] if test_split != "validation" and labelled == {test_split, "validation"} else []
     return {"methods": ["lora", *temperature, ours], "ranks": [config.r],

@@ -33,11 +33,16 @@ PRESETS: dict[str, dict[str, Any]] = {
         "noise": "shared",
         "scale_init": 1.0,
     },
-    # The defaults of this class.
-    "calibrated": {},
-    # Noise that grows with the certainty of the predictions: for classes, over learning rates and batch sizes.
-    "robust": {"sample_scaler": 0.25, "noise_schedule": "entropy"},
+    # Noise that grows with the certainty of the predictions: for classes and choices.
+    "calibrated": {"sample_scaler": 0.25, "noise_schedule": "entropy"},
+    # The same noise from the first step to the last, the defaults of this class: for numbers and texts too.
+    "constant": {},
 }
+
+
+def default_preset(kind: str) -> str:
+    """The preset for a kind of task: ``"calibrated"`` where there are class probabilities, else ``"constant"``."""
+    return "calibrated" if kind in ("classification", "choice") else "constant"
 
 
 @dataclass(frozen=True)
@@ -201,7 +206,7 @@ class MonteCLoRAConfig:
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> "MonteCLoRAConfig":
-        """A named set of hyperparameters, ``"paper"``, ``"calibrated"`` or ``"robust"``, with ``changes`` on top."""
+        """A named set of hyperparameters, ``"calibrated"``, ``"constant"`` or ``"paper"``, with ``changes`` on top."""
         if name not in PRESETS:
             raise InputError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
         return cls(**{**PRESETS[name], **changes})

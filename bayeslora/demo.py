@@ -49,7 +49,7 @@ def run_demo(
     result = compare(
         DEMO_MODEL,
         task,
-        MonteCLoRAConfig(),
+        MonteCLoRAConfig.preset("calibrated"),
         output_dir=output,
         seeds=[seed],
         train_examples=train_examples,

@@ -47,10 +47,11 @@ def main(
     data_dir: str | None = None, output: str | None = None, *, model: str = "demo-lm", seeds=(0, 1), **sizes
 ) -> None:
     """Train, score, and print a table for each task; ``sizes`` are words of :class:`bayeslora.study.Study`."""
+    ours = {"name": "monteclora", "preset": "constant", "predictions": ["mean", "draws", "draws_temperature"]}
     study = Study(
         model=model,
         tasks=tuple({"name": task, "data_dir": data_dir} for task in TASKS),
-        methods=("lora", "temperature", {"name": "monteclora", "predictions": ["mean", "draws", "draws_temperature"]}),
+        methods=("lora", "temperature", ours),
         learning_rates=(5e-4,), batch_sizes=(4,), seeds=seeds, max_length=160, training={"epochs": 1},
         **{"train_examples": 200, "test_examples": 100, "validation_examples": 50, "num_samples": 4, **sizes},
     )  # fmt: skip

@@ -64,8 +64,8 @@ def test_presets():
         1.0,
     )
     assert paper.r == 4
-    assert MonteCLoRAConfig.preset("calibrated") == MonteCLoRAConfig()
-    robust = MonteCLoRAConfig(sample_scaler=0.25, noise_schedule="entropy")
-    assert MonteCLoRAConfig.preset("robust") == robust
-    with pytest.raises(InputError, match="calibrated"):
+    assert MonteCLoRAConfig.preset("constant") == MonteCLoRAConfig()
+    calibrated = MonteCLoRAConfig(sample_scaler=0.25, noise_schedule="entropy")
+    assert MonteCLoRAConfig.preset("calibrated") == calibrated
+    with pytest.raises(InputError, match="calibrated, constant"):
         MonteCLoRAConfig.preset("sharp")

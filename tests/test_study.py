@@ -146,7 +146,7 @@ def test_the_studies_of_the_repository_can_be_read():
 
 POINTS = {"full": {"learning_rate_scale": 0.3}, "lora": {}, "lora_plus": {"ratio": 2}, "rslora": {}, "dora": {},
           "adalora": {"learning_rate_scale": 2.0}, "peft_monteclora": {"buffer_size": 4}}  # fmt: skip
-OURS = ({}, {"preset": "paper"}, {"preset": "robust"}, {"mixture": "sparse"}, {"guide": "mean_field"},
+OURS = ({}, {"preset": "paper"}, {"preset": "constant"}, {"mixture": "sparse"}, {"guide": "mean_field"},
         {"guide": "gaussian"})  # fmt: skip
 
 
@@ -214,7 +214,7 @@ def test_draws_in_mirrored_pairs(study, tmp_path):
     """One training, two ways to average: the first draw is common, and the second is its image or another draw."""
     found = []
     for antithetic in (False, True):
-        made = study({"name": "monteclora", "sample_scaler": 0.5, "antithetic": antithetic,
+        made = study({"name": "monteclora", "preset": "constant", "sample_scaler": 0.5, "antithetic": antithetic,
                       "num_samples": 2, "predictions": ["mean", "draws"]})  # fmt: skip
         folder = tmp_path / str(antithetic)
         run_cell(made, only(made), folder)
@@ -238,7 +238,8 @@ def test_the_temperature_sees_validation_only(study, tmp_path):
 
 
 def test_post_hoc_methods_leave_the_network_as_it_was(study, tmp_path):
-    made = study("lora", "mc_dropout", "checkpoint_ensemble", {"name": "monteclora", "mode": "post_hoc"})
+    post_hoc = {"name": "monteclora", "preset": "constant", "mode": "post_hoc"}
+    made = study("lora", "mc_dropout", "checkpoint_ensemble", post_hoc)
     lineup = Lineup.of(made)
     bench = Bench(made, only(made), tmp_path, checkpoints=5)
     trained = lineup.trained["LoRA"].train(bench)
