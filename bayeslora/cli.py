@@ -117,7 +117,7 @@ def _add_demo(commands: Any) -> None:
     parser.add_argument("--train-examples", type=int, default=500, help="sentences to train on")
     parser.add_argument("--test-examples", type=int, default=300, help="sentences to test on, from each domain")
     parser.add_argument("--epochs", type=float, default=5)
-    parser.add_argument("--num-samples", type=int, default=8, help="draws of the posterior predictive")
+    parser.add_argument("--num-samples", type=int, default=16, help="draws of the posterior predictive")
 
 
 def _add_fit(commands: Any) -> None:
@@ -196,7 +196,7 @@ def _add_compare(commands: Any) -> None:
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="such as lora dora monteclora")
     parser.add_argument("--test-split", default="test", help="split to score on (shifted sets are added)")
     parser.add_argument("--max-test-examples", type=int, help="a random subset of every test set")
-    parser.add_argument("--num-samples", type=int, default=8, help="draws of the posterior predictive")
+    parser.add_argument("--num-samples", type=int, default=16, help="draws of the posterior predictive")
     _add_training_options(parser, several=True)
     _add_method_options(parser, several=True)
     parser.set_defaults(default_of=parser.get_default)

@@ -54,7 +54,7 @@ def compare(
     train_examples: int | None = None,
     test_examples: int | None = None,
     test_split: str = "test",
-    num_samples: int = 8,
+    num_samples: int = 16,
     max_length: int = 64,
     progress: bool = True,
     batch_size: int = 16,

@@ -28,7 +28,7 @@ def run_demo(
     train_examples: int = 500,
     test_examples: int = 300,
     epochs: float = 5,
-    num_samples: int = 8,
+    num_samples: int = 16,
 ) -> Comparison:
     """Fit LoRA and MonteCLoRA to movie sentences, and see how both do there and on three other domains.
 
@@ -62,7 +62,7 @@ def run_demo(
     network, tokenizer = task.load_network(DEMO_MODEL)
     posterior = BayesLoRA.from_pretrained(result.runs["MonteCLoRA", seed] / ADAPTER_FOLDER, network)
     test = task.encode(tokenizer, "test", max_length=MAX_LENGTH, limit=test_examples)
-    idata = to_arviz(posterior, test, num_samples=2 * num_samples, seed=seed)
+    idata = to_arviz(posterior, test, num_samples=num_samples, seed=seed)
     save_arviz(idata, output / "posterior.nc")
     _say("4/4  pictures")
     plot_posterior_spread(idata).figure.savefig(output / "posterior_spread.png", dpi=200, bbox_inches="tight")

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -90,6 +91,24 @@ def test_fit_writes_a_run(run):
     assert record["finished"] is True
     assert record["task"]["name"] == "reviews"
     assert (run / "adapter" / "posterior.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("labels", "words", "schedule", "scale"),
+    [(("0", "1"), [], "entropy", 0.25), (("0", "1"), ["--preset", "constant"], "constant", 0.1),
+     (("0", "1"), ["--sample-scaler", "0.5"], "entropy", 0.5), (("0.25", "1.75"), [], "constant", 0.1)],
+    ids=["classes", "classes_constant", "classes_scaled", "numbers"],
+)  # fmt: skip
+def test_the_default_preset_is_the_one_for_the_labels(model, tmp_path, labels, words, schedule, scale):
+    if "." in labels[0]:
+        model = shutil.copytree(model, tmp_path / "one_output")
+        tiny_network(num_labels=1).save_pretrained(model)
+    rows = "".join(f"the film is {word},{label}\n" for word, label in zip(("good", "bad"), labels, strict=True))
+    (tmp_path / "train.csv").write_text("text,label\n" + rows * 4)
+    options = data_options(model, tmp_path)
+    assert main(["fit", *options, "--output", str(tmp_path / "run"), "--max-steps", "1", *SMALL, *words]) == 0
+    config = json.loads((tmp_path / "run" / "adapter" / "bayeslora.json").read_text())["config"]
+    assert (config["noise_schedule"], config["sample_scaler"]) == (schedule, scale)
 
 
 def test_post_hoc_starts_from_a_trained_lora(run, model, data, tmp_path, capsys):

@@ -111,7 +111,7 @@ class Study:
     shift_splits: bool = True
     hold_out: int = 0
     max_length: int = 64
-    num_samples: int = 8
+    num_samples: int = 16
     training: Mapping[str, Any] = field(default_factory=lambda: {"epochs": 5})
     trainer: Mapping[str, Any] = field(default_factory=dict)
     lora: Mapping[str, Any] = field(default_factory=dict)
