@@ -1,4 +1,4 @@
-"""How much do more draws of the preset "robust" help, and mirrored pairs, on movies and on Amazon's reviews?
+"""How much do more draws of the preset "calibrated" help, and mirrored pairs, on movies and on Amazon's reviews?
 
 python studies/more_draws.py    # some ten minutes on one free core
 """
@@ -24,7 +24,7 @@ def scores(probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
 set_seed(SEED)
 task = load_task("sentiment")
 network, tokenizer = task.load_network("demo")
-bayes = BayesLoRA(network, MonteCLoRAConfig.preset("robust"))
+bayes = BayesLoRA(network, MonteCLoRAConfig.preset("calibrated"))
 fit(bayes, task.encode(tokenizer, "train", limit=300, max_length=64), output_dir=tempfile.mkdtemp(), epochs=5,
     batch_size=8, learning_rate=1e-3, seed=SEED, save_strategy="no",
     train_sampling_strategy="group_by_length")  # fmt: skip
