@@ -47,7 +47,12 @@ def main(
     data_dir: str | None = None, output: str | None = None, *, model: str = "demo-lm", seeds=(0, 1), **sizes
 ) -> None:
     """Train, score, and print a table for each task; ``sizes`` are words of :class:`bayeslora.study.Study`."""
-    ours = {"name": "monteclora", "preset": "constant", "predictions": ["mean", "draws", "draws_temperature"]}
+    ours = {
+        "name": "monteclora",
+        "label": "MonteCLoRA",
+        "preset": "constant",
+        "predictions": ["mean", "draws", "draws_temperature"],
+    }
     study = Study(
         model=model,
         tasks=tuple({"name": task, "data_dir": data_dir} for task in TASKS),
