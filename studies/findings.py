@@ -67,6 +67,7 @@ def at_one_setting(study: Study, results: pd.DataFrame, folder: Path) -> None:
                 left = rows[~rows["method"].isin(without)]
                 print(f"\n{split}, from {left['method'].iloc[0]}\n")
                 print(differences(study, left, folder, split).round(4).T.to_string())
+                print(selective_differences(study, left, folder, split).round(4).to_string())
 
 
 if __name__ == "__main__":
