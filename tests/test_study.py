@@ -15,8 +15,8 @@ import torch
 from transformers import BertTokenizerFast
 
 from bayeslora.analysis import area_under_risk_coverage, fit_temperature, predictive_entropy, robustness_table
-from bayeslora.comparison import compare
-from bayeslora.config import MonteCLoRAConfig
+from bayeslora.comparison import compare, two_methods
+from bayeslora.config import PRESETS, MonteCLoRAConfig
 from bayeslora.errors import InputError
 from bayeslora.study import Study
 from bayeslora.study.bench import Bench
@@ -208,6 +208,15 @@ def test_one_training_serves_all_that_builds_on_it(study, tmp_path, monkeypatch)
     assert ensemble["members"] == 2
     assert "summary.md" in {path.name for path in (tmp_path / "out").iterdir()}
     assert not list((tmp_path / "out").rglob("*.safetensors"))  # networks are not kept
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_comparison_trains_the_configuration_it_was_given(place, preset):
+    config = MonteCLoRAConfig.preset(preset, sample_scaler=0.07)
+    task = load_task("reviews", place / "reviews", text_columns="text")
+    *_, ours = two_methods(config, task, "test")["methods"]
+    method = make_method(MethodSpec(ours.pop("name"), ours))
+    assert MonteCLoRAConfig.preset(method.preset, **method.config) == config
 
 
 def test_draws_in_mirrored_pairs(study, tmp_path):
