@@ -4,6 +4,7 @@ No parameter is renamed or added, so the network's state dict stays PEFT's own.
 """
 
 import difflib
+import logging
 import math
 import re
 import threading
@@ -15,13 +16,18 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_bnb_weight, get_bnb_param_type
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from bayeslora.config import MonteCLoRAConfig
 from bayeslora.errors import InputError
+from bayeslora.provenance import new_modules
+from bayeslora.untrusted import check_lora_words
 
+logger = logging.getLogger(__name__)
 one_at_a_time = threading.RLock()  # the draw in a network and Pyro's stack of handlers are shared by all threads
 
 
@@ -156,14 +162,36 @@ def adapt(network: nn.Module, config: MonteCLoRAConfig) -> PeftModel:
                          "pass the network itself, then call bayes.compile()")  # fmt: skip
     keep_trainable(network)
     if not isinstance(network, PeftModel):
+        if carries_adapter(network):
+            raise InputError(
+                f"this {type(network).__name__} carries an adapter already, put into it in place: load the network "
+                "anew, or, to go on with that adapter, pass its PeftModel (bayes.network of a BayesLoRA)"
+            )
         check_targets(network, config)
-        check_heads(network, config)
+        lora = lora_config(network, config)
+        check_lora_words(_as_json(lora), except_for=["alpha_pattern"])
+        check_heads(network, lora)
         try:
-            network = get_peft_model(network, lora_config(network, config))
+            network = get_peft_model(network, lora)
         except ValueError as error:
             raise InputError(f"PEFT cannot adapt {type(network).__name__}: {error}") from error
+    else:
+        lora = network.peft_config[active_adapter(network)]
+        # EVA decides how A begins and how large it is, both of which are in the adapter by now
+        given = {"init_lora_weights"} if lora.init_lora_weights == "eva" else set()
+        check_lora_words(_as_json(lora), except_for={"alpha_pattern", *given})
     make_samplable(network)
     return network
+
+
+def carries_adapter(network: nn.Module) -> bool:
+    """Whether PEFT, transformers or a BayesLoRA has put an adapter into it."""
+    return isinstance(network, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in network.modules())
+
+
+def _as_json(lora: LoraConfig) -> dict[str, Any]:
+    """A configuration as ``adapter_config.json`` holds it."""
+    return {word: sorted(value) if isinstance(value, set) else value for word, value in lora.to_dict().items()}
 
 
 def lora_config(network: nn.Module, config: MonteCLoRAConfig) -> LoraConfig:
@@ -179,7 +207,7 @@ def lora_config(network: nn.Module, config: MonteCLoRAConfig) -> LoraConfig:
         "target_modules": list(targets) if isinstance(targets, tuple) else targets,
         "lora_dropout": config.lora_dropout,
         "use_rslora": config.use_rslora,
-        "modules_to_save": list(config.modules_to_save) if config.modules_to_save else None,
+        "modules_to_save": _saved_modules(network, config, task_type) or None,
         "layers_to_transform": list(config.layers_to_transform) if config.layers_to_transform else None,
         "rank_pattern": dict(config.rank_pattern),
         "task_type": task_type,
@@ -188,8 +216,8 @@ def lora_config(network: nn.Module, config: MonteCLoRAConfig) -> LoraConfig:
     }
     try:
         return LoraConfig(**options)
-    except TypeError as error:
-        raise InputError(f"peft.LoraConfig does not take this option: {error}") from error
+    except (TypeError, ValueError, ImportError) as error:
+        raise InputError(f"peft.LoraConfig does not take an option: {error}") from error
 
 
 def check_targets(network: nn.Module, config: MonteCLoRAConfig) -> None:
@@ -212,11 +240,25 @@ def check_targets(network: nn.Module, config: MonteCLoRAConfig) -> None:
                 )
 
 
-def check_heads(network: nn.Module, config: MonteCLoRAConfig) -> None:
+def _saved_modules(network: nn.Module, config: MonteCLoRAConfig, task_type: TaskType | None) -> list[str]:
+    """Names of the modules to train whole: those asked for, a classifier's head, and whatever is new."""
+    from_peft = ("classifier", "score") if task_type == TaskType.SEQ_CLS else ()  # it adds these itself
+    asked, new = [*(config.modules_to_save or ()), *from_peft], new_modules(network)
+    backbone = [name for name in new if "." in name and "pooler" not in name]
+    if backbone:
+        logger.warning("the checkpoint of this %s lacks %s: trained whole, and saved with the adapter",
+                       type(network).__name__, ", ".join(backbone))  # fmt: skip
+    # PEFT takes every module whose name ends like this, but would put LoRA into those it was not told of
+    ending = [name for name, _ in network.named_modules() if any(name.endswith(saved) for saved in asked)]
+    outermost = [name for name in ending if not any(name.startswith(f"{other}.") for other in [*ending, *new])]
+    return [name for name in dict.fromkeys([*asked, *outermost, *new]) if name not in from_peft]
+
+
+def check_heads(network: nn.Module, lora: LoraConfig) -> None:
     """Refuse quantised layers that would have to be trained whole: the head, and ``modules_to_save``."""
-    heads = {"classifier", "score", *(config.modules_to_save or ())}
+    saved = (*(lora.modules_to_save or ()), *(("classifier", "score") if lora.task_type == TaskType.SEQ_CLS else ()))
     for name, module in network.named_modules():
-        if name.rsplit(".", 1)[-1] in heads and is_quantized(module):
+        if name.endswith(saved) and is_quantized(module):
             raise InputError(
                 f"{name!r} is quantised and cannot be trained: load the network without quantising it, for instance "
                 f"with BitsAndBytesConfig(..., llm_int8_skip_modules=[{name!r}])"
@@ -254,6 +296,10 @@ def make_samplable(network: PeftModel) -> None:
                              "target linear layers")  # fmt: skip
         if key not in layer.lora_A:
             continue
+        if isinstance(layer, ParamWrapper):
+            raise InputError(f"layer {name!r} ({type(layer.get_base_layer()).__name__}) is adapted at its bare "
+                             "parameters, as PEFT does with mixtures of experts, where no draw reaches it: name linear "
+                             "layers in target_modules, those of the attention for instance")  # fmt: skip
         lora_a = layer.lora_A[key]
         found = True
         if isinstance(lora_a, SampledLinear):
@@ -379,7 +425,7 @@ def set_noise(
         mean = torch.stack([adapter.lora_A.weight for adapter in group.adapters])
         deviation, draws = noise[group.name].mT, [adapter.lora_A.draw for adapter in group.adapters]
         if signs is None:
-            weights = (mean + deviation).to(mean.dtype)
+            weights, mirrors = (mean + deviation).to(mean.dtype), [None] * len(group)
         else:
             weights = torch.cat([mean, deviation.to(mean.dtype)], dim=-2)
             turned = torch.diag_embed(signs[group.name])  # (adapters, examples, r, r)

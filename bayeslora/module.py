@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from bayeslora.adapters import (
+    active_adapter,
     adapt,
     check_in_use,
     clear_draw,
@@ -35,6 +37,7 @@ from bayeslora.guides import GUIDES, Guide
 from bayeslora.models import MonteCLoRA
 from bayeslora.noise_schedules import SCHEDULES, NoiseSchedule
 from bayeslora.predict import Draws, PosteriorDraws, Prediction, posterior_draws, predict, sample_sites
+from bayeslora.provenance import Sketch, kept_keys, not_in_checkpoint
 from bayeslora.recorder import Recorder
 
 if TYPE_CHECKING:
@@ -80,6 +83,9 @@ class BayesLoRA(nn.Module):
             config = _with_lora_words(config, network)
         self.monteclora_config = config
         self.network = adapt(network, config)
+        #: Keys of the base network's tensors that its checkpoint does not hold, and that are saved with the adapter.
+        self.kept_keys = kept_keys(self.network, not_in_checkpoint(self.network))
+        self.sketches: dict[str, Sketch] = {}  # of what is taken from the base network, made at the first saving
         self.model = MonteCLoRA(self.network, config, likelihood=likelihood)
         self.guide = self._build_guide(guide)
         self.elbo = CooperativeELBO.from_config(config)
@@ -111,6 +117,8 @@ class BayesLoRA(nn.Module):
 
     def _freeze(self) -> None:
         """Only what the objective depends on is trained, so that every trained parameter gets a gradient."""
+        if not any(parameter.requires_grad for parameter in self.network.parameters()):  # as PEFT loads an adapter
+            self.network.set_adapter(active_adapter(self.network))
         if self.monteclora_config.mode == "post_hoc":
             self.network.requires_grad_(False)
             self.model.requires_grad_(False)
@@ -389,6 +397,7 @@ class BayesLoRA(nn.Module):
             )
         clear_draw(self.model.groups)
         merged = copy.deepcopy(self.network)
+        _untie(merged)
         if draw is not None:
             drawn = Draws(self, 1, seed, first=draw).weights(0, 1)
             with torch.no_grad():
@@ -422,6 +431,16 @@ class BayesLoRA(nn.Module):
         from bayeslora.checkpoint import version_info
 
         return version_info()
+
+
+def _untie(network: PeftModel) -> None:
+    """Give adapted layers whose frozen weight is another's too, an output layer tied to the embeddings, their own."""
+    uses = Counter(id(parameter) for _, parameter in network.named_parameters(remove_duplicate=False))
+    for adapter in (adapter for group in find_groups(network) for adapter in group.adapters):
+        base: Any = adapter.layer.get_base_layer()
+        if uses[id(base.weight)] > 1:
+            base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)
+            network.get_base_model().config.tie_word_embeddings = False
 
 
 def _with_lora_words(config: MonteCLoRAConfig, network: PeftModel) -> MonteCLoRAConfig:
