@@ -37,13 +37,18 @@ class Draw:
     ``weight`` is the drawn A: ``(r, n_in)``, or ``(groups, r, n_in)`` for as many equal, consecutive groups of rows of
     the input. With ``mirrors`` it is μ and below it the deviation from μ, ``(2r, n_in)``, and every example has its
     own ``(2r, r)``: an identity, which passes μ on, and below it a diagonal of ±1, which turns rows of the deviation.
+    ``is_reached`` says whether the layer has run since it was set.
     """
 
-    __slots__ = ("mirrors", "weight")
+    __slots__ = ("is_reached", "mirrors", "weight")
 
     def __init__(self) -> None:
         self.weight: Tensor | None = None
         self.mirrors: Tensor | None = None
+        self.is_reached = False
+
+    def set(self, weight: Tensor, mirrors: Tensor | None = None) -> None:
+        self.weight, self.mirrors, self.is_reached = weight, mirrors, False
 
     def __deepcopy__(self, memo: dict) -> "Draw":
         return Draw()
@@ -69,6 +74,7 @@ class SampledLinear(nn.Linear):
         weight, mirrors = self.draw.weight, self.draw.mirrors
         if weight is None:
             return nn.functional.linear(input, self.weight)
+        self.draw.is_reached = True
         if mirrors is not None:
             both = _in_groups(nn.functional.linear(input, weight), len(mirrors))
             output = torch.bmm(both, mirrors.to(both.dtype))
@@ -409,7 +415,7 @@ def set_draw(groups: tuple[AdapterGroup, ...], weights: Mapping[str, Tensor]) ->
     for group in groups:
         drawn = weights[group.name].mT.to(group.adapters[0].lora_A.weight.dtype)
         for adapter, weight in zip(group.adapters, drawn.unbind(-3), strict=True):
-            adapter.lora_A.draw.weight = weight
+            adapter.lora_A.draw.set(weight)
 
 
 def set_noise(
@@ -423,17 +429,16 @@ def set_noise(
     """
     for group in groups:
         mean = torch.stack([adapter.lora_A.weight for adapter in group.adapters])
-        deviation, draws = noise[group.name].mT, [adapter.lora_A.draw for adapter in group.adapters]
+        deviation = noise[group.name].mT
         if signs is None:
             weights, mirrors = (mean + deviation).to(mean.dtype), [None] * len(group)
         else:
             weights = torch.cat([mean, deviation.to(mean.dtype)], dim=-2)
             turned = torch.diag_embed(signs[group.name])  # (adapters, examples, r, r)
             identity = torch.eye(group.rank, device=turned.device).expand_as(turned)
-            for draw, mirrors in zip(draws, torch.cat([identity, turned], dim=-2).unbind(), strict=True):
-                draw.mirrors = mirrors
-        for draw, weight in zip(draws, weights.unbind(), strict=True):
-            draw.weight = weight
+            mirrors = torch.cat([identity, turned], dim=-2).unbind()
+        for adapter, weight, mirror in zip(group.adapters, weights.unbind(), mirrors, strict=True):
+            adapter.lora_A.draw.set(weight, mirror)
 
 
 def clear_draw(groups: tuple[AdapterGroup, ...]) -> None:
@@ -442,6 +447,37 @@ def clear_draw(groups: tuple[AdapterGroup, ...]) -> None:
         for adapter in group.adapters:
             draw = adapter.lora_A.draw
             draw.weight = draw.mirrors = None
+
+
+def check_reached(groups: tuple[AdapterGroup, ...]) -> None:
+    """Make sure that every layer used the draw that was last set for it.
+
+    Raises:
+        InputError: naming layers that did not run: a kernel reads their ``lora_A.weight`` itself, or the network never
+            gets to them.
+    """
+    adapters = [adapter for group in groups for adapter in group.adapters]
+    unreached = [adapter.name for adapter in adapters if not adapter.lora_A.draw.is_reached]
+    if unreached:
+        shown = ", ".join(unreached[:3]) + (f" and {len(unreached) - 3} more" if len(unreached) > 3 else "")
+        raise InputError(
+            f"the draw did not arrive in {shown} (of {len(adapters)} adapted layers): either the network does not run "
+            "them, then leave them out of target_modules; or a fused kernel reads lora_A.weight itself, as Unsloth's "
+            "and axolotl's do, then switch it off (Unsloth: load the network with transformers; axolotl: "
+            "lora_mlp_kernel, lora_qkv_kernel and lora_o_kernel: false)"
+        )
+
+
+@contextmanager
+def keeping_draw(groups: tuple[AdapterGroup, ...]) -> Iterator[None]:
+    """Whatever is set inside, the draw is afterwards what it was before."""
+    draws = [adapter.lora_A.draw for group in groups for adapter in group.adapters]
+    before = [(draw.weight, draw.mirrors, draw.is_reached) for draw in draws]
+    try:
+        yield
+    finally:
+        for draw, values in zip(draws, before, strict=True):
+            draw.weight, draw.mirrors, draw.is_reached = values
 
 
 @contextmanager

@@ -20,11 +20,15 @@ from bayeslora.adapters import (
     active_adapter,
     adapt,
     check_in_use,
+    check_reached,
     clear_draw,
+    evaluation_mode,
     find_groups,
     is_quantized,
+    keeping_draw,
     one_at_a_time,
     rows_are_examples,
+    set_draw,
     using_draw,
     using_noise,
 )
@@ -92,6 +96,7 @@ class BayesLoRA(nn.Module):
         self.noise_schedule = self._build_noise_schedule()
         self.sampling = config.sample_scaler > 0
         self._rows: bool | None = None  # whether examples can have their own noise; looked up at the first batch
+        self._arrives = False  # whether draws are known to reach the network; looked at after the first training batch
         self._freeze()
 
     def _build_guide(self, guide: Callable[[MonteCLoRA], nn.Module] | None) -> nn.Module:
@@ -245,6 +250,8 @@ class BayesLoRA(nn.Module):
                     logits.append(self.model.joint(**kwargs)[0])
 
                 loss = self.elbo.differentiable_loss(model, self.guide.forward, **batch)
+        if not self._arrives:
+            self._check_arrival(batch)
         mean = torch.stack(logits).mean(0).detach()
         self.noise_schedule.see_logits(mean)
         return SequenceClassifierOutput(loss=loss, logits=mean)
@@ -261,6 +268,17 @@ class BayesLoRA(nn.Module):
             observed = pyro.poutine.trace(self.model.observe).get_trace(**batch)
         outputs.append(observed.nodes["_RETURN"]["value"][0])
         return {**model.nodes, **observed.nodes}, guide.nodes
+
+    def _check_arrival(self, batch: dict[str, Any]) -> None:
+        """Once, after the first training batch: the draw must have reached every layer."""
+        try:
+            check_reached(self.model.groups)
+        except InputError:  # some networks leave out layers at random while they are trained
+            with evaluation_mode(self.network), torch.no_grad(), keeping_draw(self.model.groups):
+                set_draw(self.model.groups, {group.name: group.mean() for group in self.model.groups})
+                self.model.outputs({name: value for name, value in batch.items() if name != "labels"}, batch["labels"])
+                check_reached(self.model.groups)
+        self._arrives = True
 
     def _has_own_noise(self, batch: dict[str, Tensor]) -> bool:
         """Whether each example of a training batch gets its own noise."""
