@@ -28,7 +28,9 @@ from torch import Tensor, nn
 from bayeslora.adapters import AdapterGroup, adapt, find_groups, leaves_for_recomputation, using_draw
 from bayeslora.config import MonteCLoRAConfig
 from bayeslora.distributions import CollapsedMixture, MixtureWeights, WishartCholesky, active_weights
+from bayeslora.errors import InputError
 from bayeslora.models.likelihoods import Likelihood, likelihood_for, network_outputs
+from bayeslora.parameter_store import claim_store
 
 
 class MonteCLoRA(PyroModule):
@@ -199,11 +201,12 @@ class MonteCLoRA(PyroModule):
         return torch.is_grad_enabled() and any(module.gradient_checkpointing for module in self._checkpointable)
 
     def _register_parameters(self) -> None:
+        claim_store("model", self)
         for name, parameter in self.network.named_parameters():
             if parameter.requires_grad:
                 registered = pyro.param(f"network.{name}", parameter)
                 if registered is not parameter:
-                    raise RuntimeError(
+                    raise InputError(
                         f"Pyro's parameter store already holds another network's 'network.{name}'; "
                         "call pyro.clear_param_store() before fitting a second model"
                     )

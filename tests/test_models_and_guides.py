@@ -71,7 +71,7 @@ class TestModel:
 
     def test_a_second_model_in_a_used_parameter_store_is_an_error(self):
         trace(small_model(), **tiny_batch())
-        with pytest.raises(RuntimeError, match="clear_param_store"):
+        with pytest.raises(InputError, match="clear_param_store"):
             trace(small_model(), **tiny_batch())
 
     def test_regression_has_a_learned_noise(self):
