@@ -8,7 +8,7 @@ import logging
 import math
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -175,7 +175,9 @@ def adapt(network: nn.Module, config: MonteCLoRAConfig) -> PeftModel:
             )
         check_targets(network, config)
         lora = lora_config(network, config)
-        check_lora_words(_as_json(lora), except_for=["alpha_pattern"])
+        # patterns are written out when the adapter is saved, and PEFT knows the usual targets of a network
+        given = {"alpha_pattern"} if lora.target_modules else {"alpha_pattern", "target_modules"}
+        check_lora_words(_as_json(lora), except_for=given)
         check_heads(network, lora)
         try:
             network = get_peft_model(network, lora)
@@ -430,8 +432,9 @@ def set_noise(
     for group in groups:
         mean = torch.stack([adapter.lora_A.weight for adapter in group.adapters])
         deviation = noise[group.name].mT
+        mirrors: Sequence[Tensor | None] = [None] * len(group)
         if signs is None:
-            weights, mirrors = (mean + deviation).to(mean.dtype), [None] * len(group)
+            weights = (mean + deviation).to(mean.dtype)
         else:
             weights = torch.cat([mean, deviation.to(mean.dtype)], dim=-2)
             turned = torch.diag_embed(signs[group.name])  # (adapters, examples, r, r)
@@ -450,13 +453,13 @@ def clear_draw(groups: tuple[AdapterGroup, ...]) -> None:
 
 
 def check_reached(groups: tuple[AdapterGroup, ...]) -> None:
-    """Make sure that every layer used the draw that was last set for it.
+    """Make sure that every layer used the draw that was last set for it, unless its adapter is switched off.
 
     Raises:
         InputError: naming layers that did not run: a kernel reads their ``lora_A.weight`` itself, or the network never
             gets to them.
     """
-    adapters = [adapter for group in groups for adapter in group.adapters]
+    adapters = [adapter for group in groups for adapter in group.adapters if not adapter.layer.disable_adapters]
     unreached = [adapter.name for adapter in adapters if not adapter.lora_A.draw.is_reached]
     if unreached:
         shown = ", ".join(unreached[:3]) + (f" and {len(unreached) - 3} more" if len(unreached) > 3 else "")

@@ -167,14 +167,15 @@ def kept_tensors(bayes: "BayesLoRA") -> dict[str, Tensor]:
 
 
 def _manifest(bayes: "BayesLoRA", folder: Path) -> dict[str, Any]:
+    kept = sorted(kept_tensors(bayes))
     manifest = {
         "format": FORMAT,
         "config": bayes.monteclora_config.to_dict(),
         "guide": type(bayes.guide).__name__,
         "num_examples": bayes.num_examples,
         "versions": version_info(),
-        "base": fingerprint(bayes.network) | {"sketches": _sketches(bayes)},
-        "kept": sorted(kept_tensors(bayes)),
+        "base": fingerprint(bayes.network) | {"sketches": _sketches(bayes, kept)},
+        "kept": kept,
         "adapters": _adapter_shapes(bayes),
         "sha256": {name: _sha256(folder / name) for name in FILES},
     }
@@ -185,9 +186,9 @@ def _manifest(bayes: "BayesLoRA", folder: Path) -> dict[str, Any]:
     return manifest | {"digest": _digest(manifest)}
 
 
-def _sketches(bayes: "BayesLoRA") -> dict[str, list]:
+def _sketches(bayes: "BayesLoRA", kept: Collection[str]) -> dict[str, list]:
     """What tells each tensor that is taken from the base network from another; each is made once, as none changes."""
-    brought = {*_adapter_state(bayes.network), *kept_tensors(bayes)}
+    brought = {*_adapter_state(bayes.network), *kept}
     taken = [entry for entry in base_tensors(bayes.network) if PREFIX + entry.key not in brought]
     for entry in taken:
         if entry.name not in bayes.sketches:
@@ -281,12 +282,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     known = manifest.get("format")
     if is_integer(known) and known != FORMAT:
         raise InputError(f"{folder} has format {known}, this bayeslora reads {FORMAT}: use a matching version")
-    manifest.setdefault("kept", [])  # earlier adapters have none
     for name, fits in _MANIFEST_ENTRIES.items():
-        if name not in manifest or not fits(manifest[name]):
+        if not fits(manifest.get(name, [] if name == "kept" else None)) or name not in {*manifest, "kept"}:
             raise InputError(f"{folder / MANIFEST} is damaged (its {name!r}): use another copy of the folder")
     if manifest["digest"] != _digest(manifest):
         raise InputError(f"{folder / MANIFEST} is damaged or was edited: use another copy of the folder")
+    manifest.setdefault("kept", [])  # earlier adapters have no such entry
     for name in FILES:
         if not (folder / name).is_file():
             raise InputError(f"{folder} is incomplete: {name} is missing or not a regular file")

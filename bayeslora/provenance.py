@@ -144,7 +144,7 @@ def _is_head(base: nn.Module, name: str) -> bool:
     return not name.startswith(f"{backbone}.")
 
 
-def new_modules(network: nn.Module) -> list[str]:
+def new_modules(network: Any) -> list[str]:
     """Names of the outermost modules that are new altogether, which must be trained; embeddings are not among them."""
     missing = not_in_checkpoint(network)
     by_module: dict[str, list[bool]] = {}
@@ -230,9 +230,13 @@ def sketch(tensor: Tensor) -> Sketch:
     rows = nn.functional.pad(flat, (0, -len(flat) % width)).view(-1, width)
     squares, sums = 0.0, torch.zeros(_PROJECTIONS, dtype=torch.float64)
     for start in range(0, len(rows), _ROWS):
-        part = rows[start : start + _ROWS].float().nan_to_num(0.0).clamp(-1e9, 1e9)  # masks hold the lowest number
+        part = rows[start : start + _ROWS].float()
+        norm = float(part.norm())
+        if not norm < 1e18:  # a mask holds infinity, or the lowest number there is
+            part = part.nan_to_num(0.0).clamp(-1e9, 1e9)
+            norm = float(part.norm())
         left, right = _waves(0, start, len(part)), _waves(1, 0, width)
-        squares += float(part.norm()) ** 2
+        squares += norm**2
         sums += 2 * ((left.to(part.device) @ part).cpu() * right).sum(-1).double()
     return Sketch(str(tensor.dtype).removeprefix("torch."), math.sqrt(squares), tuple(sums.tolist()))
 
