@@ -16,6 +16,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +113,8 @@ def _resized(base: Any, tensors: Iterable[BaseTensor]) -> set[str]:
         vocabulary = [base.get_input_embeddings(), base.get_output_embeddings()]
     except (OSError, ValueError, AttributeError, NotImplementedError):  # no checkpoint, or a network without words
         return set()
-    weights = {id(tensor) for module in vocabulary if module is not None for tensor in module.parameters()}
+    words = [module for module in vocabulary if isinstance(module, nn.Embedding | nn.Linear)]  # of images: convolutions
+    weights = {id(tensor) for module in words for tensor in module.parameters()}
     return {t.name for t in tensors if id(t.tensor) in weights and len(t.tensor) != rows}
 
 
@@ -121,12 +123,16 @@ def _missing_keys(base: Any) -> set[str] | None:
     place = getattr(base, "name_or_path", None)
     if not place or not hasattr(base, "from_pretrained"):
         return None
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
     try:
         _, found = type(base).from_pretrained(place, config=copy.deepcopy(base.config), device_map="meta",
                                               local_files_only=True, output_loading_info=True)  # fmt: skip
     except Exception:  # whatever is wrong with the checkpoint: it has not been asked for
         logger.debug("%s cannot be read again", place, exc_info=True)
         return None
+    finally:
+        transformers_logging.set_verbosity(verbosity)
     return set(found["missing_keys"])
 
 
