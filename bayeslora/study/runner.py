@@ -15,9 +15,10 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from bayeslora.errors import InputError, StorageError, TrainingDivergedError
-from bayeslora.run_folder import foreign_entry, write_json
+from bayeslora.run_folder import failed_write, foreign_entry, free_space, write_json
+from bayeslora.study.bench import check_budget
 from bayeslora.study.methods import Lineup
-from bayeslora.study.predictions import read_predictions
+from bayeslora.study.predictions import is_damaged, read_predictions
 from bayeslora.study.spec import Cell, Study, axes, cells
 from bayeslora.study.table import collect, write_tables
 from bayeslora.untrusted import read_json
@@ -69,12 +70,19 @@ def run_study(
         InputError: for methods or tasks that cannot be, an ``output_dir`` that holds other settings or something else.
         StorageError: when the disk is full.
     """
-    import optuna
-
     output_dir = Path(output_dir)
     lineup = Lineup.of(study)
+    check_budget(study)
     _check_folder(output_dir, study)
-    trained = list(lineup.trained)
+    with _reporting_full_disk(output_dir):
+        return _run_cells(study, list(lineup.trained), output_dir, storage, isolate, progress)
+
+
+def _run_cells(
+    study: Study, trained: list[str], output_dir: Path, storage: str | None, isolate: bool, progress: bool
+) -> StudyResult:
+    import optuna
+
     space = axes(study, trained)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sampler = optuna.samplers.GridSampler(space, seed=0)
@@ -82,7 +90,7 @@ def run_study(
         storage=_storage(optuna, storage, output_dir), sampler=sampler, load_if_exists=True,
         study_name=f"bayeslora-{study.digest}", direction="minimize",
     )  # fmt: skip
-    _retry_failed(optuna, trials, space)
+    _queue_again(optuna, trials, output_dir)
     watch = _Watch(len(list(cells(study, trained))), trials, optuna, progress)
 
     full_disk: list[StorageError] = []
@@ -251,8 +259,8 @@ def _value(result: dict) -> float:
     return float(result["rows"][0]["nll"])
 
 
-def _retry_failed(optuna: Any, trials: Any, space: dict[str, list[Any]]) -> None:
-    """Queue every cell whose last trial failed and that never succeeded."""
+def _queue_again(optuna: Any, trials: Any, output_dir: Path) -> None:
+    """Queue every cell whose last trial failed and that never succeeded, or whose predictions are damaged."""
     state = optuna.trial.TrialState
     latest: dict[int, Any] = {}
     for trial in trials.get_trials(deepcopy=False):
@@ -260,9 +268,17 @@ def _retry_failed(optuna: Any, trials: Any, space: dict[str, list[Any]]) -> None
         if grid is not None and not (grid in latest and latest[grid].state == state.COMPLETE):
             latest[grid] = trial
     for trial in latest.values():
-        if trial.state == state.FAIL:
+        if trial.state == state.FAIL or (trial.state == state.COMPLETE and _has_lost(trial, output_dir)):
             attributes = {"grid_id": trial.system_attrs["grid_id"], "search_space": trial.system_attrs["search_space"]}
             trials.add_trial(optuna.trial.create_trial(state=state.WAITING, system_attrs=attributes))
+
+
+def _has_lost(trial: Any, output_dir: Path) -> bool:
+    """Whether the predictions of a finished trial are in ``output_dir`` and damaged."""
+    lost = is_damaged(output_dir / Cell(**trial.params).folder)
+    if lost:
+        logger.warning("the predictions of %s are damaged: it is run again", Cell(**trial.params))
+    return lost
 
 
 def _waiting(optuna: Any, trials: Any) -> bool:
@@ -279,9 +295,9 @@ def _storage(optuna: Any, url: str | None, output_dir: Path) -> Any:
                 if not tries_left:
                     raise InputError(f"Optuna cannot open the storage {url!r}: {str(error).splitlines()[0]}") from error
             time.sleep(POLL_SECONDS)
-    journal = optuna.storages.journal
-    path = str(output_dir / JOURNAL_FILE)
-    return optuna.storages.JournalStorage(journal.JournalFileBackend(path, journal.JournalFileOpenLock(path)))
+    from bayeslora.study.journal import open_journal
+
+    return optuna.storages.JournalStorage(open_journal(output_dir / JOURNAL_FILE))
 
 
 @contextlib.contextmanager
@@ -295,11 +311,41 @@ def _quiet(optuna: Any) -> Iterator[None]:
         optuna.logging.set_verbosity(before)
 
 
+def _holds_something(output_dir: Path) -> bool:
+    return not output_dir.is_dir() or foreign_entry(output_dir, SETTINGS_FILE) is not None
+
+
+def _settings(file: Path) -> dict[str, Any] | None:
+    """What the cells of a study's folder have in common; None where that is not known: each cell knows its own."""
+    if not file.is_file():
+        return None
+    try:
+        return read_json(file).get("settings", {})
+    except InputError as error:
+        logger.warning("%s; writing it anew", error)
+        return None
+
+
+@contextlib.contextmanager
+def _reporting_full_disk(output_dir: Path) -> Iterator[None]:
+    """One clear error where the journal, a table or a picture cannot be written."""
+    try:
+        yield
+    except Exception as error:
+        reason = failed_write(error)
+        if reason is None:
+            raise
+        raise StorageError(
+            f"writing to {output_dir} failed ({reason}; {free_space(output_dir)} free); what is finished is kept: free "
+            "some space, then give the same command again"
+        ) from error
+
+
 def _check_folder(output_dir: Path, study: Study) -> None:
     """Make the folder, or refuse one with anything in it but a study with these settings."""
     file = output_dir / SETTINGS_FILE
-    if file.is_file():
-        found = read_json(file).get("settings", {})
+    found = _settings(file)
+    if found is not None:
         plain = json.loads(json.dumps(study.settings))
         changed = [name for name in plain if found.get(name) != plain[name]]
         if changed:
@@ -307,7 +353,11 @@ def _check_folder(output_dir: Path, study: Study) -> None:
                 f"{output_dir} holds a comparison with another {changed[0]} ({found.get(changed[0])!r}); "
                 "use the same settings to continue it, or another folder"
             )
-    elif output_dir.exists() and (not output_dir.is_dir() or foreign_entry(output_dir, SETTINGS_FILE)):
+    elif (
+        not file.is_file()
+        and output_dir.exists()
+        and (not output_dir.is_dir() or foreign_entry(output_dir, SETTINGS_FILE))
+    ):
         raise InputError(f"{output_dir} holds something else already; give a new or empty folder")
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
