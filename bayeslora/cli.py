@@ -70,6 +70,13 @@ def _run(argv: Sequence[str] | None) -> int:
     except (InputError, StorageError, TrainingDivergedError) as error:
         print(f"bayeslora: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"bayeslora: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("bayeslora: interrupted; continue a fit with --resume", file=sys.stderr)
         return 130
