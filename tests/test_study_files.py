@@ -1,8 +1,11 @@
 """What a study reads and writes: names as paths, files cut in half, YAML that looks like something else, full disks."""
 
+import errno
+import io
 import itertools
 import json
 import shutil
+import sys
 import unicodedata
 
 import pytest
@@ -248,6 +251,34 @@ class TestCutFiles:
         result = run_study(more, folder, progress=False)
         assert sorted(result.results["seed"]) == [0, 1, 2]
         assert not len(result.failures)
+
+
+class LeavesAfter(io.StringIO):
+    """Standard output whose reader goes away after some lines."""
+
+    def __init__(self, lines):
+        super().__init__()
+        self.lines = lines
+
+    def write(self, text):
+        if self.getvalue().count("\n") >= self.lines:
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+        return super().write(text)
+
+
+@pytest.mark.parametrize("lines", [0, 2])
+def test_a_reader_that_leaves_ends_a_study_and_fails_no_other_cell(study, tmp_path, monkeypatch, lines):
+    made = study({"name": "monteclora", "predictions": ["mean"]}, seeds=[0, 1], training={"max_steps": 2})
+    monkeypatch.setattr(sys, "stdout", LeavesAfter(lines))
+    with pytest.raises(BrokenPipeError):
+        run_study(made, tmp_path / "out")
+    monkeypatch.undo()
+    trials = [json.loads(line) for line in (tmp_path / "out" / JOURNAL_FILE).read_text().splitlines()]
+    assert sum(trial["op_code"] == 4 for trial in trials) == 1  # it began one
+    assert len(list((tmp_path / "out").glob("*/*/scores.json"))) <= 1
+    result = run_study(made, tmp_path / "out", progress=False)
+    assert not len(result.failures)
+    assert sorted(set(result.results["seed"])) == [0, 1]
 
 
 class TestYaml:

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 SETTINGS_FILE = "comparison.json"
 JOURNAL_FILE = "optuna.journal"
 FINAL_ERRORS = (InputError, TrainingDivergedError)  # another try would end the same way
+ENDS_THE_STUDY = (StorageError, BrokenPipeError)  # a full disk, and nobody who reads what is said (| head)
 POLL_SECONDS = 1.0
 OPENING_TRIES = 3
 
@@ -93,7 +94,7 @@ def _run_cells(
     _queue_again(optuna, trials, output_dir)
     watch = _Watch(len(list(cells(study, trained))), trials, optuna, progress)
 
-    full_disk: list[StorageError] = []
+    ended_by: list[Exception] = []  # what every further cell would meet too
 
     def run(cell: Cell) -> dict:
         return _in_own_process(study, cell, output_dir) if isolate else _run_here(study, cell, output_dir, progress)
@@ -106,18 +107,18 @@ def _run_cells(
         except Exception as error:
             trial.set_user_attr("error", f"{type(error).__name__}: {error}")
             trial.set_user_attr("traceback", traceback.format_exc()[-4000:])
-            if isinstance(error, StorageError):
-                full_disk.append(error)
+            if isinstance(error, ENDS_THE_STUDY):
+                ended_by.append(error)
                 trials.stop()
             raise
         trial.set_user_attr("result", result)
         return _value(result)
 
     with _quiet(optuna), _preloaded(isolate):
-        while not full_disk and (_waiting(optuna, trials) or not sampler.is_exhausted(trials)):
+        while not ended_by and (_waiting(optuna, trials) or not sampler.is_exhausted(trials)):
             trials.optimize(objective, catch=(Exception,), callbacks=[watch.end])
-    if full_disk:
-        raise full_disk[0]
+    if ended_by:
+        raise ended_by[0]
     results, curves, failures = collect(study, trials, output_dir)
     write_tables(study, results, curves, failures, output_dir)
     return StudyResult(study, results, curves, failures, output_dir)
@@ -127,7 +128,7 @@ def _with_retries(run: Callable[[Cell], dict], cell: Cell, retries: int) -> dict
     for attempt in range(retries + 1):
         try:
             return _when_free(run, cell)
-        except FINAL_ERRORS:
+        except (*FINAL_ERRORS, *ENDS_THE_STUDY):
             raise
         except Exception as error:
             if attempt == retries:
