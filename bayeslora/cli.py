@@ -462,7 +462,10 @@ def run_fit(arguments: argparse.Namespace) -> None:
 
 def run_evaluate(arguments: argparse.Namespace) -> None:
     bayes, task, tokenizer, record = _open_run(arguments)
-    split = arguments.split or next((s for s in ("test", "validation") if s in task.splits and task.is_labelled(s)), "")
+    labelled = (s for s in ("test", "validation") if s in task.splits and task.is_labelled(s))
+    split = arguments.split or next(labelled, None)
+    if split is None:
+        raise InputError(f"task {task.name!r} has no labelled test or validation split: name one with --split")
     data = task.encode(tokenizer, split, max_length=record["max_length"], limit=arguments.max_examples, labelled=True)
     scores = {"split": split, "examples": len(data), "num_samples": arguments.num_samples}
     scores |= _score(task, _predict(bayes, data, arguments, progress=not arguments.json))
@@ -660,11 +663,13 @@ def _task(arguments: argparse.Namespace) -> "Task":
 
 def _prompting(words: Sequence[str]) -> dict[str, Any]:
     """``WORD=VALUE`` as a mapping; true, false and numbers as JSON writes them."""
-    found = {}
+    found: dict[str, Any] = {}
     for word in words:
         name, equals, value = word.partition("=")
         if not equals:
             raise InputError(f"--prompting takes WORD=VALUE, such as style=letters, got {word!r}")
+        if name in found:
+            raise InputError(f"--prompting has {name} twice")
         try:
             found[name] = json.loads(value)
         except ValueError:

@@ -263,6 +263,29 @@ def test_texts_that_are_not_the_tasks(runs, columns, words, says, capsys):
     assert says in one_line(capsys)
 
 
+def test_a_word_of_the_prompting_twice(model, capsys):
+    words = [
+        "fit",
+        "--model",
+        str(model),
+        "--task",
+        "arc_easy",
+        "--output",
+        "out",
+        "--prompting",
+        "chat=true",
+        "chat=no",
+    ]
+    assert main(words) == 2
+    assert "chat twice" in one_line(capsys)
+
+
+def test_a_task_without_labels_to_judge_by(runs, data, tmp_path, capsys):
+    (tmp_path / "train.csv").write_text((data / "train.csv").read_text())
+    assert main(["evaluate", str(runs / "1"), "--data-dir", str(tmp_path)]) == 2
+    assert "name one with --split" in one_line(capsys)
+
+
 def test_texts_that_are_the_tasks(runs, capsys):
     assert main(["predict", str(runs / "1"), "--text", "the film", "--num-samples", "2"]) == 0
     assert main(["predict", str(runs / "2"), "--text", "a", "--text-pair", "b", "--num-samples", "2"]) == 0
