@@ -45,16 +45,23 @@ Your own data: a folder with train.csv and validation.csv (or parquet, json, jso
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; exit code 0, or 2 and one line for a mistake the user can mend."""
+    """Run one command; exit code 0, 2 and one line for a mistake the user can mend, or 141 when nobody reads on."""
     with any_encoding():
         try:
             try:
                 return _run(argv)
             finally:
-                sys.stdout.flush()
+                if sys.stdout is not None:  # >&-
+                    sys.stdout.flush()
         except BrokenPipeError:  # | head
             discard_output()
             return READER_LEFT
+        except OSError as error:
+            if error.errno is None:  # not of the file system: of a library's own making
+                raise
+            discard_output()
+            print(f"bayeslora: {error.filename or 'standard output'}: {error.strerror}", file=sys.stderr)
+            return 2
 
 
 def _run(argv: Sequence[str] | None) -> int:
@@ -69,13 +76,6 @@ def _run(argv: Sequence[str] | None) -> int:
             arguments.run(arguments)
     except (InputError, StorageError, TrainingDivergedError) as error:
         print(f"bayeslora: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        if error.filename is None:
-            raise
-        print(f"bayeslora: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("bayeslora: interrupted; continue a fit with --resume", file=sys.stderr)

@@ -34,12 +34,13 @@ def shows_unicode(stream: TextIO) -> bool:
 
 
 def discard_output() -> None:
-    """Nobody reads on: nothing more is written, and the interpreter's last flush finds no broken pipe."""
+    """Drop what a stream cannot write, a broken pipe or a full disk, so that the interpreter's last flush finds nothing
+    to complain about."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):
         try:
             stream.flush()
-        except BrokenPipeError:
+        except OSError:
             os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
 

@@ -214,6 +214,21 @@ def test_a_reader_that_leaves_gets_no_traceback(words, unbuffered):
     assert done.returncode == (0 if unbuffered else 141)  # argparse sees the broken pipe itself, and goes on
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("words", [["--version"], ["fit", "--help"]])
+def test_a_full_disk_behind_the_output_is_one_line(words):
+    with open("/dev/full", "wb") as full:
+        done = shell("-m", "bayeslora", *words, stdout=full)
+    assert (done.returncode, done.stderr) == (2, b"bayeslora: standard output: No space left on device\n")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell of POSIX")
+def test_no_output_at_all():
+    for words, code in (("--help", 0), ("fit --rank 0", 2)):
+        command = f'"{sys.executable}" -m bayeslora {words} >&- 2>&-'
+        assert subprocess.run(command, shell=True, cwd=ROOT, check=False).returncode == code
+
+
 # ---- a fitted run ----
 
 

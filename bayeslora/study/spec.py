@@ -14,7 +14,7 @@ from reprlib import repr as shown
 from typing import Any
 
 from bayeslora.errors import InputError
-from bayeslora.ranges import MOST, RANGES
+from bayeslora.ranges import MOST, RANGES, Range
 
 MOST_LETTERS = 200  # of a name, in a path; file systems take 255 bytes, with what is put around it
 AXES = ("tasks", "methods", "learning_rates", "batch_sizes", "ranks", "seeds")
@@ -139,7 +139,7 @@ class Study:
                 raise InputError(f"study: {name} names {repeated[0]} twice")
         for name, least in (("num_samples", 1), ("max_length", 2), ("hold_out", 0), ("curve_points", 0),
                             ("curve_examples", 1), ("retries", 0)):  # fmt: skip
-            _number(name, getattr(self, name), int, least=least)
+            _number(name, getattr(self, name), int, least=least, most=RANGES.get(name, Range()).most)
         for name in ("train_examples", "test_examples", "validation_examples"):
             if getattr(self, name) is not None:
                 _number(name, getattr(self, name), int, least=1)
