@@ -76,7 +76,7 @@ class CategoricalLikelihood(Likelihood):
 
     def forward(self, logits: Tensor, labels: Tensor | None, num_examples: int | None = None) -> Tensor:
         with example_plate(logits.shape[0], num_examples):
-            return pyro.sample("labels", dist.Categorical(logits=logits.float()), obs=labels)
+            return pyro.sample("labels", dist.Categorical(logits=logits.float()), obs=_classes(labels, logits))
 
 
 class GaussianLikelihood(Likelihood):
@@ -90,10 +90,26 @@ class GaussianLikelihood(Likelihood):
         self.scale = PyroParam(torch.tensor(math.sqrt(0.5)), constraints.positive)
 
     def forward(self, logits: Tensor, labels: Tensor | None, num_examples: int | None = None) -> Tensor:
+        if logits.numel() != len(logits):
+            raise InputError(f"one number is learnt for each example, and the network gives {tuple(logits.shape)}: "
+                             "load it with num_labels=1")  # fmt: skip
         mean = logits.float().reshape(logits.shape[0])
-        labels = None if labels is None else labels.float().reshape(-1)
+        labels = None if labels is None else _one_each(labels, logits).float()
         with example_plate(mean.shape[0], num_examples):
             return pyro.sample("labels", dist.Normal(mean, self.scale), obs=labels)
+
+
+def _one_each(labels: Tensor, logits: Tensor) -> Tensor:
+    """Labels of shape ``(batch,)`` or ``(batch, 1)`` as the former; any other would be scored against each other."""
+    if labels.numel() != len(logits):
+        raise InputError(f"{len(logits)} examples need one label each, got labels of shape {tuple(labels.shape)}")
+    return labels.reshape(-1)
+
+
+def _classes(labels: Tensor | None, logits: Tensor) -> Tensor | None:
+    if labels is not None and labels.is_floating_point():
+        raise InputError(f"the labels of a classifier are whole numbers (torch.long), got {labels.dtype}")
+    return None if labels is None else _one_each(labels, logits)
 
 
 _CLASSIFIERS = ("ForSequenceClassification", "ForImageClassification", "ForAudioClassification")
@@ -112,6 +128,9 @@ def likelihood_for(network: nn.Module) -> PyroModule:
     problem = getattr(config, "problem_type", None)
     if type(network).__name__.endswith(_CLASSIFIERS) and problem != "multi_label_classification":
         regression = problem == "regression" or (problem is None and config.num_labels == 1)
+        if regression and config.num_labels != 1:
+            raise InputError(f"problem_type='regression' with num_labels={config.num_labels}: one number is learnt, so "
+                             "load the network with num_labels=1, or pass likelihood= to BayesLoRA")  # fmt: skip
         return GaussianLikelihood() if regression else CategoricalLikelihood()
     if is_causal(network):
         from bayeslora.models.language import NextTokenLikelihood
