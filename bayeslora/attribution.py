@@ -9,8 +9,9 @@ from torch import Tensor
 
 from bayeslora.adapters import check_in_use, one_at_a_time
 from bayeslora.analysis.adapter_names import network_order, short_names
+from bayeslora.data_checks import read_examples
 from bayeslora.errors import InputError
-from bayeslora.predict import Draws, batches_by_length, evaluating, run_batches
+from bayeslora.predict import Draws, evaluating, run_batches
 
 if TYPE_CHECKING:
     from bayeslora.module import BayesLoRA
@@ -74,23 +75,22 @@ def attribute_variance(
         raise InputError(f"by must be one of {', '.join(PARTS)}, got {by!r}")
     if num_samples < 2:
         raise InputError(f"num_samples must be at least 2 to have a variance, got {num_samples}")
-    if len(dataset) == 0:
-        raise InputError("the data set is empty: there is nothing to attribute")
     if bayes.monteclora_config.sample_scaler == 0:
         raise InputError("sample_scaler is 0: every draw is the mean network, so there is no variance to attribute")
     parts = _parts(bayes.adapter_names, by)
     variances: list[np.ndarray] = []
     deviations = np.zeros((num_samples, len(parts) + 1))
-    batches, order = batches_by_length(dataset, batch_size)
+    examples = read_examples(bayes, dataset)
+    batches, order = examples.batches(batch_size)
     with one_at_a_time, evaluating(bayes):
         check_in_use(bayes.model.groups)
         draws = _OnePartAtATime(bayes, num_samples, seed, list(parts.values()))
-        for logits, _ in run_batches(bayes, batches, draws, batch_size, progress):
+        for logits, _ in run_batches(bayes, batches, examples.collate, draws, batch_size, progress):
             squares = _squared_deviations(logits.unflatten(0, (num_samples, -1)).double().numpy())
             variances.append(squares.sum(axis=0) / (num_samples - 1))
             deviations += squares.sum(axis=-1)
     variance = np.concatenate(variances, axis=-1)[:, order]
-    return Attribution(list(parts), variance[:-1], variance[-1], deviations / len(dataset))
+    return Attribution(list(parts), variance[:-1], variance[-1], deviations / len(examples.rows))
 
 
 def _parts(adapters: list[str], by: str) -> dict[str, list[int]]:

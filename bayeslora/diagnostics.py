@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from bayeslora.adapters import evaluation_mode, one_at_a_time, using_draw
 from bayeslora.analysis import diagnostics as verdicts
 from bayeslora.analysis.diagnostics import Diagnostic
+from bayeslora.batches import Collator
+from bayeslora.data_checks import check_kind, check_to_learn_from
 from bayeslora.errors import InputError
 from bayeslora.guides import MeanFieldGuide, MixtureGuide
 from bayeslora.models import NextTokenLikelihood
-from bayeslora.predict import Collator, Prediction, draw_trace
+from bayeslora.predict import Prediction, draw_trace
 from bayeslora.recorder import Recorder
 
 if TYPE_CHECKING:
@@ -72,11 +74,13 @@ def diagnose(
         raise InputError("diagnose permutes labels among examples, and a text has no label but itself")
     if num_samples < 25 or steps < 1:
         raise InputError(f"num_samples must be at least 25 and steps at least 1, got {num_samples} and {steps}")
+    check_kind(dataset)
     if bayes.num_examples not in (None, len(dataset)):
         raise InputError(
             f"the posterior is that of the {bayes.num_examples} examples it was fitted to, and this data set has "
             f"{len(dataset)}: pass the training set"
         )
+    collate = check_to_learn_from(bayes, {"the data set": dataset}, batch_size)
     options = {"num_samples": num_samples, "batch_size": batch_size, "seed": seed, "progress": progress}
     prediction = bayes.predict(dataset, **options)
     found = [verdicts.importance_sampling(_log_weights(bayes, prediction, seed))]
@@ -86,7 +90,7 @@ def diagnose(
         others = [_outputs(restart.predict(few, **options)) for restart in restarts]
         found.append(verdicts.restart_agreement([_outputs(prediction)[:, chosen], *others]))
     found += verdicts.convergence(history)
-    data = _Batches(bayes, dataset, steps, batch_size, seed)
+    data = _Batches(bayes, dataset, collate, steps, batch_size, seed)
     found.append(verdicts.data_drivenness(*_response_to_labels(bayes, data, seed)))
     if isinstance(bayes.guide, MixtureGuide):
         found.append(verdicts.amortization_gap(*_refine(bayes, data, learning_rate, seed)))
@@ -138,13 +142,13 @@ def _outputs(prediction: Prediction) -> np.ndarray:
 class _Batches:
     """Shuffled batches of the data, ``count`` of them, each with its labels and with labels of other examples."""
 
-    def __init__(self, bayes: "BayesLoRA", dataset: Any, count: int, size: int, seed: int):
+    def __init__(self, bayes: "BayesLoRA", dataset: Any, collate: Collator, count: int, size: int, seed: int):
         generator = torch.Generator().manual_seed(seed)
         full = max(len(dataset) // size, 1)
         orders = [torch.randperm(len(dataset), generator=generator).split(size) for _ in range(-(-count // full))]
         self.indices = [batch for order in orders for batch in order[:full]][:count]
         self.permutation = torch.randperm(len(dataset), generator=generator)
-        self.examples = Collator.for_network(bayes.network)([dataset[i] for i in range(len(dataset))])
+        self.examples = collate([dataset[i] for i in range(len(dataset))])
         self.size = len(dataset)
         self._device = bayes.device
 

@@ -26,11 +26,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from bayeslora.adapters import check_reached, is_compiled, using_draw
+from bayeslora.batches import filling, vocabulary_size
+from bayeslora.data_checks import position_limit, read_examples
 from bayeslora.errors import InputError
 from bayeslora.language_data import encode_text
 from bayeslora.models.language import NOT_SCORED, logits_at
 from bayeslora.models.likelihoods import is_causal
-from bayeslora.predict import Collator, Draws, batches_by_length, evaluating
+from bayeslora.predict import Draws, evaluating
 
 if TYPE_CHECKING:
     from bayeslora.module import BayesLoRA
@@ -120,6 +122,7 @@ def generate(
     _check_causal(bayes)
     _check_arguments(prompts, tokenizer, num_samples, mode, max_new_tokens, temperature, top_p, stops)
     tokens = [_prompt_tokens(prompt, tokenizer) for prompt in prompts]
+    _check_prompts(bayes, tokens, max_new_tokens)
     if bayes.monteclora_config.sample_scaler == 0:  # every draw is the mean
         num_samples = 0
     order = np.argsort([-len(prompt) for prompt in tokens], kind="stable")
@@ -165,15 +168,13 @@ def token_uncertainty(
         InputError: for a network that is no causal language model, or texts without labels.
     """
     _check_causal(bayes)
-    if len(dataset) == 0 or "labels" not in dataset[0]:
-        raise InputError("expected at least one text with labels: its tokens, or -100 where they are not scored")
-    batches, order = batches_by_length(dataset, batch_size)
-    collate = Collator.for_network(bayes.network)
+    examples = read_examples(bayes, dataset)
+    batches, order = examples.batches(batch_size)
     found: list[tuple[np.ndarray, ...]] = []
     with evaluating(bayes):
         draws = Draws(bayes, num_samples, seed)
         for batch in batches:
-            inputs = collate(batch).to(bayes.device)
+            inputs = examples.collate(batch).to(bayes.device)
             following = inputs.pop("labels")[:, 1:]
             scored = following != NOT_SCORED
             positions = torch.nn.functional.pad(scored, (0, 1))
@@ -331,7 +332,7 @@ def _together(bayes: "BayesLoRA", draws: Draws, tokens: Tensor, mask: Tensor, ba
 
 def _left_padded(prompts: list[list[int]], bayes: "BayesLoRA") -> tuple[Tensor, Tensor]:
     length = max(map(len, prompts))
-    pad = getattr(bayes.config, "pad_token_id", None) or 0
+    pad = filling(bayes.network)
     tokens = torch.tensor([[pad] * (length - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     return tokens.to(bayes.device), mask.to(bayes.device)
@@ -351,9 +352,20 @@ def _ends(bayes: "BayesLoRA", tokenizer: Any) -> frozenset[int]:
     return frozenset(end for end in [*known, getattr(tokenizer, "eos_token_id", None)] if end is not None)
 
 
+def _check_prompts(bayes: "BayesLoRA", prompts: list[list[int]], max_new_tokens: int) -> None:
+    size, positions = vocabulary_size(bayes.network), position_limit(bayes.network)
+    for number, prompt in enumerate(prompts):
+        if not all(isinstance(token, int) and 0 <= token < (size or token + 1) for token in prompt):
+            raise InputError(f"prompt {number} is not a list of tokens of the network, whole numbers below {size}: "
+                             "encode it with the network's own tokenizer")  # fmt: skip
+        if positions is not None and len(prompt) + max_new_tokens - 1 > positions:
+            raise InputError(f"prompt {number} has {len(prompt)} tokens, and the network has {positions} positions: "
+                             f"shorten it, or write less than max_new_tokens={max_new_tokens}")  # fmt: skip
+
+
 def _prompt_tokens(prompt: Any, tokenizer: Any) -> list[int]:
     if not isinstance(prompt, str):
-        return list(prompt)
+        return np.asarray(prompt).tolist()
     return encode_text(tokenizer, prompt, "", max_length=2**30, end=False)["input_ids"]
 
 

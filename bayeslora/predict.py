@@ -9,11 +9,12 @@ import numpy as np
 import pyro
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from bayeslora.adapters import AdapterGroup, check_reached, evaluation_mode, is_compiled, using_draw
 from bayeslora.analysis.uncertainty import mutual_information, predictive_entropy
+from bayeslora.batches import Batch, Collator, pad_token
+from bayeslora.data_checks import read_examples
 from bayeslora.errors import InputError
 from bayeslora.prefix import MAX_KEPT_BYTES, Prefix
 from bayeslora.recorder import Recorder
@@ -122,7 +123,8 @@ def predict(
 
     Args:
         bayes: The fitted module; its training mode is restored afterwards.
-        dataset: Encoded examples, a sequence of dicts such as a ``datasets.Dataset``; ``labels`` are optional.
+        dataset: Encoded examples, numbered rows that are dicts, such as a ``datasets.Dataset``, a list or torch's
+            ``Subset``; ``labels`` (or ``label``) are optional. See :mod:`bayeslora.data_checks`.
         num_samples: S; each draw is one network for all examples. 0 runs the posterior mean instead.
         batch_size: Rows of one forward pass, examples times draws: a batch of fewer examples is run for several draws
             at once, where the network keeps its examples in rows. Changes memory and speed, not the result beyond
@@ -141,8 +143,9 @@ def predict(
     (:mod:`bayeslora.prefix`).
 
     Raises:
-        InputError: for an empty data set, texts without labels, a negative number of draws, ``antithetic`` with a
-            guide that does not promise symmetry (``symmetric_rows``), or a layer that a draw does not reach.
+        InputError: for an empty data set, a row that the network cannot read, texts without labels, a negative number
+            of draws, ``antithetic`` with a guide that does not promise symmetry (``symmetric_rows``), or a layer that a
+            draw does not reach.
     """
     from bayeslora.models import NextTokenLikelihood
 
@@ -150,8 +153,6 @@ def predict(
         raise InputError(f"num_samples must be 0 (the mean network) or more, got {num_samples}")
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
-    if len(dataset) == 0:
-        raise InputError("the data set is empty: there is nothing to predict")
     if antithetic and not prior and not getattr(bayes.guide, "symmetric_rows", False):
         raise InputError(f"antithetic draws need a posterior that is symmetric about its mean, and "
                          f"{type(bayes.guide).__name__} does not promise it: leave antithetic out, or set "
@@ -160,16 +161,14 @@ def predict(
     if bayes.monteclora_config.sample_scaler == 0:  # plain LoRA: every draw is the mean network
         num_samples, copies = 0, max(num_samples, 1)
     is_text = isinstance(bayes.model.likelihood, NextTokenLikelihood)
-    if is_text and "labels" not in dataset[0]:
-        raise InputError("the texts have no labels, so no token of theirs is scored: encode them with labels, or let "
-                         "the model write with bayes.generate()")  # fmt: skip
-    batches, order = batches_by_length(dataset, batch_size)
+    examples = read_examples(bayes, dataset)
+    batches, order = examples.batches(batch_size)
     outputs: list[Tensor] = []
     targets: list[Tensor | None] = []
     with evaluating(bayes):
         draws = Draws(bayes, num_samples, seed, first=first_draw, prior=prior, noise_factor=noise_factor,
                       antithetic=antithetic)  # fmt: skip
-        for logits, target in run_batches(bayes, batches, draws, batch_size, progress):
+        for logits, target in run_batches(bayes, batches, examples.collate, draws, batch_size, progress):
             outputs.append(logits)
             targets.append(target if target is None or target.dim() == 1 or not is_text else None)
     labelled = [target.cpu() for target in targets if target is not None]
@@ -179,10 +178,10 @@ def predict(
 
 
 def run_batches(
-    bayes: "BayesLoRA", batches: Sequence[Sequence[dict[str, Any]]], draws: "Draws", batch_size: int, progress: bool
-) -> Iterator[tuple[Tensor, Tensor | None]]:
+    bayes: "BayesLoRA", batches: Sequence[Sequence[dict[str, Any]]], collate: Collator, draws: "Draws",
+    batch_size: int, progress: bool,
+) -> Iterator[tuple[Tensor, Tensor | None]]:  # fmt: skip
     """Logits of each batch under every draw, ``(draws, n, C)`` (the mean's, if there is no draw), and its labels."""
-    collate = Collator.for_network(bayes.network)
     prefix = Prefix(bayes.network, bayes.model.groups, bayes.model.outputs)
     with _progress(len(batches) * max(draws.count, 1), progress) as bar:
         for batch in batches:
@@ -217,7 +216,7 @@ def _draws_together(bayes: "BayesLoRA", inputs: "Batch", draws: "Draws", batch_s
     """How many draws one forward pass takes."""
     examples = len(next(iter(inputs.values())))
     fitting = min(batch_size // examples, draws.count, MAX_KEPT_BYTES // draws.bytes_each)
-    without_padding = "input_ids" in inputs and getattr(bayes.config, "pad_token_id", None) is None
+    without_padding = "input_ids" in inputs and pad_token(bayes.network) is None
     if fitting < 2 or without_padding:  # transformers' decoders then take one row only
         return 1
     if is_compiled(bayes.network):  # other shapes would be other graphs
@@ -377,78 +376,6 @@ def _group_arrays(group: AdapterGroup, sites: dict[str, Tensor], drawn: Tensor, 
     missing = rank - group.rank
     padded = torch.nn.functional.pad(covariance, (0, missing, 0, missing), value=float("nan"))
     return pi.cpu().numpy(), padded.cpu().numpy(), noise.cpu().numpy()
-
-
-class Collator:
-    """Pads a list of encoded examples to the longest of them and stacks the rest; text columns are left out.
-
-    Padding comes after the tokens; ``attention_mask`` is 0 there, and labels of tokens are -100. Lists of lists, the
-    options of a choice, become ``(batch, C, T)``: an option that an example lacks is one token that answers nothing.
-    """
-
-    def __init__(self, pad_token_id: int = 0):
-        self.padding = {"input_ids": pad_token_id, "labels": -100, "letter_ids": -1}
-
-    @classmethod
-    def for_network(cls, network: Any) -> "Collator":
-        return cls(getattr(network.config, "pad_token_id", None) or 0)
-
-    def __call__(self, examples: Sequence[dict[str, Any]]) -> "Batch":
-        batch = Batch()
-        for name in examples[0]:
-            if any(isinstance(example[name], str) or example[name] is None for example in examples):
-                continue
-            fill = self.padding.get(name, 0)
-            if _is_nested(examples[0][name]):
-                batch[name] = _pad_options([example[name] for example in examples], name, fill)
-                continue
-            values = [torch.as_tensor(example[name]) for example in examples]
-            if values[0].dim() == 1:
-                batch[name] = pad_sequence(values, batch_first=True, padding_value=fill)
-            else:
-                batch[name] = torch.stack(values)
-        return batch
-
-
-def _is_nested(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and isinstance(value[0], list)
-
-
-def _pad_options(examples: Sequence[list[list[int]]], name: str, fill: int) -> Tensor:
-    """Options of the examples as ``(batch, C, T)``."""
-    most = max(len(options) for options in examples)
-    length = max(len(tokens) for options in examples for tokens in options)
-    padded = torch.full((len(examples), most, length), fill)
-    if name == "attention_mask":
-        padded[:, :, 0] = 1  # of an absent option: a row must attend to something
-    for row, options in zip(padded, examples, strict=True):
-        for place, tokens in zip(row, options, strict=False):
-            place[: len(tokens)] = torch.tensor(tokens)
-    return padded
-
-
-class Batch(dict):
-    """Tensors by name, movable together."""
-
-    def to(self, device: Any) -> "Batch":
-        return Batch({name: value.to(device) for name, value in self.items()})
-
-
-def batches_by_length(dataset: Any, batch_size: int) -> tuple[list[list[dict[str, Any]]], np.ndarray]:
-    """Batches of similar length, longest first, and the order that undoes the sorting."""
-    examples = [dataset[index] for index in range(len(dataset))]
-    lengths = [-_length(example["input_ids"]) if "input_ids" in example else 0 for example in examples]
-    by_length = np.argsort(lengths, kind="stable")
-    batches = [
-        [examples[index] for index in by_length[start : start + batch_size]]
-        for start in range(0, len(examples), batch_size)
-    ]
-    return batches, np.argsort(by_length)
-
-
-def _length(tokens: Any) -> int:
-    """Tokens of a text, or of the longest option."""
-    return max(map(len, tokens)) if _is_nested(tokens) else len(tokens)
 
 
 @contextmanager

@@ -27,15 +27,14 @@ from transformers.integrations import TensorBoardCallback
 
 from bayeslora.analysis.calibration import calibration_summary
 from bayeslora.checkpoint import load_adapter, read_manifest, version_info, write_adapter
+from bayeslora.data_checks import check_to_learn_from
 from bayeslora.distributed import check_parallelism, launched_processes, on_main_process
 from bayeslora.elbo import ELBOParts
 from bayeslora.errors import InputError, TrainingDivergedError
-from bayeslora.models import CategoricalLikelihood, ChoiceLikelihood, NextTokenLikelihood
-from bayeslora.models.language import NOT_SCORED
+from bayeslora.models import CategoricalLikelihood
 from bayeslora.module import BayesLoRA
 from bayeslora.monitor import BriefProgress, GroupedTensorBoard, posterior_logs
 from bayeslora.noise_schedules import NoiseScheduleCallback
-from bayeslora.predict import Collator
 from bayeslora.run_folder import (
     ADAPTER_FOLDER,
     CHECKPOINT_FOLDER,
@@ -96,7 +95,7 @@ def fit(
 
     Args:
         bayes: What to fit; left at the best checkpoint where ``eval_dataset`` is given, else at the last step.
-        train_dataset: Encoded examples with ``labels`` (``datasets.Dataset`` or a list of dicts).
+        train_dataset: Encoded examples with ``labels`` (or ``label``), as :func:`bayeslora.predict.predict` takes them.
         eval_dataset: The same, for evaluation at the posterior mean; no evaluation when ``None``.
         output_dir: Run folder: ``run.json``, ``checkpoints/`` while training, ``adapter/`` at the end, and
             ``tensorboard/`` where that is installed; see :mod:`bayeslora.run_folder`.
@@ -120,16 +119,18 @@ def fit(
             ``save_total_limit``: checkpoints to keep, 2 if not given; the best and the last always stay.
 
     Raises:
-        InputError: for bad data or arguments, or an output folder that holds something else or is in use.
+        InputError: for bad data (:mod:`bayeslora.data_checks`) or arguments, or an output folder that holds something
+            else or is in use.
         TrainingDivergedError: when the loss or a gradient is NaN or infinite; the last good checkpoint stays.
         StorageError: when the disk is full; the last good checkpoint stays.
     """
     output_dir = Path(output_dir)
-    _check_data_sets(
-        bayes, train_dataset, eval_dataset, looked_at=early_stopping is not None or evaluations is not None
-    )
+    if eval_dataset is None and (early_stopping is not None or evaluations is not None):
+        raise InputError("early_stopping and evaluations need an eval_dataset to look at")
     _check_counts(batch_size=batch_size, gradient_accumulation=gradient_accumulation, max_steps=max_steps,
                   evaluations=evaluations, early_stopping=early_stopping)  # fmt: skip
+    data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+    collate = check_to_learn_from(bayes, {n: part for n, part in data.items() if part is not None}, batch_size)
     settings = {
         **trainer_settings(
             len(train_dataset), output_dir, epochs=epochs, max_steps=max_steps, batch_size=batch_size,
@@ -177,7 +178,7 @@ def fit(
             keep_checkpoints=trainer_arguments.get("save_total_limit", 2),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            data_collator=Collator.for_network(bayes.network),
+            data_collator=collate,
             compute_metrics=_metrics if _metric_names(bayes) else None,
             callbacks=[
                 NoiseScheduleCallback(bayes.noise_schedule),
@@ -413,7 +414,7 @@ def trainer_settings(
         **_schedule_arguments(num_examples, epochs, max_steps, step_size, evaluations),
         "output_dir": str(output_dir / CHECKPOINT_FOLDER),
         "per_device_train_batch_size": batch_size,
-        "per_device_eval_batch_size": 2 * batch_size,
+        "per_device_eval_batch_size": 2 * batch_size if batch_size > 1 else 1,  # 1: they cannot share a batch
         "gradient_accumulation_steps": gradient_accumulation,
         "learning_rate": learning_rate,
         "warmup_steps": warmup,
@@ -493,50 +494,6 @@ def _check_counts(**counts: int | None) -> None:
     for name, value in counts.items():
         if value is not None and value < 1:
             raise InputError(f"{name} must be at least 1, got {value}")
-
-
-def _check_data_sets(bayes: BayesLoRA, train: Any, evaluation: Any, *, looked_at: bool) -> None:
-    _check_data(bayes, train, "train_dataset")
-    if evaluation is not None:
-        _check_data(bayes, evaluation, "eval_dataset")
-    elif looked_at:
-        raise InputError("early_stopping and evaluations need an eval_dataset to look at")
-
-
-def _check_data(bayes: BayesLoRA, dataset: Any, name: str) -> None:
-    """Labels there, numbers, and within the classes; the error names the first that is not."""
-    if len(dataset) == 0:
-        raise InputError(f"{name} is empty: nothing to learn from")
-    if "labels" not in dataset[0]:
-        raise InputError(f"{name} has no column 'labels' (it has {', '.join(dataset[0])}): is it an unlabelled split?")
-    if isinstance(bayes.model.likelihood, NextTokenLikelihood):
-        return _check_texts(dataset, name)
-    labels = np.asarray([dataset[i]["labels"] for i in range(len(dataset))] if isinstance(dataset, list)
-                        else dataset["labels"])  # fmt: skip
-    if labels.dtype == object or not np.issubdtype(labels.dtype, np.number) or not np.isfinite(labels).all():
-        raise InputError(f"{name}: every label must be a finite number; found {labels.dtype} with missing values")
-    if isinstance(bayes.model.likelihood, CategoricalLikelihood):
-        chosen = bayes.model.likelihood if isinstance(bayes.model.likelihood, ChoiceLikelihood) else None
-        classes = len(chosen.names) if chosen else bayes.network.config.num_labels
-        if not np.equal(labels, np.round(labels)).all():
-            raise InputError(f"{name}: a classifier's labels are whole numbers, found {labels[labels % 1 != 0][0]}")
-        if (labels == -1).all():
-            raise InputError(f"{name} is an unlabelled split (every label is -1): use a labelled one")
-        outside = labels[(labels < 0) | (labels >= classes)]
-        if len(outside):
-            raise InputError(f"{name}: label {outside[0]} is outside the network's {classes} classes 0..{classes - 1}")
-
-
-def _check_texts(dataset: Any, name: str) -> None:
-    """Every text has a token to score, and a label for each token."""
-    for index in range(len(dataset)):
-        tokens, labels = dataset[index]["input_ids"], dataset[index]["labels"]
-        if np.ndim(labels) != 1 or len(labels) != len(tokens):
-            raise InputError(f"{name}: the labels of a text are its tokens, or -100, one for each; text {index} has "
-                             f"{len(tokens)} tokens and labels of shape {np.shape(labels)}")  # fmt: skip
-        if all(label == NOT_SCORED for label in list(labels)[1:]):
-            raise InputError(f"{name}: no token of text {index} is scored (its labels are all -100 after the first): "
-                             "is max_length too short for the prompt?")  # fmt: skip
 
 
 def _check_resumable(arguments: TrainingArguments) -> None:

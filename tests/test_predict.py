@@ -208,6 +208,7 @@ class TestCost:
         bayes, data = adapted(kind, last_block=True), tiny_dataset(6)
         blocks = next(part for part in bayes.network.modules() if isinstance(part, torch.nn.ModuleList))
         norms = [[part for part in block.modules() if "Norm" in type(part).__name__][-1] for block in blocks]
+        bayes.predict(data, num_samples=0)  # finds out, once, how examples are padded
         first, second = (count_rows(norm) for norm in norms)
         bayes.predict(data, num_samples=8, batch_size=3)
         assert sum(first) == 6
@@ -266,10 +267,15 @@ class TestLeavesNoTrace:
     def test_after_an_error_too(self):
         bayes = fitted()
         bayes.config.use_cache = True
-        broken = tiny_dataset(3)
-        broken[1]["input_ids"][0] = 10_000  # no such token
+        last = list(bayes.network.get_base_model().bert.encoder.layer)[-1]
+
+        def break_down(*_):
+            raise IndexError
+
+        broken = last.register_forward_hook(break_down)
         with pytest.raises(IndexError):
-            bayes.predict(broken, num_samples=2)
+            bayes.predict(tiny_dataset(3)[:1], num_samples=2)
+        broken.remove()
         assert bayes.training
         assert bayes.config.use_cache
         assert not any("forward" in vars(part) for part in bayes.modules())

@@ -15,10 +15,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from bayeslora.batches import Collator, batches_by_length
 from bayeslora.errors import InputError, TrainingDivergedError
 from bayeslora.models.likelihoods import network_outputs
 from bayeslora.monitor import BriefProgress
-from bayeslora.predict import Collator, batches_by_length
 from bayeslora.study.methods import Method, Predicted, Trained
 from bayeslora.study.spec import Cell, Study
 from bayeslora.tasks import Task

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from bayeslora.batches import batches_by_length
 from bayeslora.errors import InputError
-from bayeslora.predict import batches_by_length
 from bayeslora.study.bench import PREDICTION_BATCH
 from bayeslora.study.methods import AcrossSeeds, PostHocMethod, Predictor, Trained, register
 from bayeslora.study.methods_monteclora import tempered
