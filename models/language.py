@@ -118,6 +118,7 @@ class NextTokenLikelihood(Likelihood):
         if reduction not in get_args(Reduction):
             raise InputError(f"reduction must be 'mean' (nats per token) or 'sum' (nats per text), got {reduction!r}")
         self.reduction = reduction
+        self.counted_by_trainer = reduction == "mean"
 
     def outputs(self, network: nn.Module, inputs: Mapping[str, Any], labels: Tensor | None = None) -> Tensor:
         """Log-likelihood of each text in nats, and the number of its scored tokens: ``(batch, 2)``.
@@ -143,6 +144,10 @@ class NextTokenLikelihood(Likelihood):
         if self.reduction == "sum":
             return super().weights(outputs)
         return outputs[:, 1].mean().clamp(min=1 / len(outputs)).expand(len(outputs))
+
+    def count(self, labels: Tensor) -> Tensor:
+        """The scored tokens, where they are averaged over; else the texts."""
+        return super().count(labels) if self.reduction == "sum" else (labels[:, 1:] != NOT_SCORED).sum()
 
     def label_names(self, network: nn.Module) -> None:
         return None
@@ -174,6 +179,8 @@ class ChoiceLikelihood(CategoricalLikelihood):
         normalization: What a text's log-likelihood is divided by: its number of ``"tokens"``, its number of
             ``"characters"`` (accuracy is then the evaluation harness' ``acc_norm``), or nothing, ``"none"`` (``acc``).
     """
+
+    counted_by_trainer = False  # it would take the labels of a causal language model for tokens
 
     def __init__(self, label_names: Sequence[str], normalization: Normalization = "tokens"):
         super().__init__("likelihood")
