@@ -82,15 +82,16 @@ def check_arguments(arguments: TrainingArguments, refused: Mapping[str, str]) ->
     _check_optimizer(arguments)
 
 
-def check_neftune(arguments: TrainingArguments, network: nn.Module) -> None:
-    """NEFTune's noise is added to looked-up embeddings."""
-    if arguments.neftune_noise_alpha is None:
-        return
+def check_fit_arguments(arguments: TrainingArguments, network: nn.Module) -> None:
+    """:func:`check_arguments` for :func:`bayeslora.fit`, and what depends on the network."""
+    check_arguments(arguments, REFUSED_BY_FIT)
+    if "num_steps" in (arguments.accelerator_config.gradient_accumulation_kwargs or {}):
+        raise InputError("fit calls num_steps of accelerator_config gradient_accumulation: pass gradient_accumulation=")
     try:
         embeddings: Any = network.get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
         embeddings = None
-    if not isinstance(embeddings, nn.Embedding):
+    if arguments.neftune_noise_alpha is not None and not isinstance(embeddings, nn.Embedding):
         raise InputError(f"neftune_noise_alpha is noise on token embeddings, and {type(network).__name__} has none")
 
 

@@ -50,7 +50,7 @@ from bayeslora.run_folder import (
     seal,
     write_json,
 )
-from bayeslora.trainer_arguments import REFUSED_BY_FIT, check_arguments, check_neftune, check_words
+from bayeslora.trainer_arguments import check_fit_arguments, check_words
 from bayeslora.untrusted import MAX_RUN_BYTES, read_json
 
 logger = logging.getLogger(__name__)
@@ -156,8 +156,7 @@ def fit(
         arguments = TrainingArguments(**settings)
     except (TypeError, ValueError) as error:
         raise InputError(f"transformers.TrainingArguments refuses an argument: {error}") from error
-    check_arguments(arguments, REFUSED_BY_FIT)
-    check_neftune(arguments, bayes.network.get_base_model())
+    check_fit_arguments(arguments, bayes.network.get_base_model())
     _check_resumable(arguments)
     _check_evaluated(arguments, eval_dataset, best_metric)
     check_parallelism(arguments)

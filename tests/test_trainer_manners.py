@@ -1,6 +1,7 @@
 """Whatever drives it, a training loop gets what it gets from a PEFT model: Trainer's arguments mean what they say."""
 
 import dataclasses
+import gc
 import inspect
 
 import datasets
@@ -15,11 +16,21 @@ from bayeslora import BayesLoRA, InputError, MonteCLoRAConfig, fit
 from bayeslora.language_data import pack
 from bayeslora.models import ChoiceLikelihood, NextTokenLikelihood
 from bayeslora.predict import Collator
-from bayeslora.trainer_arguments import FIT_WORDS, REFUSED, REFUSED_BY_FIT, check_arguments
+from bayeslora.trainer_arguments import FIT_WORDS, REFUSED_BY_FIT
 from tests.conftest import tiny_batch, tiny_dataset, tiny_network
 from tests.language import tiny_language_model
 
+pytestmark = pytest.mark.filterwarnings("ignore:.gradient_checkpointing:FutureWarning")  # the word is still there
 QUIET = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "dataloader_pin_memory": False}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _frozen_garbage():
+    """Accelerate collects garbage at the start of each run: 0.3 s over all that is imported, unless it is set aside."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def texts(*lengths, seed=0):
@@ -42,13 +53,19 @@ def numbers(count):
     return [example | {"labels": example["input_ids"][0] / 64} for example in tiny_dataset(count)]
 
 
-def classifier(kind="bert", **options):
-    return BayesLoRA(tiny_network(kind, layers=1), MonteCLoRAConfig(r=2, **options))
+def classifier(kind="bert", num_labels=2, **options):
+    return BayesLoRA(tiny_network(kind, layers=1, num_labels=num_labels), MonteCLoRAConfig(r=2, **options))
 
 
 def writer(kind="llama", likelihood=None, **options):
     network = tiny_language_model(kind, layers=1)
     return BayesLoRA(network, MonteCLoRAConfig(r=2, **options), likelihood=likelihood)
+
+
+def bounded():
+    bayes = writer(likelihood=NextTokenLikelihood("sum"), normalization="elbo", **NOISELESS)
+    bayes.num_examples = 3
+    return bayes
 
 
 def state(bayes):
@@ -182,7 +199,7 @@ class TestColumns:
         layers = "all-linear" if kind != "wav2vec2" else ["q_proj", "v_proj"]
         bayes = BayesLoRA(network, MonteCLoRAConfig(r=2, target_modules=layers, modules_to_save=heads))
         trainer = Trainer(bayes, TrainingArguments(str(tmp_path), **QUIET))
-        columns = dict.fromkeys([*takes, "a text"], [0, 1])
+        columns = {name: [0, 1] for name in (*takes, "a text")}
         kept = trainer._remove_unused_columns(datasets.Dataset.from_dict(columns)).column_names
         assert kept == takes
         assert {TAKEN.get(kind, "position_ids"), "labels"} <= set(kept)
@@ -198,3 +215,298 @@ class TestColumns:
             loss = trainer.compute_loss(trainer.model.train(), batch)
             apart = trainer.model(**Collator()(texts(3, 9, 4, 7))).loss
         torch.testing.assert_close(loss, apart)
+
+
+NOISELESS = {"sample_scaler": 1e-9, "kl_weight": 0.5, "guide": "mean_field", "alpha_init": "ones", "scale_init": 2.0,
+             "prior_concentration": 2.0}  # fmt: skip
+UNEQUAL = {
+    "texts": (lambda: writer(**NOISELESS), texts(39, 2, 11)),
+    "texts of gpt2": (lambda: writer("gpt2", **NOISELESS), texts(39, 2, 11)),
+    "texts, the evidence bound": (bounded, texts(39, 2, 11)),
+    "classes": (lambda: classifier(**NOISELESS), tiny_dataset(3)),
+    "plain LoRA": (lambda: writer(sample_scaler=0.0), texts(39, 2, 11)),
+    "numbers": (lambda: classifier(num_labels=1, **NOISELESS), numbers(3)),
+    "choices": (lambda: writer(likelihood=ChoiceLikelihood("AB"), **NOISELESS), choices(3)),
+}  # fmt: skip
+COUNTED = [kind for kind in UNEQUAL if kind not in ("texts, the evidence bound", "numbers", "choices")]
+
+
+class Gradients(TrainerCallback):
+    """Those of the first step."""
+
+    def __init__(self):
+        self.values, self.logs = {}, []
+
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+        model.network.eval()
+        self.values = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        self.logs.append(logs)
+
+
+def without_dropout(bayes):
+    for module in bayes.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return bayes
+
+
+def assert_one_step(seen):
+    """Gradients (of the guide: of the KL, which has next to no noise beside it) and logs of a step, split or not."""
+    whole, split = seen
+    assert any(gradient.abs().max() > 1e-4 for name, gradient in whole.values.items() if "lora_B" in name)
+    for name, gradient in whole.values.items():
+        torch.testing.assert_close(split.values[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+    for name in ("loss", *(name for name in whole.logs[0] if name.startswith("elbo/"))):
+        assert split.logs[0][name] == pytest.approx(whole.logs[0][name], rel=1e-4), name
+
+
+class TestAccumulation:
+    """Batches of one step make the step of one batch."""
+
+    @pytest.mark.parametrize("kind", UNEQUAL)
+    def test_in_fit(self, kind, tmp_path):
+        make, data = UNEQUAL[kind]
+        seen = []
+        for size, steps in ((3, 1), (2, 2)):
+            seen.append(Gradients())
+            fit(without_dropout(make()), data, output_dir=tmp_path / str(size), batch_size=size, max_steps=1,
+                gradient_accumulation=steps, max_grad_norm=0.0, progress=False, callbacks=[seen[-1]])  # fmt: skip
+        assert_one_step(seen)
+
+    @pytest.mark.parametrize("kind", UNEQUAL)
+    def test_in_a_stock_trainer(self, kind, tmp_path):
+        """Where Trainer cannot count what is averaged over, equal batches are still one batch."""
+        make, data = UNEQUAL[kind]
+        size, steps = (2, 2) if kind in COUNTED else (1, 3)
+        seen = []
+        for batch, accumulated in ((3, 1), (size, steps)):
+            seen.append(Gradients())
+            arguments = TrainingArguments(
+                str(tmp_path), per_device_train_batch_size=batch, gradient_accumulation_steps=accumulated, max_steps=1,
+                max_grad_norm=0.0, save_strategy="no", logging_steps=1, remove_unused_columns=False, **QUIET,
+            )  # fmt: skip
+            Trainer(without_dropout(make()), arguments, Collator(), data, callbacks=[seen[-1]]).train()
+        assert_one_step(seen)
+
+    def test_shares_of_a_loop_of_one_s_own(self):
+        bayes = without_dropout(writer(**NOISELESS)).train()
+        data = texts(39, 2)
+        whole = bayes(**Collator()(data)).loss
+        parts = [bayes(**Collator()([text]), num_items_in_batch=41).loss for text in data]
+        torch.testing.assert_close(sum(parts), whole, rtol=1e-5, atol=0)
+
+    def test_a_merged_network_says_nothing_of_our_loss(self):
+        merged = writer(likelihood=ChoiceLikelihood("AB")).merge()
+        assert "accepts_loss_kwargs" not in vars(merged)
+
+
+class TestLossesOfOthers:
+    """A loss that is made of the mean's logits would train without noise and KL."""
+
+    @pytest.mark.parametrize("way", ["label_smoothing_factor", "compute_loss_func", "a loop"])
+    def test_are_refused_before_anything_is_trained(self, way, tmp_path):
+        bayes = classifier()
+        before = state(bayes)
+        options = {"label_smoothing_factor": 0.1} if way == "label_smoothing_factor" else {}
+        trainer = Trainer(
+            bayes, TrainingArguments(str(tmp_path), max_steps=1, **QUIET, **options), Collator(), tiny_dataset(8),
+            compute_loss_func=(lambda outputs, labels, **_: outputs.logits.sum()) if way != "a loop" else None,
+        )  # fmt: skip
+
+        def loop():
+            bayes.train()(input_ids=tiny_batch()["input_ids"]).logits.sum().backward()
+
+        with pytest.raises(InputError, match=r"without noise and KL.*label_smoothing_factor"):
+            (loop if way == "a loop" else trainer.train)()
+        assert_same_state(state(bayes), before)
+
+    def test_gradients_of_the_mean_in_eval_mode_are_none(self):
+        bayes = classifier().eval()
+        bayes(input_ids=tiny_batch()["input_ids"]).logits.sum().backward()
+        assert any(p.grad is not None for p in bayes.network.parameters())
+
+
+FIT_OPTIONS = {"max_steps": 2, "batch_size": 4, "progress": False}
+# Every field of TrainingArguments: fit's own argument (OWN), fit's argument of another name (WORD), fixed by fit (SET),
+# or a value to try, refused or honoured as in transformers.
+OWN, WORD, SET = object(), object(), object()
+DECISIONS = {
+    "output_dir": OWN, "max_steps": OWN, "learning_rate": OWN, "weight_decay": OWN, "max_grad_norm": OWN, "seed": OWN,
+    "per_device_train_batch_size": WORD, "num_train_epochs": WORD, "lr_scheduler_type": WORD, "warmup_steps": WORD,
+    "gradient_accumulation_steps": WORD, "metric_for_best_model": WORD, "disable_tqdm": WORD,
+    "resume_from_checkpoint": WORD,
+    "save_only_model": SET, "ignore_data_skip": SET, "restore_callback_states_from_checkpoint": SET,
+    "fsdp": SET, "deepspeed": SET, "parallelism_config": SET,
+    "label_smoothing_factor": 0.1, "use_liger_kernel": True, "liger_kernel_config": {"rope": True},
+    "optim_target_modules": "all-linear", "bf16_full_eval": True, "fp16_full_eval": True, "label_names": ["label"],
+    "debug": "underflow_overflow", "auto_find_batch_size": True, "eval_do_concat_batches": False,
+    "eval_use_gather_object": True, "batch_eval_metrics": True, "enable_jit_checkpoint": True,
+    "save_on_each_node": True, "push_to_hub": True,
+    "lr_scheduler_kwargs": {}, "optim": "adafactor", "optim_args": "unknown=1", "adam_beta1": 0.8, "adam_beta2": 0.9,
+    "adam_epsilon": 1e-6, "average_tokens_across_devices": False, "bf16": True, "fp16": True, "tf32": False,
+    "activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False},
+    "gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}, "torch_compile": False,
+    "torch_compile_backend": None, "torch_compile_mode": None, "use_cache": True, "neftune_noise_alpha": 5.0,
+    "torch_empty_cache_steps": 1, "logging_strategy": "epoch", "logging_steps": 1, "logging_first_step": True,
+    "log_on_each_node": False, "logging_nan_inf_filter": True, "include_num_input_tokens_seen": "non_padding",
+    "log_level": "error", "log_level_replica": "error", "report_to": "none", "run_name": "x", "project": "x",
+    "trackio_space_id": "x", "trackio_bucket_id": "x", "trackio_static_space_id": "x", "eval_strategy": "steps",
+    "eval_steps": 1, "eval_delay": 1, "per_device_eval_batch_size": 2, "prediction_loss_only": True,
+    "eval_on_start": True, "eval_accumulation_steps": 1, "include_for_metrics": ["inputs"], "save_strategy": "best",
+    "save_steps": 4, "save_total_limit": 1, "hub_token": "x", "hub_private_repo": True, "hub_model_id": "x",
+    "hub_strategy": "end", "hub_always_push": True, "hub_revision": "x", "load_best_model_at_end": False,
+    "greater_is_better": True, "full_determinism": False, "data_seed": 3, "use_cpu": True,
+    "accelerator_config": {"split_batches": True}, "dataloader_drop_last": True, "dataloader_num_workers": 0,
+    "dataloader_pin_memory": False, "dataloader_persistent_workers": False, "dataloader_prefetch_factor": None,
+    "dataloader_multiprocessing_context": None, "dataloader_in_order": False, "remove_unused_columns": True,
+    "train_sampling_strategy": "group_by_length", "length_column_name": "x", "ddp_find_unused_parameters": True,
+    "ddp_bucket_cap_mb": 1, "ddp_broadcast_buffers": False, "ddp_static_graph": True, "ddp_backend": None,
+    "ddp_timeout": 5, "fsdp_config": None, "skip_memory_metrics": False, "do_train": True, "do_eval": True,
+    "do_predict": True, "local_rank": 0,
+}  # fmt: skip
+HONOURED = [n for n, v in DECISIONS.items() if v not in (OWN, WORD, SET) and n not in REFUSED_BY_FIT]
+TOGETHER = ("hub_", "trackio_", "ddp_", "do_", "log_", "torch_compile")  # without effect on one process, or off
+ALONE = [n for n in HONOURED if not n.startswith(TOGETHER) and DECISIONS[n] not in (False, None, 0, "x")]
+
+
+def written(folder):
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else None
+
+
+class TestArguments:
+    """Each field of TrainingArguments means what it means in transformers, or is refused before a folder is made."""
+
+    def test_every_field_is_decided(self):
+        fields = {field.name for field in dataclasses.fields(TrainingArguments)}
+        new = sorted(fields - set(DECISIONS))
+        assert not new, (
+            f"TrainingArguments has new fields, {new}: try each with fit, then enter it into DECISIONS here, and into "
+            "bayeslora.trainer_arguments if it cannot be honoured"
+        )
+        refused = {name for name, value in DECISIONS.items() if value not in (OWN, WORD, SET)} - set(HONOURED)
+        assert set(REFUSED_BY_FIT) == refused
+        assert {name for name, value in DECISIONS.items() if value is WORD} == set(FIT_WORDS)
+        own = set(inspect.signature(fit).parameters)
+        assert {name for name, value in DECISIONS.items() if value is OWN} == own & fields
+        assert set(FIT_WORDS.values()) <= own
+
+    @pytest.mark.parametrize("names", [*([n] for n in ALONE), [n for n in HONOURED if n not in ALONE]], ids=str)
+    def test_honoured(self, names, tmp_path):
+        there = {field.name for field in dataclasses.fields(TrainingArguments)}
+        options = FIT_OPTIONS | {name: DECISIONS[name] for name in names if name in there}
+        result = fit(classifier(), tiny_dataset(8), tiny_dataset(8), output_dir=tmp_path, **options)
+        assert result.steps == 2
+        assert np.isfinite(result.metrics["eval_loss"])
+        assert (tmp_path / "adapter").is_dir()
+
+    @pytest.mark.parametrize("name", [*REFUSED_BY_FIT])
+    def test_refused(self, name, tmp_path):
+        with pytest.raises(InputError, match=rf"{name}=.* cannot be combined with bayeslora: \w"):
+            fit(classifier(), tiny_dataset(8), tiny_dataset(8), output_dir=tmp_path / "run",
+                **FIT_OPTIONS, **{name: DECISIONS[name]})  # fmt: skip
+        assert written(tmp_path / "run") is None
+
+    @pytest.mark.parametrize("name", FIT_WORDS)
+    def test_said_in_another_word(self, name, tmp_path):
+        with pytest.raises(InputError, match=f"fit calls {name} {FIT_WORDS[name]}: "):
+            fit(classifier(), tiny_dataset(8), output_dir=tmp_path / "run", **FIT_OPTIONS, **{name: 1})
+        assert written(tmp_path / "run") is None
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"report_to": "wandb"}, "needs the package wandb: install it"),
+            ({"report_to": ["tensorbored"]}, "tensorbored is not supported"),
+            ({"optim": "galore_adamw"}, "optim='galore_adamw'"),
+            ({"optim": "lomo"}, "optim='lomo'"),
+            ({"optim": "no such"}, "no such"),
+            ({"schedule": "polynomial", "lr_scheduler_kwargs": {"powers": 2}}, "'polynomial'.* 'powers'"),
+            ({"schedule": "no such"}, "no such"),
+            ({"dataloader_persistent_workers": True}, "needs dataloader_num_workers"),
+            ({"dataloader_multiprocessing_context": "fork"}, "needs dataloader_num_workers"),
+            ({"dataloader_prefetch_factor": 2}, "prefetch_factor"),
+            ({"accelerator_config": {"gradient_accumulation_kwargs": {"num_steps": 4}}}, "num_steps"),
+            ({"accelerator_config": {"no such": 4}}, "no such"),
+            ({"eval_strategy": "steps"}, "need an eval_dataset"),
+            ({"no_such_argument": 1}, "no_such_argument"),
+        ],
+    )
+    def test_what_cannot_be_had_is_refused_and_the_folder_is_free(self, options, message, tmp_path):
+        with pytest.raises(InputError, match=message):
+            fit(classifier(), tiny_dataset(8), output_dir=tmp_path / "run", **FIT_OPTIONS | options)
+        assert written(tmp_path / "run") in (None, [])
+        fit(classifier(), tiny_dataset(8), output_dir=tmp_path / "run", **FIT_OPTIONS)
+
+    def test_what_only_trainer_can_find_out_leaves_the_folder_free(self, tmp_path):
+        """Lengths of images cannot be told, which Trainer says when it makes its batches."""
+        network = NETWORKS["vit"]()
+        bayes = BayesLoRA(network, MonteCLoRAConfig(r=2, modules_to_save=["classifier"]))
+        images = [{"pixel_values": torch.randn(1, 4, 4), "labels": i % 2} for i in range(8)]
+        options = {"output_dir": tmp_path / "run", **FIT_OPTIONS}
+        with pytest.raises(InputError, match="infer lengths"):
+            fit(bayes, images, train_sampling_strategy="group_by_length", **options)
+        with pytest.raises(InputError, match="neftune_noise_alpha is noise on token embeddings"):
+            fit(bayes, images, neftune_noise_alpha=5.0, **options)
+        assert written(tmp_path / "run") in (None, [])
+        assert fit(bayes, images, **options).steps == 2
+
+    def test_metrics_of_an_evaluation_that_computes_none(self, tmp_path):
+        with pytest.raises(InputError, match=r"the loss alone, and best_metric is 'accuracy'"):
+            fit(classifier(), tiny_dataset(8), tiny_dataset(8), output_dir=tmp_path / "run", best_metric="accuracy",
+                prediction_loss_only=True, **FIT_OPTIONS)  # fmt: skip
+        with pytest.raises(InputError, match="drops all 6 examples"):
+            fit(classifier(), tiny_dataset(8), tiny_dataset(6), output_dir=tmp_path / "run", dataloader_drop_last=True,
+                **FIT_OPTIONS)  # fmt: skip
+        assert written(tmp_path / "run") is None
+
+    def test_neftune_reaches_the_embeddings(self, tmp_path):
+        losses = [
+            fit(without_dropout(classifier(sample_scaler=0.0)), tiny_dataset(8), output_dir=tmp_path / str(alpha),
+                neftune_noise_alpha=alpha, **FIT_OPTIONS).history[0]["loss"]
+            for alpha in (None, 500.0)
+        ]  # fmt: skip
+        assert abs(losses[0] - losses[1]) > 1e-3
+
+
+class TestComputeMetrics:
+    """The caller's metrics beside ours, as Trainer has them."""
+
+    @pytest.mark.parametrize("kind", ["classes", "numbers", "texts"])
+    def test_they_are_in_the_results_and_choose_the_best(self, kind, tmp_path):
+        make, data = UNEQUAL[kind]
+        data, seen = data * 4, []
+
+        def compute(prediction):
+            assert len(prediction.predictions) == len(prediction.label_ids) == len(data)
+            seen.append(prediction)
+            return {"calls": float(-len(seen)), "eval_own": 0.5}
+
+        bayes = make()
+        result = fit(bayes, data, data, output_dir=tmp_path, epochs=2, batch_size=4, evaluations=3, progress=False,
+                     learning_rate=1e-2, compute_metrics=compute, best_metric="calls")  # fmt: skip
+        calls = [entry["eval_calls"] for entry in result.history if "eval_calls" in entry]
+        assert calls == [-1.0, -2.0, -3.0, -4.0]
+        assert result.metrics["eval_own"] == 0.5
+        assert ("eval_nll" in result.metrics) == (kind == "classes")
+        losses = [entry["eval_loss"] for entry in result.history if "eval_loss" in entry]
+        assert losses[-1] == pytest.approx(losses[0], rel=1e-6)  # the best is the first, as larger is better
+        assert abs(losses[2] - losses[0]) > 1e-4
+
+    def test_smaller_can_be_better(self, tmp_path):
+        values = iter([3.0, 1.0, 2.0, 1.0])
+        result = fit(classifier(), tiny_dataset(12), tiny_dataset(4), output_dir=tmp_path, max_steps=3, batch_size=4,
+                     evaluations=3, progress=False, compute_metrics=lambda _: {"distance": next(values)},
+                     best_metric="distance", greater_is_better=False)  # fmt: skip
+        losses = [entry["eval_loss"] for entry in result.history if "eval_loss" in entry]
+        assert losses[-1] == pytest.approx(losses[1], rel=1e-6)
+
+    def test_a_best_metric_that_there_is_not(self, tmp_path):
+        with pytest.raises(InputError, match=r"no evaluation metric 'f1'; there are loss, accuracy, .*mine"):
+            fit(classifier(), tiny_dataset(8), tiny_dataset(8), output_dir=tmp_path / "a", best_metric="f1",
+                compute_metrics=lambda _: {"mine": 1.0}, **FIT_OPTIONS)  # fmt: skip
+        with pytest.raises(InputError, match="no evaluation metric 'f1'; there are loss, accuracy"):
+            fit(classifier(), tiny_dataset(8), tiny_dataset(8), output_dir=tmp_path / "b", best_metric="f1",
+                **FIT_OPTIONS)  # fmt: skip
+        assert written(tmp_path / "b") is None
