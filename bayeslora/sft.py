@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from bayeslora.errors import InputError
@@ -34,7 +34,7 @@ class BayesSFTTrainer(SFTTrainer):
     def __init__(
         self,
         model: BayesLoRA,
-        args: SFTConfig | None = None,
+        args: SFTConfig | TrainingArguments | None = None,
         *more: Any,
         variational_learning_rate: float | None = None,
         **options: Any,
@@ -43,7 +43,7 @@ class BayesSFTTrainer(SFTTrainer):
         _check_options(options)
         if args is not None:
             check_arguments(args, REFUSED_BY_SFT)
-            _check_network_is_left(args)
+            _check_network_is_kept(args)
         super().__init__(model, args, *more, **options)
         self.model_accepts_loss_kwargs = True
         given = variational_learning_rate
@@ -76,9 +76,9 @@ def _check_model(model: Any) -> None:
         )
 
 
-def _check_network_is_left(args: SFTConfig) -> None:
+def _check_network_is_kept(args: TrainingArguments) -> None:
     """Refuse what would patch or resize the network under the posterior."""
-    template = args.chat_template_path
+    template = getattr(args, "chat_template_path", None)
     if template is not None and not Path(template).is_file():
         raise InputError(f"chat_template_path={template!r} is a model, whose tokens TRL would add to the network: pass "
                          "a .jinja file, or call trl.clone_chat_template before BayesLoRA")  # fmt: skip
