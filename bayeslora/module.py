@@ -34,7 +34,15 @@ from bayeslora.errors import InputError
 from bayeslora.guides import GUIDES, Guide
 from bayeslora.models import MonteCLoRA, NextTokenLikelihood
 from bayeslora.noise_schedules import SCHEDULES, NoiseSchedule
-from bayeslora.predict import Draws, PosteriorDraws, Prediction, posterior_draws, predict, sample_sites
+from bayeslora.predict import (
+    Draws,
+    PosteriorDraws,
+    Prediction,
+    posterior_draws,
+    predict,
+    sample_sites,
+    without_cache,
+)
 from bayeslora.recorder import Recorder
 
 if TYPE_CHECKING:
@@ -269,7 +277,7 @@ class BayesLoRA(PeftModel):
         if not self.training:
             return self._loss_at_mean(labels=labels, **inputs)
         refuse_sharded(self.model.groups)
-        with own_noise(self.device):
+        with own_noise(self.device), without_cache(self.config):
             objective = self._objective if self.sampling else self._loss_at_mean
             return objective(labels=labels, **inputs)
 
@@ -376,8 +384,16 @@ class BayesLoRA(PeftModel):
                 parameter.requires_grad_(requires_grad)
 
     def compile(self, *args: Any, **options: Any) -> None:
-        """Compile the network in place, with ``torch.compile``'s arguments; draws are inputs of the compiled graph."""
-        self.network.compile(*args, **options)
+        """Compile the network in place, with ``torch.compile``'s arguments; draws are inputs of the compiled graph.
+
+        Blocks that repeat are compiled one by one and share their graph, so that a deep network takes no longer than
+        one block. A second length of the inputs makes a second graph, for all lengths.
+        """
+        blocks = repeated_blocks(self.network)
+        if blocks:
+            self.enable_input_require_grads()  # as the others' inputs do: else the first block's graph is another
+        for module in blocks or [self.network]:
+            module.compile(*args, **options)
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
@@ -519,6 +535,15 @@ class BayesLoRA(PeftModel):
         from bayeslora.checkpoint import version_info
 
         return version_info()
+
+
+def repeated_blocks(network: nn.Module) -> list[nn.Module]:
+    """The blocks of a network's stacks: members of its outermost lists of two or more modules of one class."""
+    found: list[nn.Module] = []
+    for child in network.children():
+        alike = isinstance(child, nn.ModuleList) and len(child) > 1 and len({type(block) for block in child}) == 1
+        found += list(child) if alike else repeated_blocks(child)
+    return found
 
 
 def _refuse_other_loss(gradient: Tensor) -> None:

@@ -15,7 +15,6 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from bayeslora.adapters import is_compiled
 from bayeslora.errors import InputError
 from bayeslora.models.likelihoods import CategoricalLikelihood, Likelihood, example_plate
 
@@ -44,7 +43,7 @@ def logits_at(network: nn.Module, inputs: Mapping[str, Any], positions: Tensor) 
         return (args[0][positions][None],) if args[0].shape[:2] == positions.shape else None
 
     head: Any = network.get_output_embeddings()  # type: ignore[operator]
-    if type(head) is not nn.Linear or is_compiled(network):
+    if type(head) is not nn.Linear or _is_compiled(head, network):
         return network(**inputs, use_cache=False).logits[positions]
     handle = head.register_forward_pre_hook(choose)
     try:
@@ -52,6 +51,12 @@ def logits_at(network: nn.Module, inputs: Mapping[str, Any], positions: Tensor) 
     finally:
         handle.remove()
     return logits[positions] if logits.shape[:2] == positions.shape else logits[0]
+
+
+def _is_compiled(part: nn.Module, network: nn.Module) -> bool:
+    """Whether ``part`` runs inside a graph; the blocks may have their own, and the rest none."""
+    compiled = (module for module in network.modules() if module._compiled_call_impl is not None)
+    return any(part is inner for module in compiled for inner in module.modules())
 
 
 def target_log_probs(network: nn.Module, inputs: Mapping[str, Any], labels: Tensor) -> Tensor:
