@@ -541,8 +541,9 @@ def repeated_blocks(network: nn.Module) -> list[nn.Module]:
     """The blocks of a network's stacks: members of its outermost lists of two or more modules of one class."""
     found: list[nn.Module] = []
     for child in network.children():
-        alike = isinstance(child, nn.ModuleList) and len(child) > 1 and len({type(block) for block in child}) == 1
-        found += list(child) if alike else repeated_blocks(child)
+        blocks = list(child) if isinstance(child, nn.ModuleList) else []
+        alike = len(blocks) > 1 and len({type(block) for block in blocks}) == 1
+        found += blocks if alike else repeated_blocks(child)
     return found
 
 

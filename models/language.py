@@ -203,7 +203,8 @@ class ChoiceLikelihood(CategoricalLikelihood):
             scores = self._scores_of_texts(network, inputs)
         else:
             raise InputError(f"a choice is encoded with answer_mask or letter_ids, and these inputs have "
-                             f"{', '.join(inputs)}: encode them with load_task(...).encode")  # fmt: skip
+                             f"{', '.join(inputs)}: encode them with load_task(...).encode, and give a stock Trainer "
+                             "remove_unused_columns=False")  # fmt: skip
         missing = len(self.names) - scores.shape[1]
         if missing < 0:
             raise InputError(f"an example has {scores.shape[1]} options, and the likelihood was made for "
