@@ -16,6 +16,7 @@ from bayeslora import BayesLoRA, InputError, MonteCLoRAConfig, fit
 from bayeslora.language_data import pack
 from bayeslora.models import ChoiceLikelihood, NextTokenLikelihood
 from bayeslora.predict import Collator
+from bayeslora.study.bench import PlainTrainer
 from bayeslora.trainer_arguments import FIT_WORDS, REFUSED_BY_FIT
 from tests.conftest import tiny_batch, tiny_dataset, tiny_network
 from tests.language import tiny_language_model
@@ -289,6 +290,24 @@ class TestAccumulation:
             )  # fmt: skip
             Trainer(without_dropout(make()), arguments, Collator(), data, callbacks=[seen[-1]]).train()
         assert_one_step(seen)
+
+    def test_in_a_study_of_other_networks(self, tmp_path):
+        found = []
+        for size, steps in ((3, 1), (2, 2)):
+            network = tiny_network(layers=1).eval()
+            arguments = TrainingArguments(
+                str(tmp_path), per_device_train_batch_size=size, gradient_accumulation_steps=steps, max_steps=1,
+                max_grad_norm=0.0, optim="sgd", learning_rate=1.0, warmup_steps=0, save_strategy="no", **QUIET,
+            )  # fmt: skip
+            trainer = PlainTrainer(
+                without_dropout(network), arguments, make_optimizer=None, penalty=lambda net: net.classifier.bias.sum(),
+                train_dataset=tiny_dataset(3), data_collator=Collator(),
+            )  # fmt: skip
+            trainer.train()
+            found.append([p.detach() for p in network.parameters()])
+        torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
+        before = dict(tiny_network(layers=1).named_parameters())["classifier.weight"]
+        assert (network.classifier.weight - before).abs().max() > 1e-3
 
     def test_shares_of_a_loop_of_one_s_own(self):
         bayes = without_dropout(writer(**NOISELESS)).train()
