@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
@@ -43,7 +44,7 @@ class BayesSFTTrainer(SFTTrainer):
         _check_options(options)
         if args is not None:
             check_arguments(args, REFUSED_BY_SFT)
-            _check_network_is_kept(args)
+            _check_can_be_done(args)
         super().__init__(model, args, *more, **options)
         self.model_accepts_loss_kwargs = True
         given = variational_learning_rate
@@ -76,12 +77,14 @@ def _check_model(model: Any) -> None:
         )
 
 
-def _check_network_is_kept(args: TrainingArguments) -> None:
-    """Refuse what would patch or resize the network under the posterior."""
+def _check_can_be_done(args: TrainingArguments) -> None:
+    """Refuse what would patch or resize the network under the posterior, or cannot be on this machine."""
     template = getattr(args, "chat_template_path", None)
     if template is not None and not Path(template).is_file():
         raise InputError(f"chat_template_path={template!r} is a model, whose tokens TRL would add to the network: pass "
                          "a .jinja file, or call trl.clone_chat_template before BayesLoRA")  # fmt: skip
+    if getattr(args, "activation_offloading", False) and not torch.accelerator.is_available():
+        raise InputError("activation_offloading=True moves activations to the CPU, and there is no accelerator")
     if (args.gradient_checkpointing_kwargs or {}).get("selective"):
         raise InputError("gradient_checkpointing_kwargs={'selective': True} patches the network, and is not supported: "
                          "leave 'selective' out")  # fmt: skip

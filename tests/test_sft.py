@@ -1,5 +1,7 @@
 """TRL's SFTTrainer trains a posterior: its data, our objective."""
 
+import dataclasses
+
 import numpy as np
 import peft
 import pytest
@@ -205,5 +207,48 @@ class TestRefused:
         selective = {"gradient_checkpointing_kwargs": {"selective": True}}
         self.refuse("leave 'selective' out", settings=arguments(tmp_path, **selective))
 
+    @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is somewhere to offload from")
+    def test_offloading_from_nowhere(self, tmp_path):
+        self.refuse("there is no accelerator", settings=arguments(tmp_path, activation_offloading=True))
+
     def test_an_integration_that_is_not_installed(self, tmp_path):
         self.refuse("needs the package wandb", settings=arguments(tmp_path, report_to="wandb"))
+
+
+# Every field of SFTConfig that TrainingArguments does not have: a value to try, or None where other tests do.
+FIELDS = {
+    "model_init_kwargs": None, "trust_remote_code": None, "chat_template_path": None, "dataset_text_field": "words",
+    "dataset_kwargs": {}, "dataset_num_proc": 1, "eos_token": "[end]", "pad_token": "[end]", "max_length": 16,
+    "truncation_mode": "keep_end", "shuffle_dataset": True, "packing": None, "packing_strategy": "bfd_split",
+    "padding_free": None, "pad_to_multiple_of": 8, "eval_packing": None, "completion_only_loss": False,
+    "assistant_only_loss": None, "activation_offloading": None, "loss_type": None, "router_aux_loss_coef": None,
+}  # fmt: skip
+
+
+def test_every_field_of_trl_is_decided():
+    ours = {field.name for field in dataclasses.fields(trl.SFTConfig)}
+    new = sorted(ours - {field.name for field in dataclasses.fields(transformers.TrainingArguments)} - set(FIELDS))
+    assert not new, (
+        f"SFTConfig has new fields, {new}: try each with BayesSFTTrainer, then enter it into FIELDS here, and into "
+        "bayeslora.trainer_arguments if it cannot be honoured"
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.* deprecated and will be removed:FutureWarning")  # by TRL
+@pytest.mark.parametrize("name", [name for name, value in FIELDS.items() if value is not None])
+def test_fields_that_prepare_the_data(name, tmp_path):
+    bayes = BayesLoRA(tiny_language_model(layers=1), MonteCLoRAConfig(r=4))
+    sft = trainer(tmp_path, bayes, 4, max_steps=1, **{name: FIELDS[name]})
+    assert sft.train().global_step == 1
+
+
+@pytest.mark.filterwarnings("ignore")  # TRL's advice on attention kernels, which are not for a CPU
+def test_texts_without_padding_have_the_same_loss(tmp_path):
+    losses = []
+    for padding_free in (False, True):
+        bayes = BayesLoRA(tiny_language_model(), MonteCLoRAConfig(r=4, sample_scaler=0.0))
+        sft = trainer(tmp_path, bayes, 4, max_steps=1, per_device_train_batch_size=4, padding_free=padding_free,
+                      max_length=None, logging_steps=1)  # fmt: skip
+        sft.train()
+        losses.append(sft.state.log_history[0]["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
