@@ -4,10 +4,11 @@ No parameter is renamed or added, so the network's state dict stays PEFT's own.
 """
 
 import difflib
+import logging
 import math
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -15,13 +16,18 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_bnb_weight, get_bnb_param_type
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from bayeslora.config import MonteCLoRAConfig
 from bayeslora.errors import InputError
+from bayeslora.provenance import new_modules
+from bayeslora.untrusted import check_lora_words
 
+logger = logging.getLogger(__name__)
 one_at_a_time = threading.RLock()  # the draw in a network and Pyro's stack of handlers are shared by all threads
 
 
@@ -31,13 +37,18 @@ class Draw:
     ``weight`` is the drawn A: ``(r, n_in)``, or ``(groups, r, n_in)`` for as many equal, consecutive groups of rows of
     the input. With ``mirrors`` it is μ and below it the deviation from μ, ``(2r, n_in)``, and every example has its
     own ``(2r, r)``: an identity, which passes μ on, and below it a diagonal of ±1, which turns rows of the deviation.
+    ``is_reached`` says whether the layer has run since it was set.
     """
 
-    __slots__ = ("mirrors", "weight")
+    __slots__ = ("is_reached", "mirrors", "weight")
 
     def __init__(self) -> None:
         self.weight: Tensor | None = None
         self.mirrors: Tensor | None = None
+        self.is_reached = False
+
+    def set(self, weight: Tensor, mirrors: Tensor | None = None) -> None:
+        self.weight, self.mirrors, self.is_reached = weight, mirrors, False
 
     def __deepcopy__(self, memo: dict) -> "Draw":
         return Draw()
@@ -63,6 +74,7 @@ class SampledLinear(nn.Linear):
         weight, mirrors = self.draw.weight, self.draw.mirrors
         if weight is None:
             return nn.functional.linear(input, self.weight)
+        self.draw.is_reached = True
         if mirrors is not None:
             both = _in_groups(nn.functional.linear(input, weight), len(mirrors))
             output = torch.bmm(both, mirrors.to(both.dtype))
@@ -156,14 +168,38 @@ def adapt(network: nn.Module, config: MonteCLoRAConfig) -> PeftModel:
                          "pass the network itself, then call bayes.compile()")  # fmt: skip
     keep_trainable(network)
     if not isinstance(network, PeftModel):
+        if carries_adapter(network):
+            raise InputError(
+                f"this {type(network).__name__} carries an adapter already, put into it in place: load the network "
+                "anew, or, to go on with that adapter, pass its PeftModel (bayes.network of a BayesLoRA)"
+            )
         check_targets(network, config)
-        check_heads(network, config)
+        lora = lora_config(network, config)
+        # patterns are written out when the adapter is saved, and PEFT knows the usual targets of a network
+        given = {"alpha_pattern"} if lora.target_modules else {"alpha_pattern", "target_modules"}
+        check_lora_words(_as_json(lora), except_for=given)
+        check_heads(network, lora)
         try:
-            network = get_peft_model(network, lora_config(network, config))
+            network = get_peft_model(network, lora)
         except ValueError as error:
             raise InputError(f"PEFT cannot adapt {type(network).__name__}: {error}") from error
+    else:
+        lora = network.peft_config[active_adapter(network)]
+        # EVA decides how A begins and how large it is, both of which are in the adapter by now
+        given = {"init_lora_weights"} if lora.init_lora_weights == "eva" else set()
+        check_lora_words(_as_json(lora), except_for={"alpha_pattern", *given})
     make_samplable(network)
     return network
+
+
+def carries_adapter(network: nn.Module) -> bool:
+    """Whether PEFT, transformers or a BayesLoRA has put an adapter into it."""
+    return isinstance(network, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in network.modules())
+
+
+def _as_json(lora: LoraConfig) -> dict[str, Any]:
+    """A configuration as ``adapter_config.json`` holds it."""
+    return {word: sorted(value) if isinstance(value, set) else value for word, value in lora.to_dict().items()}
 
 
 def lora_config(network: nn.Module, config: MonteCLoRAConfig) -> LoraConfig:
@@ -179,7 +215,7 @@ def lora_config(network: nn.Module, config: MonteCLoRAConfig) -> LoraConfig:
         "target_modules": list(targets) if isinstance(targets, tuple) else targets,
         "lora_dropout": config.lora_dropout,
         "use_rslora": config.use_rslora,
-        "modules_to_save": list(config.modules_to_save) if config.modules_to_save else None,
+        "modules_to_save": _saved_modules(network, config, task_type) or None,
         "layers_to_transform": list(config.layers_to_transform) if config.layers_to_transform else None,
         "rank_pattern": dict(config.rank_pattern),
         "task_type": task_type,
@@ -188,8 +224,8 @@ def lora_config(network: nn.Module, config: MonteCLoRAConfig) -> LoraConfig:
     }
     try:
         return LoraConfig(**options)
-    except TypeError as error:
-        raise InputError(f"peft.LoraConfig does not take this option: {error}") from error
+    except (TypeError, ValueError, ImportError) as error:
+        raise InputError(f"peft.LoraConfig does not take an option: {error}") from error
 
 
 def check_targets(network: nn.Module, config: MonteCLoRAConfig) -> None:
@@ -212,11 +248,25 @@ def check_targets(network: nn.Module, config: MonteCLoRAConfig) -> None:
                 )
 
 
-def check_heads(network: nn.Module, config: MonteCLoRAConfig) -> None:
+def _saved_modules(network: nn.Module, config: MonteCLoRAConfig, task_type: TaskType | None) -> list[str]:
+    """Names of the modules to train whole: those asked for, a classifier's head, and whatever is new."""
+    from_peft = ("classifier", "score") if task_type == TaskType.SEQ_CLS else ()  # it adds these itself
+    asked, new = [*(config.modules_to_save or ()), *from_peft], new_modules(network)
+    backbone = [name for name in new if "." in name and "pooler" not in name]
+    if backbone:
+        logger.warning("the checkpoint of this %s lacks %s: trained whole, and saved with the adapter",
+                       type(network).__name__, ", ".join(backbone))  # fmt: skip
+    # PEFT takes every module whose name ends like this, but would put LoRA into those it was not told of
+    ending = [name for name, _ in network.named_modules() if any(name.endswith(saved) for saved in asked)]
+    outermost = [name for name in ending if not any(name.startswith(f"{other}.") for other in [*ending, *new])]
+    return [name for name in dict.fromkeys([*asked, *outermost, *new]) if name not in from_peft]
+
+
+def check_heads(network: nn.Module, lora: LoraConfig) -> None:
     """Refuse quantised layers that would have to be trained whole: the head, and ``modules_to_save``."""
-    heads = {"classifier", "score", *(config.modules_to_save or ())}
+    saved = (*(lora.modules_to_save or ()), *(("classifier", "score") if lora.task_type == TaskType.SEQ_CLS else ()))
     for name, module in network.named_modules():
-        if name.rsplit(".", 1)[-1] in heads and is_quantized(module):
+        if name.endswith(saved) and is_quantized(module):
             raise InputError(
                 f"{name!r} is quantised and cannot be trained: load the network without quantising it, for instance "
                 f"with BitsAndBytesConfig(..., llm_int8_skip_modules=[{name!r}])"
@@ -254,6 +304,10 @@ def make_samplable(network: PeftModel) -> None:
                              "target linear layers")  # fmt: skip
         if key not in layer.lora_A:
             continue
+        if isinstance(layer, ParamWrapper):
+            raise InputError(f"layer {name!r} ({type(layer.get_base_layer()).__name__}) is adapted at its bare "
+                             "parameters, as PEFT does with mixtures of experts, where no draw reaches it: name linear "
+                             "layers in target_modules, those of the attention for instance")  # fmt: skip
         lora_a = layer.lora_A[key]
         found = True
         if isinstance(lora_a, SampledLinear):
@@ -363,7 +417,7 @@ def set_draw(groups: tuple[AdapterGroup, ...], weights: Mapping[str, Tensor]) ->
     for group in groups:
         drawn = weights[group.name].mT.to(group.adapters[0].lora_A.weight.dtype)
         for adapter, weight in zip(group.adapters, drawn.unbind(-3), strict=True):
-            adapter.lora_A.draw.weight = weight
+            adapter.lora_A.draw.set(weight)
 
 
 def set_noise(
@@ -377,17 +431,17 @@ def set_noise(
     """
     for group in groups:
         mean = torch.stack([adapter.lora_A.weight for adapter in group.adapters])
-        deviation, draws = noise[group.name].mT, [adapter.lora_A.draw for adapter in group.adapters]
+        deviation = noise[group.name].mT
+        mirrors: Sequence[Tensor | None] = [None] * len(group)
         if signs is None:
             weights = (mean + deviation).to(mean.dtype)
         else:
             weights = torch.cat([mean, deviation.to(mean.dtype)], dim=-2)
             turned = torch.diag_embed(signs[group.name])  # (adapters, examples, r, r)
             identity = torch.eye(group.rank, device=turned.device).expand_as(turned)
-            for draw, mirrors in zip(draws, torch.cat([identity, turned], dim=-2).unbind(), strict=True):
-                draw.mirrors = mirrors
-        for draw, weight in zip(draws, weights.unbind(), strict=True):
-            draw.weight = weight
+            mirrors = torch.cat([identity, turned], dim=-2).unbind()
+        for adapter, weight, mirror in zip(group.adapters, weights.unbind(), mirrors, strict=True):
+            adapter.lora_A.draw.set(weight, mirror)
 
 
 def clear_draw(groups: tuple[AdapterGroup, ...]) -> None:
@@ -396,6 +450,37 @@ def clear_draw(groups: tuple[AdapterGroup, ...]) -> None:
         for adapter in group.adapters:
             draw = adapter.lora_A.draw
             draw.weight = draw.mirrors = None
+
+
+def check_reached(groups: tuple[AdapterGroup, ...]) -> None:
+    """Make sure that every layer used the draw that was last set for it, unless its adapter is switched off.
+
+    Raises:
+        InputError: naming layers that did not run: a kernel reads their ``lora_A.weight`` itself, or the network never
+            gets to them.
+    """
+    adapters = [adapter for group in groups for adapter in group.adapters if not adapter.layer.disable_adapters]
+    unreached = [adapter.name for adapter in adapters if not adapter.lora_A.draw.is_reached]
+    if unreached:
+        shown = ", ".join(unreached[:3]) + (f" and {len(unreached) - 3} more" if len(unreached) > 3 else "")
+        raise InputError(
+            f"the draw did not arrive in {shown} (of {len(adapters)} adapted layers): either the network does not run "
+            "them, then leave them out of target_modules; or a fused kernel reads lora_A.weight itself, as Unsloth's "
+            "and axolotl's do, then switch it off (Unsloth: load the network with transformers; axolotl: "
+            "lora_mlp_kernel, lora_qkv_kernel and lora_o_kernel: false)"
+        )
+
+
+@contextmanager
+def keeping_draw(groups: tuple[AdapterGroup, ...]) -> Iterator[None]:
+    """Whatever is set inside, the draw is afterwards what it was before."""
+    draws = [adapter.lora_A.draw for group in groups for adapter in group.adapters]
+    before = [(draw.weight, draw.mirrors, draw.is_reached) for draw in draws]
+    try:
+        yield
+    finally:
+        for draw, values in zip(draws, before, strict=True):
+            draw.weight, draw.mirrors, draw.is_reached = values
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,20 +20,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from bayeslora._version import __version__
-from bayeslora.adapters import active_adapter, check_in_use, frozen_weight, is_quantized
+from bayeslora.adapters import active_adapter, carries_adapter, check_in_use, find_groups, frozen_weight, is_quantized
 from bayeslora.config import MonteCLoRAConfig
 from bayeslora.errors import InputError
 from bayeslora.models.language import described_likelihood
 from bayeslora.models.likelihoods import Likelihood
+from bayeslora.provenance import Sketch, base_tensors, first_difference, mark_changed, not_in_checkpoint, sketch
 from bayeslora.untrusted import (
+    PREFIX,
     adapter_ranks,
     is_integer,
+    is_names,
     is_number,
     is_object_of,
     linear_sizes,
@@ -100,7 +102,7 @@ def write_adapter(bayes: "BayesLoRA", folder: Path) -> None:
     check_in_use(bayes.model.groups)
     with tempfile.TemporaryDirectory(prefix=".adapter-", dir=folder) as scratch:
         written = Path(scratch)
-        write_peft_files(bayes.network, written)
+        write_peft_files(bayes, written)
         state = {f"guide.{name}": value for name, value in bayes.guide.state_dict().items()}
         state |= {f"model.{name}": value for name, value in bayes.model.state_dict().items()}
         save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, written / POSTERIOR)
@@ -110,37 +112,70 @@ def write_adapter(bayes: "BayesLoRA", folder: Path) -> None:
             os.replace(written / name, folder / name)
 
 
-def write_peft_files(network: PeftModel, folder: Path, *, lora_A: Mapping[str, Tensor] | None = None) -> None:
-    """What PEFT's own ``save_pretrained`` writes, but for the model card, which takes longer than all the rest.
+def write_peft_files(bayes: "BayesLoRA", folder: Path, *, lora_A: Mapping[str, Tensor] | None = None) -> None:
+    """What PEFT's own ``save_pretrained`` writes, but for the model card, which takes longer than all the rest; with
+    the tensors beside that the base network's checkpoint does not hold.
 
     Args:
-        network: The adapted network.
+        bayes: Whose network it is.
         folder: Where to.
         lora_A: Name of each adapted layer to its A, ``(r, n_in)``, in place of the mean.
     """
-    key = active_adapter(network)
-    tensors = get_peft_model_state_dict(network, adapter_name=key, save_embedding_layers=False)
+    network = bayes.network
+    tensors = _adapter_state(network)
     for name, matrix in (lora_A or {}).items():
-        entry = f"base_model.model.{name}.lora_A.weight"
+        entry = f"{PREFIX}{name}.lora_A.weight"
         tensors[entry] = matrix.to(tensors[entry].dtype)
+    tensors |= kept_tensors(bayes)
     separate = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     save_file(separate, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    base, lora = network.get_base_model(), copy.copy(network.peft_config[key])
+    base, lora = network.get_base_model(), copy.copy(network.peft_config[active_adapter(network)])
     lora.inference_mode = True
+    if lora.init_lora_weights == "eva":  # how A began no longer matters, and only PEFT's own words can be opened
+        lora.init_lora_weights = True
+    lora.alpha_pattern = _exact_alphas(bayes, lora)
     if lora.base_model_name_or_path is None:
         lora.base_model_name_or_path = getattr(base, "name_or_path", None) or None
     origin = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
     lora.save_pretrained(str(folder), auto_mapping_dict=origin if lora.task_type is None else None)
 
 
+def _exact_alphas(bayes: "BayesLoRA", lora: LoraConfig) -> dict[str, float]:
+    """α of each layer where patterns give it another: no pattern from a file is ever run."""
+    if not lora.alpha_pattern:
+        return {}
+    adapters = [adapter for group in bayes.model.groups for adapter in group.adapters]
+    alphas = {adapter.name: adapter.layer.lora_alpha[adapter.key] for adapter in adapters}
+    return {f"^{name.replace('.', chr(92) + '.')}": alpha for name, alpha in alphas.items() if alpha != lora.lora_alpha}
+
+
+def _adapter_state(network: PeftModel) -> dict[str, Tensor]:
+    """The tensors that PEFT saves for the active adapter."""
+    return get_peft_model_state_dict(network, adapter_name=active_adapter(network), save_embedding_layers=False)
+
+
+def kept_tensors(bayes: "BayesLoRA") -> dict[str, Tensor]:
+    """What is saved beside PEFT's own tensors, by PEFT's kind of name: what the base network's checkpoint does not
+    hold, and whatever else is trained."""
+    peft = _adapter_state(bayes.network).keys()
+    found = {}
+    for entry in base_tensors(bayes.network):
+        name = PREFIX + entry.key
+        if name not in peft and (entry.key in bayes.kept_keys or entry.tensor.requires_grad):
+            found[name] = entry.tensor
+    return found
+
+
 def _manifest(bayes: "BayesLoRA", folder: Path) -> dict[str, Any]:
+    kept = sorted(kept_tensors(bayes))
     manifest = {
         "format": FORMAT,
         "config": bayes.monteclora_config.to_dict(),
         "guide": type(bayes.guide).__name__,
         "num_examples": bayes.num_examples,
         "versions": version_info(),
-        "base": fingerprint(bayes.network),
+        "base": fingerprint(bayes.network) | {"sketches": _sketches(bayes, kept)},
+        "kept": kept,
         "adapters": _adapter_shapes(bayes),
         "sha256": {name: _sha256(folder / name) for name in FILES},
     }
@@ -149,6 +184,16 @@ def _manifest(bayes: "BayesLoRA", folder: Path) -> dict[str, Any]:
     if described is not None:
         manifest["likelihood"] = described
     return manifest | {"digest": _digest(manifest)}
+
+
+def _sketches(bayes: "BayesLoRA", kept: Collection[str]) -> dict[str, list]:
+    """What tells each tensor that is taken from the base network from another; each is made once, as none changes."""
+    brought = {*_adapter_state(bayes.network), *kept}
+    taken = [entry for entry in base_tensors(bayes.network) if PREFIX + entry.key not in brought]
+    for entry in taken:
+        if entry.name not in bayes.sketches:
+            bayes.sketches[entry.name] = sketch(entry.tensor)
+    return {entry.name: bayes.sketches[entry.name].to_list() for entry in taken}
 
 
 def _adapter_shapes(bayes: "BayesLoRA") -> dict[str, list[int]]:
@@ -194,12 +239,13 @@ def from_pretrained(
 
     folder = Path(folder)
     manifest = read_manifest(folder)
-    if isinstance(network, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in network.modules()):
+    if carries_adapter(network):
         raise InputError("pass the plain base network, freshly loaded: this one carries an adapter already")
     config = MonteCLoRAConfig.from_dict(manifest["config"])
     read_header(folder / POSTERIOR)
     _check_base(folder, manifest, network)
     peft_network = open_peft_adapter(folder, network)
+    _check_taken_from_base(folder, manifest, peft_network)
     if likelihood is None and "likelihood" in manifest:
         likelihood = described_likelihood(manifest["likelihood"])
     bayes = BayesLoRA(peft_network, config, guide=guide, likelihood=likelihood)
@@ -214,8 +260,10 @@ def from_pretrained(
 
 def load_adapter(bayes: "BayesLoRA", folder: Path) -> None:
     """Read μ, B, the head and the posterior of ``folder`` into an existing module of the same shape."""
-    _check_base(folder, read_manifest(folder), bayes.network.get_base_model())
+    manifest = read_manifest(folder)
+    _check_base(folder, manifest, bayes.network.get_base_model())
     _load_adapter_weights(bayes.network, folder)
+    _check_taken_from_base(folder, manifest, bayes.network)
     load_posterior(bayes, folder)
 
 
@@ -235,10 +283,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if is_integer(known) and known != FORMAT:
         raise InputError(f"{folder} has format {known}, this bayeslora reads {FORMAT}: use a matching version")
     for name, fits in _MANIFEST_ENTRIES.items():
-        if name not in manifest or not fits(manifest[name]):
+        if not fits(manifest.get(name, [] if name == "kept" else None)) or name not in {*manifest, "kept"}:
             raise InputError(f"{folder / MANIFEST} is damaged (its {name!r}): use another copy of the folder")
     if manifest["digest"] != _digest(manifest):
         raise InputError(f"{folder / MANIFEST} is damaged or was edited: use another copy of the folder")
+    manifest.setdefault("kept", [])  # earlier adapters have no such entry
     for name in FILES:
         if not (folder / name).is_file():
             raise InputError(f"{folder} is incomplete: {name} is missing or not a regular file")
@@ -259,6 +308,7 @@ def _is_base(value: Any) -> bool:
         and is_object_of(
             value.get("weights"), lambda w: isinstance(w, list) and len(w) == PROBES and all(map(is_number, w))
         )
+        and is_object_of(value.get("sketches", {}), Sketch.is_list)
     )
 
 
@@ -271,6 +321,7 @@ _MANIFEST_ENTRIES: dict[str, Callable[[Any], bool]] = {
     "num_examples": lambda v: v is None or is_integer(v, 1),
     "adapters": lambda v: is_object_of(v, lambda a: isinstance(a, list) and len(a) == 2 and all(map(is_integer, a))),
     "base": _is_base,
+    "kept": is_names,
     "sha256": lambda v: is_object_of(v, lambda digest: isinstance(digest, str)),
 }
 
@@ -337,9 +388,47 @@ def _exactly(lora: LoraConfig, ranks: Mapping[str, int]) -> LoraConfig:
 
 
 def _load_adapter_weights(network: PeftModel, folder: Path) -> None:
-    expected = get_peft_model_state_dict(network, save_embedding_layers=False)
+    """Read what the file holds: PEFT's tensors, and beside them tensors of the base network that came with it."""
+    expected = dict(_adapter_state(network))
+    base = {PREFIX + entry.key: entry.tensor for entry in base_tensors(network)}
+    beside = [name for name in read_header(folder / ADAPTER_WEIGHTS) if name not in expected and name in base]
+    expected |= {name: base[name] for name in beside}
     tensors = load_state(folder / ADAPTER_WEIGHTS, expected, f"{folder} does not fit this network")
+    with torch.no_grad():
+        for name in beside:
+            base[name].copy_(tensors.pop(name))
+            mark_changed(base[name])
     set_peft_model_state_dict(network, tensors)
+
+
+def _check_taken_from_base(folder: Path, manifest: dict[str, Any], network: PeftModel) -> None:
+    """Refuse a base network that differs in anything the adapter does not bring along.
+
+    Where one of the two is quantised, only what both have in full precision is compared.
+    """
+    brought = {*_adapter_state(network), *manifest["kept"]}
+    if "sketches" not in manifest["base"]:
+        return _check_nothing_lost(folder, brought, network)
+    expected = {name: Sketch.from_list(value) for name, value in manifest["base"]["sketches"].items()}
+    tensors = [t for t in base_tensors(network) if PREFIX + t.key not in brought]
+    loose = {t.name for t in tensors if t.is_buffer}
+    if manifest["base"].get("quantized", False) or is_quantized(network):
+        loose |= expected.keys() ^ {t.name for t in tensors}
+    different = first_difference(expected, {t.name: sketch(t.tensor) for t in tensors}, loose)
+    if different:
+        raise InputError(
+            f"{folder} is for another base model: {different!r:.200} is not the one it was fitted on "
+            f"({manifest['base']['name']!r:.200}); load that checkpoint, and change it as it was changed before fitting"
+        )
+
+
+def _check_nothing_lost(folder: Path, brought: Collection[str], network: PeftModel) -> None:
+    """An adapter of an earlier version may lack what the checkpoint of its base lacks too."""
+    missing = not_in_checkpoint(network)
+    lost = [t.name for t in base_tensors(network) if t.name in missing and PREFIX + t.key not in brought]
+    if lost:
+        raise InputError(f"{folder} was written by an earlier version, which did not keep {lost[0]!r}; the checkpoint "
+                         "does not hold it either, so the network cannot be had again: fit it anew")  # fmt: skip
 
 
 def _check_base(folder: Path, manifest: dict[str, Any], network: nn.Module) -> None:
@@ -368,8 +457,6 @@ def _check_base(folder: Path, manifest: dict[str, Any], network: nn.Module) -> N
 
 def fingerprint(network: PeftModel) -> dict[str, Any]:
     """Name of the base model and a few entries of three adapted weights: enough to tell checkpoints apart."""
-    from bayeslora.adapters import find_groups
-
     adapters = [adapter for group in find_groups(network) for adapter in group.adapters]
     chosen = {a.name: a for a in (adapters[0], adapters[len(adapters) // 2], adapters[-1])}
     return {

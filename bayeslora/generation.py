@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from bayeslora.adapters import is_compiled, using_draw
+from bayeslora.adapters import check_reached, is_compiled, using_draw
 from bayeslora.errors import InputError
 from bayeslora.language_data import encode_text
 from bayeslora.models.language import NOT_SCORED, logits_at
@@ -316,7 +316,9 @@ def _run_as(bayes: "BayesLoRA", weights: Any, run: Any) -> Any:
     if weights is None:
         return run()
     with using_draw(bayes.model.groups, weights):
-        return run()
+        output = run()
+    check_reached(bayes.model.groups)
+    return output
 
 
 def _together(bayes: "BayesLoRA", draws: Draws, tokens: Tensor, mask: Tensor, batch_size: int) -> int:

@@ -53,12 +53,18 @@ def encode_options(tokenizer: Any, prompts: Sequence[str], options: Sequence[str
 
     Returns:
         ``input_ids``, ``attention_mask`` and ``answer_mask``, lists of one list an option, and ``answer_characters``.
+
+    Raises:
+        InputError: for an option without tokens, or so long that nothing would be left before it.
     """
     encoded: Encoded = {name: [] for name in ("input_ids", "attention_mask", "answer_mask", "answer_characters")}
     for prompt, option in zip(prompts, options, strict=True):
         before, after = join(tokenizer, prompt, option)
         if not after:
             raise InputError(f"the option {option!r} has no tokens to score")
+        if len(after) >= max_length:
+            raise InputError(f"max_length is {max_length}, but the option {option!r:.80} is {len(after)} tokens "
+                             f"long: nothing would be left before it; give more than {len(after)}")  # fmt: skip
         before, after = _cut(before or [_start(tokenizer)], after, max_length)
         encoded["input_ids"].append([*before, *after])
         encoded["attention_mask"].append([1] * (len(before) + len(after)))

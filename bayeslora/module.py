@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,13 +17,18 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from bayeslora.adapters import (
+    active_adapter,
     adapt,
     check_in_use,
+    check_reached,
     clear_draw,
+    evaluation_mode,
     find_groups,
     is_quantized,
+    keeping_draw,
     one_at_a_time,
     rows_are_examples,
+    set_draw,
     using_draw,
     using_noise,
 )
@@ -43,6 +49,7 @@ from bayeslora.predict import (
     sample_sites,
     without_cache,
 )
+from bayeslora.provenance import Sketch, kept_keys, not_in_checkpoint
 from bayeslora.recorder import Recorder
 
 if TYPE_CHECKING:
@@ -92,12 +99,16 @@ class BayesLoRA(PeftModel):
             config = _with_lora_words(config, network)
         self.monteclora_config = config
         self.network = adapt(network, config)
+        #: Keys of the base network's tensors that its checkpoint does not hold, and that are saved with the adapter.
+        self.kept_keys = kept_keys(self.network, not_in_checkpoint(self.network))
+        self.sketches: dict[str, Sketch] = {}  # of what is taken from the base network, made at the first saving
         self.model = MonteCLoRA(self.network, config, likelihood=likelihood)
         self.guide = self._build_guide(guide)
         self.elbo = CooperativeELBO.from_config(config)
         self.noise_schedule = self._build_noise_schedule()
         self.sampling = config.sample_scaler > 0
         self._rows: bool | None = None  # whether examples can have their own noise; looked up at the first batch
+        self._arrives = False  # whether draws are known to reach the network; looked at after the first training batch
         self._freeze()
         self._say_what_counts()
 
@@ -124,6 +135,8 @@ class BayesLoRA(PeftModel):
 
     def _freeze(self) -> None:
         """Only what the objective depends on is trained, so that every trained parameter gets a gradient."""
+        if not any(parameter.requires_grad for parameter in self.network.parameters()):  # as PEFT loads an adapter
+            self.network.set_adapter(active_adapter(self.network))
         if self.monteclora_config.mode == "post_hoc":
             self.network.requires_grad_(False)
             self.model.requires_grad_(False)
@@ -302,6 +315,8 @@ class BayesLoRA(PeftModel):
                     logits.append(self.model.joint(**kwargs)[0])
 
                 loss = self.elbo.differentiable_loss(model, self.guide.forward, **batch)
+        if not self._arrives:
+            self._check_arrival(batch)
         mean = torch.stack(logits).mean(0).detach()
         self.noise_schedule.see_logits(mean)
         return SequenceClassifierOutput(loss=loss, logits=mean)
@@ -318,6 +333,17 @@ class BayesLoRA(PeftModel):
             observed = pyro.poutine.trace(self.model.observe).get_trace(**batch)
         outputs.append(observed.nodes["_RETURN"]["value"][0])
         return {**model.nodes, **observed.nodes}, guide.nodes
+
+    def _check_arrival(self, batch: dict[str, Any]) -> None:
+        """Once, after the first training batch: the draw must have reached every layer."""
+        try:
+            check_reached(self.model.groups)
+        except InputError:  # some networks leave out layers at random while they are trained
+            with evaluation_mode(self.network), torch.no_grad(), keeping_draw(self.model.groups):
+                set_draw(self.model.groups, {group.name: group.mean() for group in self.model.groups})
+                self.model.outputs({name: value for name, value in batch.items() if name != "labels"}, batch["labels"])
+                check_reached(self.model.groups)
+        self._arrives = True
 
     def _has_own_noise(self, batch: dict[str, Tensor]) -> bool:
         """Whether each example of a training batch gets its own noise."""
@@ -462,6 +488,7 @@ class BayesLoRA(PeftModel):
             )
         clear_draw(self.model.groups)
         merged = copy.deepcopy(self.network)
+        _untie(merged)
         if draw is not None:
             drawn = Draws(self, 1, seed, first=draw).weights(0, 1)
             with torch.no_grad():
@@ -554,6 +581,16 @@ def _refuse_other_loss(gradient: Tensor) -> None:
         "loss that comes back; label_smoothing_factor and compute_loss_func take the labels away. For gradients of the "
         "mean's outputs call bayes.eval() first"
     )
+
+
+def _untie(network: PeftModel) -> None:
+    """Give adapted layers whose frozen weight is another's too, an output layer tied to the embeddings, their own."""
+    uses = Counter(id(parameter) for _, parameter in network.named_parameters(remove_duplicate=False))
+    for adapter in (adapter for group in find_groups(network) for adapter in group.adapters):
+        base: Any = adapter.layer.get_base_layer()
+        if uses[id(base.weight)] > 1:
+            base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)
+            network.get_base_model().config.tie_word_embeddings = False
 
 
 def _with_lora_words(config: MonteCLoRAConfig, network: PeftModel) -> MonteCLoRAConfig:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from bayeslora.adapters import AdapterGroup, evaluation_mode, is_compiled, using_draw
+from bayeslora.adapters import AdapterGroup, check_reached, evaluation_mode, is_compiled, using_draw
 from bayeslora.analysis.uncertainty import mutual_information, predictive_entropy
 from bayeslora.errors import InputError
 from bayeslora.prefix import MAX_KEPT_BYTES, Prefix
@@ -141,8 +141,8 @@ def predict(
     (:mod:`bayeslora.prefix`).
 
     Raises:
-        InputError: for an empty data set, texts without labels, a negative number of draws, or ``antithetic`` with a
-            guide that does not promise symmetry (``symmetric_rows``).
+        InputError: for an empty data set, texts without labels, a negative number of draws, ``antithetic`` with a
+            guide that does not promise symmetry (``symmetric_rows``), or a layer that a draw does not reach.
     """
     from bayeslora.models import NextTokenLikelihood
 
@@ -209,6 +209,7 @@ def _outputs(
         repeated = {name: torch.cat([value] * count) for name, value in inputs.items()}
         with using_draw(bayes.model.groups, draws.weights(start, count)), prefix.reused(count):
             outputs = bayes.model.outputs(repeated, None if labels is None else torch.cat([labels] * count))
+        check_reached(bayes.model.groups)
         yield outputs.unflatten(0, (count, -1))
 
 

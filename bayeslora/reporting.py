@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from bayeslora.analysis.report import RunResults, SplitResults, report_html
 from bayeslora.comparison import SETTINGS_FILE
 from bayeslora.diagnostics import diagnose
-from bayeslora.errors import InputError
+from bayeslora.errors import InputError, StorageError
 from bayeslora.module import BayesLoRA
 from bayeslora.run_folder import ADAPTER_FOLDER, RUN_FILE
 from bayeslora.tasks import Task, load_task
@@ -64,13 +64,19 @@ def report(
         The path of the file.
 
     Raises:
-        InputError: for a folder that holds no finished run, and runs of different tasks.
+        InputError: for a folder that holds no finished run, runs of different tasks, and an ``output`` that cannot be
+            written: before anything is predicted.
+        StorageError: where it cannot be written at the end.
     """
+    output = Path(output)
     folders = [run for folder in runs for run in _expand(Path(folder))]
     if not folders:
         raise InputError("nothing to report on: give at least one run folder")
     results = []
     names = _names(folders)
+    for folder in folders:
+        _check_is_run(folder)
+    _check_writable(output)
     for folder, name in tqdm(
         list(zip(folders, names, strict=True)), desc="runs", disable=not progress or len(folders) < 2
     ):
@@ -80,7 +86,7 @@ def report(
                      batch_size=batch_size, seed=seed, diagnostics=diagnostics, progress=progress)
         )  # fmt: skip
     title = f"bayeslora report: {names[0]}" if len(names) == 1 else f"bayeslora report: {len(names)} runs"
-    return _write(Path(output), report_html(results, title=title, command=command))
+    return _write(output, report_html(results, title=title, command=command))
 
 
 def open_run(
@@ -95,10 +101,8 @@ def open_run(
     Raises:
         InputError: when it is no run folder, or the run is not finished.
     """
-    file = folder / RUN_FILE
-    if not file.is_file():
-        raise InputError(f"{folder} is not a run folder: it holds no run.json; give what fit wrote")
-    record = read_run(file)
+    _check_is_run(folder)
+    record = read_run(folder / RUN_FILE)
     recipe = record["task"]
     if not (folder / ADAPTER_FOLDER).is_dir():
         raise InputError(f"{folder} is not finished: continue it with fit --resume")
@@ -107,6 +111,11 @@ def open_run(
     task = load_task(**recipe)
     network, tokenizer = task.load_network(model or record["model"])
     return BayesLoRA.from_pretrained(folder / ADAPTER_FOLDER, network), task, tokenizer, record
+
+
+def _check_is_run(folder: Path) -> None:
+    if not (folder / RUN_FILE).is_file():
+        raise InputError(f"{folder} is not a run folder: it holds no run.json; give what fit wrote")
 
 
 def _expand(folder: Path) -> list[Path]:
@@ -217,16 +226,32 @@ def _show(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
+def _check_writable(output: Path) -> None:
+    """Raise ``InputError`` where a file cannot be put at ``output``; leaves nothing behind."""
+    try:
+        if output.is_dir():
+            raise InputError(f"{output} is a folder: the report is one file, such as {output / 'report.html'}")
+        nearest = next(folder for folder in output.absolute().parents if folder.exists())
+        with tempfile.NamedTemporaryFile(dir=nearest, prefix=f".{output.name}-"):
+            pass
+    except OSError as error:
+        raise InputError(f"cannot write a report to {output}: {error.strerror}; choose another --output") from error
+
+
 def _write(output: Path, page: str) -> Path:
     """Whole or not at all: what stood there before stays until the new page is complete."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=output.parent, prefix=f".{output.name}-")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(page)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, output)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        output.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=output.parent, prefix=f".{output.name}-")
+        try:
+            # a name that is no Unicode, in the command or a path, must not cost the page
+            with os.fdopen(handle, "w", encoding="utf-8", errors="replace") as file:
+                file.write(page)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, output)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise StorageError(f"cannot write the report to {output}: {error.strerror}") from error
     return output

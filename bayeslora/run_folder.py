@@ -44,10 +44,17 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 def write_json(path: Path, record: Any, *, shared: bool = False) -> None:
     """Whole or not at all; ``shared``: also where two processes write it at once."""
+    with replacing(path, shared=shared) as file:
+        file.write((json.dumps(record, indent=2, default=float) + "\n").encode())
+
+
+@contextmanager
+def replacing(path: Path, *, shared: bool = False) -> Iterator[Any]:
+    """A binary file that takes the place of ``path`` once it is on the disk, whole; as :func:`write_json`."""
     own = f"{os.getpid()}." if shared else ""
     temporary = path.with_name(f".{path.name}.{own}tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(record, indent=2, default=float) + "\n")
+    with temporary.open("wb") as file:
+        yield file
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -154,7 +161,7 @@ def reporting_full_disk(run: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = _failed_write(error)
+        reason = failed_write(error)
         if reason is None:
             raise
         for checkpoint in checkpoints(run):
@@ -163,11 +170,11 @@ def reporting_full_disk(run: Path) -> Iterator[None]:
         last = last_checkpoint(run)
         kept = f"the last good checkpoint is {last}" if last else "no checkpoint had been saved yet"
         raise StorageError(
-            f"writing to {run} failed ({reason}; {_free_space(run)} free); {kept}. Free some space, then resume the run"
+            f"writing to {run} failed ({reason}; {free_space(run)} free); {kept}. Free some space, then resume the run"
         ) from error
 
 
-def _failed_write(error: Exception) -> str | None:
+def failed_write(error: Exception) -> str | None:
     """What Python, safetensors and torch say, each in its own way, when the disk takes no more."""
     text = str(error)
     if isinstance(error, OSError):
@@ -179,7 +186,7 @@ def _failed_write(error: Exception) -> str | None:
     return None
 
 
-def _free_space(folder: Path) -> str:
+def free_space(folder: Path) -> str:
     return f"{shutil.disk_usage(folder).free / 2**20:.0f} MiB"
 
 

@@ -269,10 +269,11 @@ class Task:
             A data set with the tokenizer's model inputs, lists of integers, and ``labels`` if labelled.
 
         Raises:
-            InputError: as :meth:`split`.
+            InputError: as :meth:`split`, and where ``max_length`` leaves nothing of a text.
         """
         wanted = self.is_labelled(split) if labelled is None else labelled
         data = self.split(split, labelled=wanted, limit=limit, seed=seed)
+        require_room(tokenizer, max_length, pair=len(self.text_columns) > 1)
         from datasets import Dataset, concatenate_datasets
 
         parts = []
@@ -389,6 +390,15 @@ def _read(
         return read_hub(name, known.repository, known.hub_config or name)
     assert data_dir is not None  # a task without a name has a folder
     return read_local(name, data_dir, columns)
+
+
+def require_room(tokenizer: Any, max_length: int, *, pair: bool) -> None:
+    """Raise ``InputError`` unless each text keeps a token beside the tokenizer's special ones."""
+    special = tokenizer.num_special_tokens_to_add(pair=pair)
+    least = special + (2 if pair else 1)
+    if max_length < least:
+        raise InputError(f"max_length is {max_length}, but {special} tokens are the tokenizer's own ([CLS], ...): "
+                         f"nothing would be left of a text; give at least {least}")  # fmt: skip
 
 
 def given_path(data_dir: str | Path | None) -> str | None:

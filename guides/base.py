@@ -8,6 +8,7 @@ from torch import Tensor
 
 from bayeslora.adapters import AdapterGroup
 from bayeslora.models import MonteCLoRA
+from bayeslora.parameter_store import claim_names
 
 
 class Guide(PyroModule):
@@ -69,6 +70,8 @@ class Guide(PyroModule):
 
     def forward(self, *args, **kwargs) -> dict[str, Tensor]:
         """Sample every site once; returns site name to value."""
+        if self._pyro_context.active:  # called as a Pyro guide, and not run from within
+            claim_names([f"guide.{name.removesuffix('_unconstrained')}" for name, _ in self.named_parameters()], self)
         return self.run(pyro)
 
     def run(self, program: Any) -> dict[str, Tensor]:

@@ -28,7 +28,9 @@ from torch import Tensor, nn
 from bayeslora.adapters import AdapterGroup, adapt, find_groups, leaves_for_recomputation, using_draw
 from bayeslora.config import MonteCLoRAConfig
 from bayeslora.distributions import CollapsedMixture, MixtureWeights, WishartCholesky, active_weights
+from bayeslora.errors import InputError
 from bayeslora.models.likelihoods import Likelihood, likelihood_for, network_outputs
+from bayeslora.parameter_store import claim_names
 
 
 class MonteCLoRA(PyroModule):
@@ -205,14 +207,13 @@ class MonteCLoRA(PyroModule):
         return torch.is_grad_enabled() and any(module.gradient_checkpointing for module in self._checkpointable)
 
     def _register_parameters(self) -> None:
-        for name, parameter in self.network.named_parameters():
-            if parameter.requires_grad:
-                registered = pyro.param(f"network.{name}", parameter)
-                if registered is not parameter:
-                    raise RuntimeError(
-                        f"Pyro's parameter store already holds another network's 'network.{name}'; "
-                        "call pyro.clear_param_store() before fitting a second model"
-                    )
+        trained = {f"network.{name}": p for name, p in self.network.named_parameters() if p.requires_grad}
+        own = [f"model.{name.removesuffix('_unconstrained')}" for name, _ in self.named_parameters()]
+        claim_names([*trained, *own], self)
+        for name, parameter in trained.items():
+            if pyro.param(name, parameter) is not parameter:
+                raise InputError(f"Pyro's parameter store holds another {name!r}: call pyro.clear_param_store() before "
+                                 "fitting a second model")  # fmt: skip
 
 
 def _device(group: AdapterGroup) -> torch.device:

@@ -140,12 +140,12 @@ class TestRefusals:
 
     def test_dora_in_a_peft_model(self):
         lora = LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS", use_dora=True)
-        assert "DoraLinearVariant" in self.refuse(get_peft_model(tiny_network(), lora))
+        assert "DoRA reads lora_A.weight" in self.refuse(get_peft_model(tiny_network(), lora))
 
     def test_pefts_own_monteclora(self):
         lora = LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS",
                           monteclora_config=peft.tuners.lora.MontecloraConfig(buffer_size=2))  # fmt: skip
-        assert "Monteclora" in self.refuse(get_peft_model(tiny_network(), lora))
+        assert "PEFT's own MonteCLoRA" in self.refuse(get_peft_model(tiny_network(), lora))
 
     def test_convolution(self):
         class Network(nn.Module):

@@ -13,9 +13,9 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from bayeslora import BayesLoRA, InputError, MonteCLoRAConfig, checkpoint
+from bayeslora import BayesLoRA, InputError, MonteCLoRAConfig, checkpoint, fit
 from bayeslora.checkpoint import ADAPTER_WEIGHTS, FILES, MANIFEST, POSTERIOR
 from bayeslora.guides import MeanFieldGuide
 from tests.conftest import tiny_batch, tiny_dataset, tiny_network
@@ -365,3 +365,40 @@ def test_as_peft_writes_it(task_type, name, tmp_path):
     ours, expected = (json.loads((path / "adapter_config.json").read_text()) for path in (tmp_path / "ours", theirs))
     assert set(ours.pop("target_modules")) == set(expected.pop("target_modules"))
     assert ours == expected
+
+
+class TestEarlierAdapters:
+    """tests/data/first_format: a base network, a run fitted to it before manifests knew of anything beside the adapter,
+    and two of its draws' probabilities."""
+
+    FOLDER = Path(__file__).parent / "data" / "first_format"
+
+    def base(self, **options):
+        return transformers.AutoModelForSequenceClassification.from_pretrained(self.FOLDER / "base", **options)
+
+    def test_opens_as_it_was(self):
+        bayes = BayesLoRA.from_pretrained(self.FOLDER / "run" / "adapter", self.base())
+        found = bayes.predict(tiny_dataset(4), num_samples=2, progress=False).sample_probs
+        expected = json.loads((self.FOLDER / "probs.json").read_text())
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+
+    def test_a_finished_run_opens_again(self, tmp_path):
+        shutil.copytree(self.FOLDER / "run", tmp_path / "run")
+        config = MonteCLoRAConfig(r=2, target_modules=["query", "value"], num_components=2)
+        bayes = BayesLoRA(self.base(), config)
+        options = {"max_steps": 4, "batch_size": 8, "progress": False, "save_strategy": "no", "report_to": []}
+        result = fit(bayes, tiny_dataset(16), tiny_dataset(8, seed=1), output_dir=tmp_path / "run", resume=True,
+                     load_best_model_at_end=False, **options)  # fmt: skip
+        assert result.steps == 4
+        found = bayes.predict(tiny_dataset(4), num_samples=2, progress=False).sample_probs
+        np.testing.assert_allclose(found, json.loads((self.FOLDER / "probs.json").read_text()), atol=1e-6)
+
+    def test_what_it_did_not_keep_is_refused(self, tmp_path):
+        """Its base has a pooler; on one without, a new one would come at random, and nothing would be said."""
+        shutil.copytree(self.FOLDER / "base", tmp_path / "base")
+        file = tmp_path / "base" / "model.safetensors"
+        kept = {name: value for name, value in load_file(file).items() if "pooler" not in name}
+        save_file(kept, file, metadata={"format": "pt"})
+        network = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+        with pytest.raises(InputError, match=r"earlier version, which did not keep 'bert\.pooler\.dense"):
+            BayesLoRA.from_pretrained(self.FOLDER / "run" / "adapter", network)

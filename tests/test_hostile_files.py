@@ -328,7 +328,7 @@ class TestLoraConfig:
             ({"target_modules": {"query": 1}}, "target_modules must be a string"),
             ({"modules_to_save": ["bert"]}, "'base_model.model.bert.embeddings.word_embeddings.weight' has shape"),
             ({"modules_to_save": [""]}, "modules_to_save must be null or a list of module names"),
-            ({"modules_to_save": ["r"]}, "matches only the end of a module's name"),
+            ({"modules_to_save": ["r"]}, "'base_model.model.bert.encoder.layer.0.attention[^']*' has shape"),
             ({"modules_to_save": ["nothing_here"]}, "has no module 'nothing_here'"),
             ({"modules_to_save": ["(a|a)+"]}, "modules_to_save must be"),
             ({"alpha_pattern": {"(.*)*x": 3}}, "alpha_pattern must be"),

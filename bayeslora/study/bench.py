@@ -299,6 +299,18 @@ def curve(history: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
     return [*found.values()]
 
 
+def check_budget(study: Study) -> None:
+    """Raise ``InputError`` for a word or value of ``training`` or ``trainer`` that Trainer does not take."""
+    shared = {name: value for name, value in study.training.items() if name != "variational_learning_rate"}
+    settings = trainer_settings(1, Path(), progress=False, **{"epochs": 5, **shared})
+    try:
+        TrainingArguments(**{**settings, **study.trainer})
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"study: transformers.TrainingArguments refuses an entry of training or trainer: {error}"
+        ) from error
+
+
 def prepare_task(task: Task, study: Study) -> tuple[Task, str]:
     """The task and the split to score: ``study.test_split``, or validation where that is unlabelled.
 

@@ -1,6 +1,6 @@
 """Train and score one point of the grid, with all that builds on its training."""
 
-import json
+import logging
 import os
 import platform
 import shutil
@@ -14,11 +14,15 @@ import numpy as np
 
 from bayeslora.analysis import calibration_summary
 from bayeslora.checkpoint import version_info
-from bayeslora.run_folder import lock_folder, write_json
+from bayeslora.errors import InputError
+from bayeslora.run_folder import lock_folder, reporting_full_disk, write_json
 from bayeslora.study.bench import Bench
 from bayeslora.study.methods import Lineup, Predictor, Trained
-from bayeslora.study.predictions import PREDICTIONS_FILE, write_predictions
-from bayeslora.study.spec import Cell, Study
+from bayeslora.study.predictions import PREDICTIONS_FILE, is_damaged, write_predictions
+from bayeslora.study.spec import Cell, Study, differing
+from bayeslora.untrusted import MAX_RUN_BYTES, read_json
+
+logger = logging.getLogger(__name__)
 
 SCORES_FILE = "scores.json"
 TRAINING_FOLDER = "training"
@@ -38,7 +42,8 @@ def run_cell(study: Study, cell: Cell, output_dir: Path, *, progress: bool = Fal
         ``rows``, one for each way to predict and split; ``curve``; ``versions``; ``digest``.
 
     Raises:
-        InputError: among others if another process works on the cell.
+        InputError: among others if another process works on the cell, or if another cell's results lie in its folder.
+        StorageError: when the disk is full.
     """
     folder = output_dir / cell.folder
     lineup = Lineup.of(study)
@@ -46,10 +51,11 @@ def run_cell(study: Study, cell: Cell, output_dir: Path, *, progress: bool = Fal
     done = finished(folder, digest)
     if done is not None:
         return done
-    with lock_folder(folder):
+    with lock_folder(folder), reporting_full_disk(folder):
         done = finished(folder, digest)
         if done is not None:
             return done
+        _refuse_other_cell(folder, cell)
         for remains in (SCORES_FILE, PREDICTIONS_FILE, "run.json"):
             (folder / remains).unlink(missing_ok=True)
         for remains in (TRAINING_FOLDER, "adapter"):
@@ -61,12 +67,33 @@ def run_cell(study: Study, cell: Cell, output_dir: Path, *, progress: bool = Fal
 
 
 def finished(folder: Path, digest: str) -> dict | None:
-    """What a finished cell with this digest wrote."""
+    """What a finished cell with this digest wrote; nothing where its files are damaged."""
+    result = _scores(folder)
+    return result if result.get("digest") == digest and not is_damaged(folder) else None
+
+
+def _scores(folder: Path) -> dict[str, Any]:
     file = folder / SCORES_FILE
     if not file.is_file():
-        return None
-    result = json.loads(file.read_text(encoding="utf-8"))
-    return result if result.get("digest") == digest else None
+        return {}
+    try:
+        return read_json(file, most_bytes=MAX_RUN_BYTES)
+    except InputError as error:
+        logger.warning("%s; the run is repeated", error)
+        return {}
+
+
+def _refuse_other_cell(folder: Path, cell: Cell) -> None:
+    """Another study in the same folder may have finished a cell of a name that only looks different."""
+    try:
+        other = Cell(**_scores(folder)["cell"])
+    except (KeyError, TypeError):  # nothing, or remains
+        return
+    if other != cell:
+        word = differing(cell, other)
+        raise InputError(f"{folder} holds results of {word.replace('_', ' ')} {getattr(other, word)!r}, and those of "
+                         f"{getattr(cell, word)!r} would take their place: change one of them, or give another "
+                         "output folder")  # fmt: skip
 
 
 def _work(study: Study, cell: Cell, lineup: Lineup, folder: Path, progress: bool, own_process: bool) -> dict:

@@ -8,21 +8,25 @@ seeds :class:`AcrossSeeds`. Register one of your own with :func:`register`, or n
 
 import dataclasses
 import difflib
+import math
+import types
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, ClassVar
+from reprlib import repr as shown
+from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 import numpy as np
 
 from bayeslora.errors import InputError
-from bayeslora.study.spec import MethodSpec, Study, suggest
+from bayeslora.study.spec import MethodSpec, Study, check_folders, suggest
 
 if TYPE_CHECKING:
     from bayeslora.study.bench import Bench
 
 METHODS: dict[str, type["Method"]] = {}
+KINDS = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text"}
 FAMILIES = ("methods_peft", "methods_monteclora", "methods_post_hoc")
 
 
@@ -73,6 +77,11 @@ class Method(ABC):
     title: ClassVar[str]
 
     def __post_init__(self) -> None:
+        for one in dataclasses.fields(self):
+            value = getattr(self, one.name)
+            if not _fits(value, one.type):
+                kind = getattr(one.type, "__name__", str(one.type))
+                raise InputError(f"method {self.name!r}: {one.name} takes {KINDS.get(kind, kind)}, got {shown(value)}")
         if not self.label:
             object.__setattr__(self, "label", self.default_label())
 
@@ -187,7 +196,10 @@ class Lineup:
         for label in labels:
             if labels.count(label) > 1:
                 raise InputError(f"two methods are called {label!r}: give one of them another label")
+        if "labels" in labels:
+            raise InputError("no method can be called 'labels': labels lie beside predictions; give it another label")
         trained = {method.label: method for _, method in made if isinstance(method, TrainedMethod)}
+        check_folders(study, list(trained))
         lineup = cls(trained, {label: [] for label in trained}, {label: [] for label in trained},
                      {label: [] for label in trained})  # fmt: skip
         for spec, method in made:
@@ -213,6 +225,17 @@ class Lineup:
             raise InputError(f"{method.label!r} builds on {method.base!r}, of which the study trains {len(named)}: "
                              f"give base the label of one ({', '.join(named)})")  # fmt: skip
         return named[0]
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether an option's value is of its field's type, where that is one a study file can write."""
+    if isinstance(kind, types.UnionType):
+        return any(_fits(value, one) for one in get_args(kind))
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, kind) if kind in (bool, str, types.NoneType) else True
 
 
 def _import(path: str) -> type[Method]:

@@ -1,16 +1,36 @@
 """The file of predictions that every cell leaves."""
 
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
+from bayeslora.run_folder import replacing
+
 PREDICTIONS_FILE = "predictions.npz"
 
 
 def write_predictions(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write ``SPLIT/METHOD`` to probabilities (n, C), in single precision, and ``SPLIT/labels`` to labels (n,)."""
-    np.savez_compressed(folder / PREDICTIONS_FILE, **arrays)  # type: ignore[arg-type]
+    """Write ``SPLIT/METHOD`` to probabilities (n, C), in single precision, and ``SPLIT/labels`` to labels (n,).
+
+    The file is there whole or not at all.
+    """
+    with replacing(folder / PREDICTIONS_FILE) as file:
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+
+
+def is_damaged(folder: Path) -> bool:
+    """Whether the predictions are there, but not whole."""
+    file = folder / PREDICTIONS_FILE
+    if not file.is_file():
+        return False
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return archive.testzip() is not None
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError):
+        return True
 
 
 def read_predictions(folder: Path, split: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -15,9 +15,10 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from bayeslora.errors import InputError, StorageError, TrainingDivergedError
-from bayeslora.run_folder import foreign_entry, write_json
+from bayeslora.run_folder import failed_write, foreign_entry, free_space, write_json
+from bayeslora.study.bench import check_budget
 from bayeslora.study.methods import Lineup
-from bayeslora.study.predictions import read_predictions
+from bayeslora.study.predictions import is_damaged, read_predictions
 from bayeslora.study.spec import Cell, Study, axes, cells
 from bayeslora.study.table import collect, write_tables
 from bayeslora.untrusted import read_json
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 SETTINGS_FILE = "comparison.json"
 JOURNAL_FILE = "optuna.journal"
 FINAL_ERRORS = (InputError, TrainingDivergedError)  # another try would end the same way
+ENDS_THE_STUDY = (StorageError, BrokenPipeError)  # a full disk, and nobody who reads what is said (| head)
 POLL_SECONDS = 1.0
 OPENING_TRIES = 3
 
@@ -69,12 +71,19 @@ def run_study(
         InputError: for methods or tasks that cannot be, an ``output_dir`` that holds other settings or something else.
         StorageError: when the disk is full.
     """
-    import optuna
-
     output_dir = Path(output_dir)
     lineup = Lineup.of(study)
+    check_budget(study)
     _check_folder(output_dir, study)
-    trained = list(lineup.trained)
+    with _reporting_full_disk(output_dir):
+        return _run_cells(study, list(lineup.trained), output_dir, storage, isolate, progress)
+
+
+def _run_cells(
+    study: Study, trained: list[str], output_dir: Path, storage: str | None, isolate: bool, progress: bool
+) -> StudyResult:
+    import optuna
+
     space = axes(study, trained)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sampler = optuna.samplers.GridSampler(space, seed=0)
@@ -82,10 +91,10 @@ def run_study(
         storage=_storage(optuna, storage, output_dir), sampler=sampler, load_if_exists=True,
         study_name=f"bayeslora-{study.digest}", direction="minimize",
     )  # fmt: skip
-    _retry_failed(optuna, trials, space)
+    _queue_again(optuna, trials, output_dir)
     watch = _Watch(len(list(cells(study, trained))), trials, optuna, progress)
 
-    full_disk: list[StorageError] = []
+    ended_by: list[Exception] = []  # what every further cell would meet too
 
     def run(cell: Cell) -> dict:
         return _in_own_process(study, cell, output_dir) if isolate else _run_here(study, cell, output_dir, progress)
@@ -98,18 +107,18 @@ def run_study(
         except Exception as error:
             trial.set_user_attr("error", f"{type(error).__name__}: {error}")
             trial.set_user_attr("traceback", traceback.format_exc()[-4000:])
-            if isinstance(error, StorageError):
-                full_disk.append(error)
+            if isinstance(error, ENDS_THE_STUDY):
+                ended_by.append(error)
                 trials.stop()
             raise
         trial.set_user_attr("result", result)
         return _value(result)
 
     with _quiet(optuna), _preloaded(isolate):
-        while not full_disk and (_waiting(optuna, trials) or not sampler.is_exhausted(trials)):
+        while not ended_by and (_waiting(optuna, trials) or not sampler.is_exhausted(trials)):
             trials.optimize(objective, catch=(Exception,), callbacks=[watch.end])
-    if full_disk:
-        raise full_disk[0]
+    if ended_by:
+        raise ended_by[0]
     results, curves, failures = collect(study, trials, output_dir)
     write_tables(study, results, curves, failures, output_dir)
     return StudyResult(study, results, curves, failures, output_dir)
@@ -119,7 +128,7 @@ def _with_retries(run: Callable[[Cell], dict], cell: Cell, retries: int) -> dict
     for attempt in range(retries + 1):
         try:
             return _when_free(run, cell)
-        except FINAL_ERRORS:
+        except (*FINAL_ERRORS, *ENDS_THE_STUDY):
             raise
         except Exception as error:
             if attempt == retries:
@@ -251,8 +260,8 @@ def _value(result: dict) -> float:
     return float(result["rows"][0]["nll"])
 
 
-def _retry_failed(optuna: Any, trials: Any, space: dict[str, list[Any]]) -> None:
-    """Queue every cell whose last trial failed and that never succeeded."""
+def _queue_again(optuna: Any, trials: Any, output_dir: Path) -> None:
+    """Queue every cell whose last trial failed and that never succeeded, or whose predictions are damaged."""
     state = optuna.trial.TrialState
     latest: dict[int, Any] = {}
     for trial in trials.get_trials(deepcopy=False):
@@ -260,9 +269,17 @@ def _retry_failed(optuna: Any, trials: Any, space: dict[str, list[Any]]) -> None
         if grid is not None and not (grid in latest and latest[grid].state == state.COMPLETE):
             latest[grid] = trial
     for trial in latest.values():
-        if trial.state == state.FAIL:
+        if trial.state == state.FAIL or (trial.state == state.COMPLETE and _has_lost(trial, output_dir)):
             attributes = {"grid_id": trial.system_attrs["grid_id"], "search_space": trial.system_attrs["search_space"]}
             trials.add_trial(optuna.trial.create_trial(state=state.WAITING, system_attrs=attributes))
+
+
+def _has_lost(trial: Any, output_dir: Path) -> bool:
+    """Whether the predictions of a finished trial are in ``output_dir`` and damaged."""
+    lost = is_damaged(output_dir / Cell(**trial.params).folder)
+    if lost:
+        logger.warning("the predictions of %s are damaged: it is run again", Cell(**trial.params))
+    return lost
 
 
 def _waiting(optuna: Any, trials: Any) -> bool:
@@ -279,9 +296,9 @@ def _storage(optuna: Any, url: str | None, output_dir: Path) -> Any:
                 if not tries_left:
                     raise InputError(f"Optuna cannot open the storage {url!r}: {str(error).splitlines()[0]}") from error
             time.sleep(POLL_SECONDS)
-    journal = optuna.storages.journal
-    path = str(output_dir / JOURNAL_FILE)
-    return optuna.storages.JournalStorage(journal.JournalFileBackend(path, journal.JournalFileOpenLock(path)))
+    from bayeslora.study.journal import open_journal
+
+    return optuna.storages.JournalStorage(open_journal(output_dir / JOURNAL_FILE))
 
 
 @contextlib.contextmanager
@@ -295,11 +312,41 @@ def _quiet(optuna: Any) -> Iterator[None]:
         optuna.logging.set_verbosity(before)
 
 
+def _holds_something(output_dir: Path) -> bool:
+    return not output_dir.is_dir() or foreign_entry(output_dir, SETTINGS_FILE) is not None
+
+
+def _settings(file: Path) -> dict[str, Any] | None:
+    """What the cells of a study's folder have in common; None where that is not known: each cell knows its own."""
+    if not file.is_file():
+        return None
+    try:
+        return read_json(file).get("settings", {})
+    except InputError as error:
+        logger.warning("%s; writing it anew", error)
+        return None
+
+
+@contextlib.contextmanager
+def _reporting_full_disk(output_dir: Path) -> Iterator[None]:
+    """One clear error where the journal, a table or a picture cannot be written."""
+    try:
+        yield
+    except Exception as error:
+        reason = failed_write(error)
+        if reason is None:
+            raise
+        raise StorageError(
+            f"writing to {output_dir} failed ({reason}; {free_space(output_dir)} free); what is finished is kept: free "
+            "some space, then give the same command again"
+        ) from error
+
+
 def _check_folder(output_dir: Path, study: Study) -> None:
     """Make the folder, or refuse one with anything in it but a study with these settings."""
     file = output_dir / SETTINGS_FILE
-    if file.is_file():
-        found = read_json(file).get("settings", {})
+    found = _settings(file)
+    if found is not None:
         plain = json.loads(json.dumps(study.settings))
         changed = [name for name in plain if found.get(name) != plain[name]]
         if changed:
@@ -307,7 +354,11 @@ def _check_folder(output_dir: Path, study: Study) -> None:
                 f"{output_dir} holds a comparison with another {changed[0]} ({found.get(changed[0])!r}); "
                 "use the same settings to continue it, or another folder"
             )
-    elif output_dir.exists() and (not output_dir.is_dir() or foreign_entry(output_dir, SETTINGS_FILE)):
+    elif (
+        not file.is_file()
+        and output_dir.exists()
+        and (not output_dir.is_dir() or foreign_entry(output_dir, SETTINGS_FILE))
+    ):
         raise InputError(f"{output_dir} holds something else already; give a new or empty folder")
     try:
         output_dir.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import re
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,9 @@ from reprlib import repr as shown
 from typing import Any
 
 from bayeslora.errors import InputError
+from bayeslora.ranges import MOST, RANGES, Range
 
+MOST_LETTERS = 200  # of a name, in a path; file systems take 255 bytes, with what is put around it
 AXES = ("tasks", "methods", "learning_rates", "batch_sizes", "ranks", "seeds")
 TRAINING_WORDS = ("epochs", "max_steps", "variational_learning_rate", "gradient_accumulation", "warmup", "schedule",
                   "weight_decay", "max_grad_norm")  # fmt: skip
@@ -60,8 +63,8 @@ class Cell:
     @property
     def folder(self) -> Path:
         """Where it lies in the study's folder."""
-        setting = f"{_slug(self.task)}-lr{self.learning_rate:g}-batch{self.batch_size}-rank{self.rank}"
-        return Path(setting) / f"{_slug(self.method)}-seed{self.seed}"
+        setting = f"{slug(self.task)}-lr{self.learning_rate:g}-batch{self.batch_size}-rank{self.rank}"
+        return Path(setting) / f"{slug(self.method)}-seed{self.seed}"
 
     def __str__(self) -> str:
         return (f"{self.method}, {self.task}, learning rate {self.learning_rate:g}, batch {self.batch_size}, "
@@ -126,7 +129,8 @@ class Study:
         object.__setattr__(self, "tasks", tasks)
         object.__setattr__(self, "methods", methods)
         for name, kind in (("learning_rates", float), ("batch_sizes", int), ("ranks", int), ("seeds", int)):
-            values = tuple(_number(name, value, kind) for value in _listed(name, getattr(self, name)))
+            most = RANGES[name.removesuffix("s")].most
+            values = tuple(_number(name, value, kind, most=most) for value in _listed(name, getattr(self, name)))
             object.__setattr__(self, name, values)
         for name in AXES:
             entries = [json.dumps(_plain(value), sort_keys=True) for value in getattr(self, name)]
@@ -135,27 +139,40 @@ class Study:
                 raise InputError(f"study: {name} names {repeated[0]} twice")
         for name, least in (("num_samples", 1), ("max_length", 2), ("hold_out", 0), ("curve_points", 0),
                             ("curve_examples", 1), ("retries", 0)):  # fmt: skip
-            _number(name, getattr(self, name), int, least=least)
+            _number(name, getattr(self, name), int, least=least, most=RANGES.get(name, Range()).most)
         for name in ("train_examples", "test_examples", "validation_examples"):
             if getattr(self, name) is not None:
                 _number(name, getattr(self, name), int, least=1)
         _check_words("training", self.training, TRAINING_WORDS)
         _check_words("lora", self.lora, LORA_WORDS)
+        if not isinstance(self.trainer, Mapping):
+            raise InputError(f"study: trainer must be a mapping, got {shown(self.trainer)}")
+        for name in ("model", "test_split"):
+            _check_text(name, getattr(self, name))
+        for name in ("shift_splits", "keep_adapters"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"study: {name} takes true or false, got {shown(getattr(self, name))}")
+        for name, value in self.training.items():
+            if name == "schedule":
+                _check_text("schedule", value)
+            elif value is not None:
+                RANGES[name].check(f"study: {name}", value)
+        names = [task.name for task in self.tasks]
+        for name in names:
+            if names.count(name) > 1:
+                raise InputError(f"study: two tasks are called {name!r}: give one of them another name")
+        check_folders(self, ["method"])
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> "Study":
-        """Read a study file."""
-        import yaml
+        """Read a study file.
 
-        try:
-            values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_loader())
-        except OSError as error:
-            raise InputError(f"cannot read the study {path}: {error.strerror}") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise InputError(f"{path} is not YAML: {error}") from error
-        if not isinstance(values, dict):
-            raise InputError(f"{path} must hold a mapping with model, tasks and methods, but holds {shown(values)}")
-        return cls.from_dict(values)
+        Raises:
+            InputError: as :func:`bayeslora.study.study_file.read_study_file` and :class:`Study`.
+        """
+        from bayeslora.study.study_file import read_study_file
+
+        return cls.from_dict(read_study_file(path))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Study":
@@ -205,6 +222,23 @@ def cells(study: Study, trained: Sequence[str]) -> Iterator[Cell]:
         yield Cell(**dict(zip(space, values, strict=True)))
 
 
+def differing(one: Cell, other: Cell) -> str:
+    """The first word in which two cells differ."""
+    return next(f.name for f in dataclasses.fields(Cell) if getattr(one, f.name) != getattr(other, f.name))
+
+
+def check_folders(study: Study, trained: Sequence[str]) -> None:
+    """Raise ``InputError`` where two cells would write over each other, also on a file system that ignores case."""
+    taken: dict[Path, Cell] = {}
+    for cell in cells(study, trained):
+        other = taken.setdefault(cell.folder, cell)
+        if other != cell:
+            word = differing(cell, other)
+            two = f"{getattr(other, word)!r} and {getattr(cell, word)!r}"
+            raise InputError(f"study: the {word.replace('_', ' ')}s {two} would both be written to "
+                             f"{cell.folder.as_posix()}: change one of them")  # fmt: skip
+
+
 def suggest(word: str, known: Sequence[str]) -> str:
     """How an error goes on that names an unknown ``word``."""
     close = difflib.get_close_matches(word, known, n=2)
@@ -228,11 +262,17 @@ def _listed(name: str, values: Any) -> list[Any]:
     return found
 
 
-def _number(name: str, value: Any, kind: type, *, least: float | None = None) -> Any:
+def _check_text(name: str, value: Any) -> None:
+    if not isinstance(value, str) or not value.strip():
+        raise InputError(f"study: {name} takes text, got {shown(value)}; a number or a truth value as text is quoted")
+
+
+def _number(name: str, value: Any, kind: type, *, least: float | None = None, most: float = MOST) -> Any:
     least = {"learning_rates": 0, "seeds": 0}.get(name, 1) if least is None else least
     wanted = (int, float) if kind is float else (int,)
-    if not isinstance(value, wanted) or isinstance(value, bool) or value < least or (kind is float and value == 0):
-        what = "a positive number" if kind is float else f"an integer of at least {least}"
+    fits = isinstance(value, wanted) and not isinstance(value, bool) and least <= value <= most
+    if not fits or (kind is float and value == 0):
+        what = "a positive number" if kind is float else f"an integer of at least {least}, {most} at most"
         raise InputError(f"study: {name} takes {what}, got {shown(value)}")
     return kind(value)
 
@@ -245,10 +285,24 @@ def _task_spec(task: Any) -> TaskSpec:
     if "name" not in values:
         raise InputError(f"study: a task needs a name, got {shown(values)}")
     columns = values.get("text_columns")
-    columns = (columns,) if isinstance(columns, str) else columns and tuple(columns)
+    columns = (columns,) if isinstance(columns, str) else columns
     folder = values.get("data_dir")
     names = values.get("label_names")
-    words = {"text_columns": columns or None, "label_names": names and tuple(names), "data_dir": folder and str(folder)}
+    for word in ("name", "label_column"):
+        if values.get(word) is not None or word == "name":
+            _check_text(f"{word} of a task", values[word])
+    for word, entries in (("text_columns", columns), ("label_names", names)):
+        if isinstance(entries, str) or not isinstance(entries or (), Sequence):
+            raise InputError(f"study: {word} of a task takes a list of texts, got {shown(entries)}")
+        for entry in entries or ():
+            _check_text(f"{word} of a task", entry)
+    if not isinstance(values.get("prompting") or {}, Mapping):
+        raise InputError(f"study: prompting of a task must be a mapping, got {shown(values['prompting'])}")
+    words = {
+        "text_columns": columns and tuple(columns),
+        "label_names": names and tuple(names),
+        "data_dir": folder and str(folder),
+    }
     return TaskSpec(**{**values, **words})
 
 
@@ -260,7 +314,7 @@ def _method_specs(method: Any) -> list[MethodSpec]:
         return [MethodSpec(method)]
     if not isinstance(method, Mapping) or not isinstance(method.get("name"), str):
         raise InputError(f"study: a method is a name, or a mapping with one, got {shown(method)}")
-    if set(method) == {"name", "options"}:
+    if set(method) == {"name", "options"} and isinstance(method["options"], Mapping):
         return [MethodSpec(method["name"], dict(method["options"]))]
     options = {word: value for word, value in method.items() if word not in ("name", "sweep")}
     sweep = method.get("sweep", {})
@@ -287,18 +341,13 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9.]+", "-", text.lower().replace("+", "-plus")).strip("-.") or "x"
+def slug(name: str) -> str:
+    """What a file or folder is called after ``name``, on every file system.
 
-
-def _loader() -> type:
-    """YAML 1.2's numbers: PyYAML reads 1e-3 as text."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        pass
-
-    Loader.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$"), list("-+.0123456789")
-    )
-    return Loader
+    Little is left of names with letters outside ASCII, and of long ones: they get a hash.
+    """
+    name = unicodedata.normalize("NFC", name)  # some file systems and keyboards take é apart
+    plain = re.sub(r"[^a-z0-9.]+", "-", name.lower().replace("+", "-plus")).strip("-.") or "x"
+    if name.isascii() and len(plain) <= MOST_LETTERS:
+        return plain
+    return f"{plain[:MOST_LETTERS]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"

@@ -30,7 +30,7 @@ from bayeslora.analysis.study import (
 )
 from bayeslora.study.methods import Lineup
 from bayeslora.study.predictions import PREDICTIONS_FILE, read_predictions
-from bayeslora.study.spec import Cell, Study
+from bayeslora.study.spec import Cell, Study, slug
 
 FIGURES = "figures"
 
@@ -308,7 +308,7 @@ def _figures(task: str, results: pd.DataFrame, split: str, several: bool, output
     folder.mkdir(exist_ok=True)
     for name, draw in pictures.items():
         ax = draw()
-        file = folder / f"{task}-{name}.png"
+        file = folder / f"{slug(task)}-{name}.png"
         ax.figure.savefig(file, dpi=160, bbox_inches="tight")
         pyplot.close(ax.figure)
         yield f"![{name}]({FIGURES}/{file.name})"
