@@ -154,6 +154,12 @@ class TestIsAPeftModel:
         trained, everything = bayes.get_nb_trainable_parameters()
         assert 0 < trained == sum(p.numel() for p in bayes.parameters() if p.requires_grad) < everything
 
+    def test_what_push_to_hub_asks_for(self, tmp_path):
+        """An empty folder, and a size that no adapter reaches."""
+        bayes = classifier()
+        bayes.save_pretrained(str(tmp_path), max_shard_size="1GB")
+        assert_same_state(state(BayesLoRA.from_pretrained(tmp_path, tiny_network(layers=1))), state(bayes))
+
     def test_no_attribute_of_the_network_is_taken_for_its_own(self):
         bayes = classifier()
         bayes.network.get_base_model().is_loaded_in_4bit = True
