@@ -41,7 +41,7 @@ class ELBOParts:
     kl: dict[str, Tensor] = field(default_factory=dict)
     cooperation: Tensor | float = 0.0
 
-    def add(self, other: "ELBOParts", weight: float) -> None:
+    def add(self, other: "ELBOParts", weight: float | Tensor) -> None:
         self.task = self.task + weight * other.task
         self.cooperation = self.cooperation + weight * other.cooperation
         for name, value in other.kl.items():

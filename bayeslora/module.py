@@ -38,9 +38,17 @@ from bayeslora.distributions import random_signs
 from bayeslora.elbo import CooperativeELBO, Nodes
 from bayeslora.errors import InputError
 from bayeslora.guides import GUIDES, Guide
-from bayeslora.models import MonteCLoRA
+from bayeslora.models import MonteCLoRA, NextTokenLikelihood
 from bayeslora.noise_schedules import SCHEDULES, NoiseSchedule
-from bayeslora.predict import Draws, PosteriorDraws, Prediction, posterior_draws, predict, sample_sites
+from bayeslora.predict import (
+    Draws,
+    PosteriorDraws,
+    Prediction,
+    posterior_draws,
+    predict,
+    sample_sites,
+    without_cache,
+)
 from bayeslora.provenance import Sketch, kept_keys, not_in_checkpoint
 from bayeslora.recorder import Recorder
 
@@ -50,8 +58,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class BayesLoRA(nn.Module):
+class BayesLoRA(PeftModel):
     """A transformers network whose LoRA-A matrices are random variables.
+
+    It is a :class:`peft.PeftModel`, so that training loops save and load it as an adapter, and match columns of the
+    data with the network's own arguments; it wraps one, ``bayes.network``, and hands no unknown attribute on to it.
 
     Args:
         network: Any transformers model PEFT can adapt, or a PeftModel with one active LoRA adapter (trained or
@@ -69,8 +80,7 @@ class BayesLoRA(nn.Module):
         InputError: naming what cannot be honoured, and why.
     """
 
-    # Trainer must divide the loss by the accumulation steps itself: the objective is a mean over the micro-batch
-    accepts_loss_kwargs = False
+    _is_prompt_learning = False  # what PeftModel's own __init__, which would adapt the network again, sets
     guide: Any
 
     def __init__(
@@ -81,7 +91,9 @@ class BayesLoRA(nn.Module):
         guide: Callable[[MonteCLoRA], nn.Module] | None = None,
         likelihood: PyroModule | None = None,
     ):
-        super().__init__()
+        nn.Module.__init__(self)
+        if isinstance(network, BayesLoRA):
+            raise InputError("this is a BayesLoRA already: pass the network itself, or go on with this one")
         config = config or MonteCLoRAConfig()
         if isinstance(network, PeftModel):
             config = _with_lora_words(config, network)
@@ -98,6 +110,7 @@ class BayesLoRA(nn.Module):
         self._rows: bool | None = None  # whether examples can have their own noise; looked up at the first batch
         self._arrives = False  # whether draws are known to reach the network; looked at after the first training batch
         self._freeze()
+        self._say_what_counts()
 
     def _build_guide(self, guide: Callable[[MonteCLoRA], nn.Module] | None) -> nn.Module:
         if guide is None:
@@ -130,6 +143,13 @@ class BayesLoRA(nn.Module):
         if self.monteclora_config.sample_scaler == 0:
             self.guide.requires_grad_(False)
 
+    def _say_what_counts(self) -> None:
+        """Tell Trainer, which asks the network, whether it can count what the objective averages over."""
+        base: Any = self.network.get_base_model()
+        base.accepts_loss_kwargs = getattr(self.model.likelihood, "counted_by_trainer", False)
+        if isinstance(self.model.likelihood, NextTokenLikelihood):
+            base.loss_type = "ForCausalLM"  # GPT-2 does not say so: the first label has nothing before it
+
     def __setattr__(self, name: str, value: Any) -> None:
         before = self.__dict__.get("_modules", {}).get(name, value)
         if name == "network" and before is not value and not self.__dict__.get("_is_replica"):
@@ -154,6 +174,20 @@ class BayesLoRA(nn.Module):
         """The network's own transformers configuration, where transformers looks for it."""
         return self.network.config
 
+    def __getattr__(self, name: str) -> Any:
+        """No more than a module has: what is true of the network (being quantised) is not true of the guide."""
+        return nn.Module.__getattr__(self, name)
+
+    @property
+    def base_model(self) -> nn.Module:
+        """PEFT's tuner, where a PeftModel has it."""
+        return self.network.base_model
+
+    @property
+    def active_adapter(self) -> str:
+        """PEFT's name of the adapter that the posterior is over."""
+        return self.model.groups[0].adapters[0].key
+
     @property
     def generation_config(self) -> Any:
         """The network's own, where TRL looks for it."""
@@ -162,6 +196,18 @@ class BayesLoRA(nn.Module):
     def add_model_tags(self, tags: Any) -> None:
         """Tags for the network's model card, which TRL adds."""
         self.network.get_base_model().add_model_tags(tags)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The network's own."""
+        return self.network.get_base_model().get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The network's own."""
+        return self.network.get_base_model().get_output_embeddings()
+
+    def enable_input_require_grads(self) -> None:
+        """What checkpointed blocks of a network with frozen embeddings need."""
+        self.network.get_base_model().enable_input_require_grads()
 
     @property
     def device(self) -> torch.device:
@@ -188,15 +234,20 @@ class BayesLoRA(nn.Module):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         **inputs: Any,
     ) -> SequenceClassifierOutput:
         """Objective and logits in training mode; logits, and the loss at the mean, in eval mode.
 
         ``loss`` is in nats per example; ``logits`` has shape ``(batch, classes)``. Threads take turns.
 
+        Args:
+            num_items_in_batch: What all batches that one step accumulates count together (scored tokens of texts,
+                else examples); Trainer passes it. ``loss`` is then this batch's share of that step's objective.
+
         Raises:
-            InputError: where the network no longer uses the adapter that the posterior is over, and under
-                ``torch.compile(bayes)``.
+            InputError: where the network no longer uses the adapter that the posterior is over, under
+                ``torch.compile(bayes)``. In training mode without labels, the backward pass from ``logits`` raises it.
         """
         named = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
         inputs |= {name: value for name, value in named.items() if value is not None}
@@ -205,7 +256,18 @@ class BayesLoRA(nn.Module):
                 "the copies that torch.nn.DataParallel makes share one draw: launch one process for each device with "
                 "torchrun, or show this one a single device (CUDA_VISIBLE_DEVICES=0)"
             )
-        return self._run(labels, inputs, traced=torch.compiler.is_compiling())
+        if "fused_lm_head" in inputs:
+            raise InputError("trl.SFTTrainer steps on a loss of its own, without noise and KL: use "
+                             "bayeslora.sft.BayesSFTTrainer, which takes the same arguments")  # fmt: skip
+        output = self._run(labels, inputs, traced=torch.compiler.is_compiling())
+        if num_items_in_batch is not None and labels is not None:
+            output.loss = output.loss * self.share(labels, num_items_in_batch)
+        return output
+
+    def share(self, labels: Tensor, num_items: Tensor | int) -> Tensor:
+        """Of a step's objective, what a batch with these labels is: its tokens, or examples, over those of them all."""
+        count = self.model.count(labels)
+        return count / torch.as_tensor(num_items, device=count.device).clamp(min=1)
 
     @torch.compiler.disable  # the network may be compiled; Pyro's bookkeeping around it would be traced at every step
     def _run(self, labels: Tensor | None, inputs: dict[str, Any], *, traced: bool) -> SequenceClassifierOutput:
@@ -221,11 +283,14 @@ class BayesLoRA(nn.Module):
     def _run_alone(self, labels: Tensor | None, inputs: dict[str, Any]) -> SequenceClassifierOutput:
         clear_draw(self.model.groups)
         if labels is None:
-            return SequenceClassifierOutput(logits=self.model.outputs(inputs))
+            logits = self.model.outputs(inputs)
+            if self.training and self.sampling and logits.requires_grad:
+                logits.register_hook(_refuse_other_loss)
+            return SequenceClassifierOutput(logits=logits)
         if not self.training:
             return self._loss_at_mean(labels=labels, **inputs)
         refuse_sharded(self.model.groups)
-        with own_noise(self.device):
+        with own_noise(self.device), without_cache(self.config):
             objective = self._objective if self.sampling else self._loss_at_mean
             return objective(labels=labels, **inputs)
 
@@ -345,8 +410,16 @@ class BayesLoRA(nn.Module):
                 parameter.requires_grad_(requires_grad)
 
     def compile(self, *args: Any, **options: Any) -> None:
-        """Compile the network in place, with ``torch.compile``'s arguments; draws are inputs of the compiled graph."""
-        self.network.compile(*args, **options)
+        """Compile the network in place, with ``torch.compile``'s arguments; draws are inputs of the compiled graph.
+
+        Blocks that repeat are compiled one by one and share their graph, so that a deep network takes no longer than
+        one block. A second length of the inputs makes a second graph, for all lengths.
+        """
+        blocks = repeated_blocks(self.network)
+        if blocks:
+            self.enable_input_require_grads()  # as the others' inputs do: else the first block's graph is another
+        for module in blocks or [self.network]:
+            module.compile(*args, **options)
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
@@ -422,13 +495,53 @@ class BayesLoRA(nn.Module):
                 for group in find_groups(merged):
                     for adapter, columns in zip(group.adapters, drawn[group.name], strict=True):
                         adapter.lora_A.weight.copy_(columns.mT)
+        vars(merged.get_base_model()).pop("accepts_loss_kwargs", None)  # said of our objective, not of its own loss
         return merged.merge_and_unload()
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write PEFT's two files and the posterior; see :mod:`bayeslora.checkpoint`."""
-        from bayeslora.checkpoint import save_pretrained
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        is_main_process: bool | None = None,
+        state_dict: Mapping[str, Tensor] | None = None,
+        max_shard_size: Any = None,
+    ) -> None:
+        """Write PEFT's two files and the posterior; see :mod:`bayeslora.checkpoint`.
 
-        save_pretrained(self, folder)
+        Args:
+            folder: Where to: a new folder, or one that holds an adapter and nothing else, which is replaced.
+            is_main_process: Whether this process writes. Trainer passes it, which keeps files of its own in the folder:
+                the adapter's are then written beside them.
+            state_dict: Weights as a training loop has gathered them; the module's own are written, and must be whole.
+            max_shard_size: What ``push_to_hub`` passes; an adapter is always one file.
+
+        Raises:
+            InputError: if ``folder`` holds something else, or the weights are sharded.
+        """
+        from bayeslora.checkpoint import save_pretrained, write_adapter
+
+        if state_dict is not None:
+            refuse_sharded(self.model.groups)
+        if is_main_process is None:
+            save_pretrained(self, folder)
+        elif is_main_process:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            write_adapter(self, Path(folder))
+
+    def load_adapter(self, folder: str | Path, adapter_name: str | None = None, *, is_trainable: bool = True) -> None:
+        """Read :meth:`save_pretrained`'s folder into this module, as Trainer does with a checkpoint.
+
+        What is trained stays so, whatever ``is_trainable``, which Trainer passes.
+
+        Raises:
+            InputError: for another adapter than the one that the posterior is over, or a folder that does not fit.
+        """
+        from bayeslora.checkpoint import load_adapter
+
+        if adapter_name not in (None, self.active_adapter):
+            raise InputError(f"the posterior is over the adapter {self.active_adapter!r}: another is loaded by "
+                             f"bayes.network.load_adapter(folder, {adapter_name!r})")  # fmt: skip
+        load_adapter(self, Path(folder))
 
     def export_draws(self, folder: str | Path, num_draws: int, *, seed: int = 0) -> list[Path]:
         """Write draws, and the mean, as ordinary PEFT adapters; see :func:`bayeslora.export.export_draws`."""
@@ -449,6 +562,25 @@ class BayesLoRA(nn.Module):
         from bayeslora.checkpoint import version_info
 
         return version_info()
+
+
+def repeated_blocks(network: nn.Module) -> list[nn.Module]:
+    """The blocks of a network's stacks: members of its outermost lists of two or more modules of one class."""
+    found: list[nn.Module] = []
+    for child in network.children():
+        blocks = list(child) if isinstance(child, nn.ModuleList) else []
+        alike = len(blocks) > 1 and len({type(block) for block in blocks}) == 1
+        found += blocks if alike else repeated_blocks(child)
+    return found
+
+
+def _refuse_other_loss(gradient: Tensor) -> None:
+    """A backward pass from the mean's logits has come this far."""
+    raise InputError(
+        "a training step from logits alone would train the mean, without noise and KL: pass labels= and step on the "
+        "loss that comes back; label_smoothing_factor and compute_loss_func take the labels away. For gradients of the "
+        "mean's outputs call bayes.eval() first"
+    )
 
 
 def _untie(network: PeftModel) -> None:

@@ -381,13 +381,18 @@ def _group_arrays(group: AdapterGroup, sites: dict[str, Tensor], drawn: Tensor, 
 @contextmanager
 def evaluating(bayes: "BayesLoRA") -> Iterator[None]:
     """No gradients, no dropout and no cache of keys and values inside."""
-    config = bayes.config
+    with without_cache(bayes.config), evaluation_mode(bayes), torch.inference_mode():
+        yield
+
+
+@contextmanager
+def without_cache(config: Any) -> Iterator[None]:
+    """No keys and values are kept inside, for no later token asks for them; one block's graph then fits all blocks."""
     caching = getattr(config, "use_cache", None)
     if caching:
-        config.use_cache = False  # keys and values that no later token will ask for
+        config.use_cache = False
     try:
-        with evaluation_mode(bayes), torch.inference_mode():
-            yield
+        yield
     finally:
         if caching:
             config.use_cache = caching

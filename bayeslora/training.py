@@ -4,8 +4,8 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -49,6 +49,7 @@ from bayeslora.run_folder import (
     seal,
     write_json,
 )
+from bayeslora.trainer_arguments import check_fit_arguments, check_words
 from bayeslora.untrusted import MAX_RUN_BYTES, read_json
 
 logger = logging.getLogger(__name__)
@@ -87,6 +88,7 @@ def fit(
     seed: int = 0,
     resume: bool = False,
     progress: bool = True,
+    compute_metrics: Callable[[EvalPrediction], dict[str, Any]] | None = None,
     callbacks: Sequence[Any] = (),
     metadata: Mapping[str, Any] | None = None,
     **trainer_arguments: Any,
@@ -113,10 +115,13 @@ def fit(
         resume: Continue an interrupted run from its last whole checkpoint, with the same arguments, as if it had
             never stopped; a finished run's result is loaded.
         progress: Show progress bars and print logs.
+        compute_metrics: Further metrics of the evaluation, as for ``transformers.Trainer``: a function of its
+            ``EvalPrediction``, whose predictions are the likelihood's outputs at the mean (logits).
         callbacks: Further ``TrainerCallback`` objects.
         metadata: JSON-able facts to keep in ``run.json``, such as the model's path and the task.
-        trainer_arguments: Any further field of ``transformers.TrainingArguments`` (``bf16=True``, ...).
-            ``save_total_limit``: checkpoints to keep, 2 if not given; the best and the last always stay.
+        trainer_arguments: Any further field of ``transformers.TrainingArguments`` (``bf16=True``, ...) but those that
+            :mod:`bayeslora.trainer_arguments` lists. ``save_total_limit``: checkpoints to keep, 2 if not given; the
+            best and the last always stay. ``greater_is_better``: of a ``best_metric`` that ``compute_metrics`` gives.
 
     Raises:
         InputError: for bad data (:mod:`bayeslora.data_checks`) or arguments, or an output folder that holds something
@@ -129,8 +134,10 @@ def fit(
         raise InputError("early_stopping and evaluations need an eval_dataset to look at")
     _check_counts(batch_size=batch_size, gradient_accumulation=gradient_accumulation, max_steps=max_steps,
                   evaluations=evaluations, early_stopping=early_stopping)  # fmt: skip
+    check_words(trainer_arguments)
     data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
     collate = check_to_learn_from(bayes, {n: part for n, part in data.items() if part is not None}, batch_size)
+    metrics_of = _Metrics(bayes, compute_metrics, best_metric)
     settings = {
         **trainer_settings(
             len(train_dataset), output_dir, epochs=epochs, max_steps=max_steps, batch_size=batch_size,
@@ -138,7 +145,7 @@ def fit(
             schedule=schedule, weight_decay=weight_decay, max_grad_norm=max_grad_norm, evaluations=evaluations,
             seed=seed, progress=progress,
         ),
-        **(_selection_arguments(bayes, best_metric) if eval_dataset is not None else {"eval_strategy": "no"}),
+        **(metrics_of.selection() if eval_dataset is not None else {"eval_strategy": "no"}),
         "report_to": _loggers(),
         "restore_callback_states_from_checkpoint": True,  # early stopping goes on counting after a resume
         "ddp_find_unused_parameters": False,  # every trained parameter gets a gradient in every step
@@ -150,7 +157,9 @@ def fit(
         arguments = TrainingArguments(**settings)
     except (TypeError, ValueError) as error:
         raise InputError(f"transformers.TrainingArguments refuses an argument: {error}") from error
+    check_fit_arguments(arguments, bayes.network.get_base_model())
     _check_resumable(arguments)
+    _check_evaluated(arguments, eval_dataset, best_metric)
     check_parallelism(arguments)
     rate = 10 * learning_rate if variational_learning_rate is None else variational_learning_rate
     record = run_record(bayes, arguments, rate, len(train_dataset), metadata)
@@ -170,22 +179,24 @@ def fit(
             load_adapter(bayes, output_dir / ADAPTER_FOLDER)
             bayes.to(arguments.device).eval()
             return FitResult(finished["metrics"], finished["history"], finished["steps"], output_dir)
+        with _refusing(output_dir, resume):
+            trainer = BayesTrainer(
+                model=bayes,
+                args=arguments,
+                variational_learning_rate=rate,
+                keep_checkpoints=trainer_arguments.get("save_total_limit", 2),
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                data_collator=collate,
+                compute_metrics=metrics_of if metrics_of.any else None,
+                callbacks=[
+                    NoiseScheduleCallback(bayes.noise_schedule),
+                    *callbacks,
+                    *([EarlyStoppingCallback(early_stopping)] if early_stopping else []),
+                ],
+            )
+            trainer.get_train_dataloader()
         set_seed(seed)
-        trainer = BayesTrainer(
-            model=bayes,
-            args=arguments,
-            variational_learning_rate=rate,
-            keep_checkpoints=trainer_arguments.get("save_total_limit", 2),
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            data_collator=collate,
-            compute_metrics=_metrics if _metric_names(bayes) else None,
-            callbacks=[
-                NoiseScheduleCallback(bayes.noise_schedule),
-                *callbacks,
-                *([EarlyStoppingCallback(early_stopping)] if early_stopping else []),
-            ],
-        )
         _choose_reports(trainer, progress, stack)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         metrics = trainer.evaluate() if eval_dataset is not None else {}
@@ -199,6 +210,20 @@ def fit(
         on_main_process(close_run)
     bayes.eval()
     return FitResult(metrics, history, steps, output_dir)
+
+
+@contextmanager
+def _refusing(output_dir: Path, resume: bool) -> Iterator[None]:
+    """What Trainer refuses when it is built is an argument's fault, and must not leave a run that blocks the folder."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (ImportError, NotImplementedError, TypeError, ValueError) as error:
+        if not resume:
+            (output_dir / RUN_FILE).unlink(missing_ok=True)
+            shutil.rmtree(output_dir / CHECKPOINT_FOLDER, ignore_errors=True)
+        raise InputError(f"transformers.Trainer refuses an argument: {error}") from error
 
 
 def _choose_reports(trainer: Trainer, progress: bool, stack: ExitStack) -> None:
@@ -229,10 +254,19 @@ class BayesTrainer(Trainer):
         self._parts_steps = 0
         self._norms: dict[str, Tensor] = {}
         super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = True  # whatever the likelihood: what it averages over is counted here
+        self.label_names = ["labels"]
 
     @property
     def bayes(self) -> BayesLoRA:
         return self.accelerator.unwrap_model(self.model)
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor | None:
+        """What all batches of a step count together: the step is then that of one batch, however it was split."""
+        if not batch_samples:
+            return None
+        total = torch.stack([self.bayes.model.count(batch["labels"]) for batch in batch_samples]).sum().to(device)
+        return self.accelerator.reduce(total) if self.args.average_tokens_across_devices else total
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -267,14 +301,15 @@ class BayesTrainer(Trainer):
         else:
             super()._run_epoch(*args, **kwargs)
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        loss = super().training_step(model, inputs, *args, **kwargs)
+    def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
         self._step_loss = self._step_loss + loss
         parts = self.bayes.elbo.parts
         if parts is not None and self.bayes.sampling:
+            share = self.bayes.share(inputs["labels"], num_items_in_batch)
+            ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
             self._parts = self._parts or ELBOParts(torch.zeros_like(parts.task))
-            self._parts.add(parts, 1.0)
-            self._parts_steps += 1
+            self._parts.add(parts, share.to(parts.task) * ranks)  # log() averages over the ranks
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
@@ -287,7 +322,7 @@ class BayesTrainer(Trainer):
         self._norms = {name: part * before_clipping for name, part in self._norms.items()}
         step_loss = self.accelerator.reduce(torch.as_tensor(self._step_loss).to(norm), "mean")  # all ranks agree
         loss, total = torch.stack([step_loss, norm]).tolist()
-        self._step_loss = 0.0
+        self._step_loss, self._parts_steps = 0.0, self._parts_steps + 1
         if not math.isfinite(loss):
             raise self._diverged(f"the loss became {loss}", self.state.global_step + 1)
         scaled = self.accelerator.scaler is not None  # fp16: its scaler skips such steps by itself
@@ -461,24 +496,44 @@ def _compile_options(settings: dict[str, Any]) -> dict[str, Any] | None:
     return options if wanted or options else None
 
 
-def _selection_arguments(bayes: BayesLoRA, best_metric: str) -> dict[str, Any]:
-    available = ("loss", *_metric_names(bayes))
-    if best_metric not in available:
-        raise InputError(f"no evaluation metric {best_metric!r}; there are {', '.join(available)}")
-    return {
-        "eval_strategy": "steps",
-        "load_best_model_at_end": True,
-        "metric_for_best_model": best_metric,
-        "greater_is_better": best_metric == "accuracy",
-    }
+class _Metrics:
+    """What an evaluation computes: ours for classes, and the caller's.
+
+    Raises:
+        InputError: where ``best_metric`` is not among them; for the caller's, at the first evaluation.
+    """
+
+    def __init__(self, bayes: BayesLoRA, compute_metrics: Callable[..., dict[str, Any]] | None, best_metric: str):
+        self.of_classes = isinstance(bayes.model.likelihood, CategoricalLikelihood)
+        self.compute, self.best = compute_metrics, best_metric
+        self.ours = ("loss", *(("accuracy", "nll", "ece", "brier") if self.of_classes else ()))
+        self.any = self.of_classes or compute_metrics is not None
+        if compute_metrics is None:
+            self._check(self.ours)
+
+    def _check(self, available: Sequence[str]) -> None:
+        if self.best.removeprefix("eval_") not in available:
+            raise InputError(f"no evaluation metric {self.best!r}; there are {', '.join(available)}")
+
+    def selection(self) -> dict[str, Any]:
+        """How the best checkpoint is chosen."""
+        smaller = {*self.ours} - {"accuracy"}
+        return {
+            "eval_strategy": "steps",
+            "load_best_model_at_end": True,
+            "metric_for_best_model": self.best,
+            "greater_is_better": self.best not in smaller and not self.best.endswith("loss"),
+        }
+
+    def __call__(self, prediction: EvalPrediction) -> dict[str, Any]:
+        found = _of_classes(prediction) if self.of_classes else {}
+        if self.compute is not None:
+            found |= self.compute(prediction)
+        self._check(["loss", *(name.removeprefix("eval_") for name in found)])
+        return found
 
 
-def _metric_names(bayes: BayesLoRA) -> tuple[str, ...]:
-    """What :func:`_metrics` computes; nothing for regression."""
-    return ("accuracy", "nll", "ece", "brier") if isinstance(bayes.model.likelihood, CategoricalLikelihood) else ()
-
-
-def _metrics(prediction: EvalPrediction) -> dict[str, float]:
+def _of_classes(prediction: EvalPrediction) -> dict[str, float]:
     logits = np.asarray(prediction.predictions, dtype=np.float64)
     odds = np.exp(logits - logits.max(-1, keepdims=True))
     return calibration_summary(odds / odds.sum(-1, keepdims=True), np.asarray(prediction.label_ids))
@@ -505,6 +560,19 @@ def _check_resumable(arguments: TrainingArguments) -> None:
                 f"{name}={not value} leaves checkpoints from which a run cannot be resumed exactly: leave it out "
                 "(save_strategy='no' writes no checkpoints at all)"
             )
+
+
+def _check_evaluated(arguments: TrainingArguments, eval_dataset: Any, best_metric: str) -> None:
+    """What looks at an evaluation has one to look at."""
+    if eval_dataset is None and (arguments.eval_strategy != "no" or arguments.load_best_model_at_end):
+        raise InputError("eval_strategy and load_best_model_at_end need an eval_dataset to look at")
+    if eval_dataset is not None and arguments.dataloader_drop_last:
+        smallest = arguments.per_device_eval_batch_size * arguments.world_size
+        if len(eval_dataset) < smallest:
+            raise InputError(f"dataloader_drop_last=True drops all {len(eval_dataset)} examples of the eval_dataset: "
+                             "pass a smaller per_device_eval_batch_size")  # fmt: skip
+    if arguments.prediction_loss_only and best_metric != "loss":
+        raise InputError(f"prediction_loss_only=True computes the loss alone, and best_metric is {best_metric!r}")
 
 
 def _refuse_other_content(output_dir: Path, resume: bool) -> None:

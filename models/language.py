@@ -15,7 +15,6 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from bayeslora.adapters import is_compiled
 from bayeslora.errors import InputError
 from bayeslora.models.likelihoods import CategoricalLikelihood, Likelihood, example_plate
 
@@ -44,7 +43,7 @@ def logits_at(network: nn.Module, inputs: Mapping[str, Any], positions: Tensor) 
         return (args[0][positions][None],) if args[0].shape[:2] == positions.shape else None
 
     head: Any = network.get_output_embeddings()  # type: ignore[operator]
-    if type(head) is not nn.Linear or is_compiled(network):
+    if type(head) is not nn.Linear or _is_compiled(head, network):
         return network(**inputs, use_cache=False).logits[positions]
     handle = head.register_forward_pre_hook(choose)
     try:
@@ -52,6 +51,12 @@ def logits_at(network: nn.Module, inputs: Mapping[str, Any], positions: Tensor) 
     finally:
         handle.remove()
     return logits[positions] if logits.shape[:2] == positions.shape else logits[0]
+
+
+def _is_compiled(part: nn.Module, network: nn.Module) -> bool:
+    """Whether ``part`` runs inside a graph; the blocks may have their own, and the rest none."""
+    compiled = (module for module in network.modules() if module._compiled_call_impl is not None)
+    return any(part is inner for module in compiled for inner in module.modules())
 
 
 def target_log_probs(network: nn.Module, inputs: Mapping[str, Any], labels: Tensor) -> Tensor:
@@ -118,6 +123,7 @@ class NextTokenLikelihood(Likelihood):
         if reduction not in get_args(Reduction):
             raise InputError(f"reduction must be 'mean' (nats per token) or 'sum' (nats per text), got {reduction!r}")
         self.reduction = reduction
+        self.counted_by_trainer = reduction == "mean"
 
     def outputs(self, network: nn.Module, inputs: Mapping[str, Any], labels: Tensor | None = None) -> Tensor:
         """Log-likelihood of each text in nats, and the number of its scored tokens: ``(batch, 2)``.
@@ -143,6 +149,10 @@ class NextTokenLikelihood(Likelihood):
         if self.reduction == "sum":
             return super().weights(outputs)
         return outputs[:, 1].mean().clamp(min=1 / len(outputs)).expand(len(outputs))
+
+    def count(self, labels: Tensor) -> Tensor:
+        """The scored tokens, where they are averaged over; else the texts."""
+        return super().count(labels) if self.reduction == "sum" else (labels[:, 1:] != NOT_SCORED).sum()
 
     def label_names(self, network: nn.Module) -> None:
         return None
@@ -175,6 +185,8 @@ class ChoiceLikelihood(CategoricalLikelihood):
             ``"characters"`` (accuracy is then the evaluation harness' ``acc_norm``), or nothing, ``"none"`` (``acc``).
     """
 
+    counted_by_trainer = False  # it would take the labels of a causal language model for tokens
+
     def __init__(self, label_names: Sequence[str], normalization: Normalization = "tokens"):
         super().__init__("likelihood")
         if normalization not in get_args(Normalization):
@@ -191,7 +203,8 @@ class ChoiceLikelihood(CategoricalLikelihood):
             scores = self._scores_of_texts(network, inputs)
         else:
             raise InputError(f"a choice is encoded with answer_mask or letter_ids, and these inputs have "
-                             f"{', '.join(inputs)}: encode them with load_task(...).encode")  # fmt: skip
+                             f"{', '.join(inputs)}: encode them with load_task(...).encode, and give a stock Trainer "
+                             "remove_unused_columns=False")  # fmt: skip
         missing = len(self.names) - scores.shape[1]
         if missing < 0:
             raise InputError(f"an example has {scores.shape[1]} options, and the likelihood was made for "

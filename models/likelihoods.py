@@ -33,7 +33,13 @@ def example_plate(batch_size: int, num_examples: int | None) -> Iterator[None]:
 
 
 class Likelihood(PyroModule):
-    """What a likelihood says beside its density; each method has a default for a classifier or a regressor."""
+    """What a likelihood says beside its density; each method has a default for a classifier or a regressor.
+
+    ``counted_by_trainer`` promises that ``transformers.Trainer``, which counts the labels other than -100 (from the
+    second on in a causal language model), finds the same number as :meth:`count`.
+    """
+
+    counted_by_trainer = False
 
     def outputs(self, network: nn.Module, inputs: Mapping[str, Any], labels: Tensor | None = None) -> Tensor:
         """What the labels depend on, as the network computes it under the weights that are set.
@@ -51,6 +57,10 @@ class Likelihood(PyroModule):
     def weights(self, outputs: Tensor) -> Tensor:
         """How much each example counts in an average over several batches, ``(batch,)``."""
         return outputs.new_ones(len(outputs), dtype=torch.float32)
+
+    def count(self, labels: Tensor) -> Tensor:
+        """What the mean over a batch is over: the number of its examples."""
+        return torch.tensor(len(labels), device=labels.device)
 
     def label_names(self, network: nn.Module) -> tuple[str, ...] | None:
         """Names of the classes in order, or None where there are none."""
@@ -73,6 +83,8 @@ def network_outputs(
 
 class CategoricalLikelihood(Likelihood):
     """Class labels: ``y ~ Categorical(softmax(logits))``, logits of shape ``(batch, classes)``."""
+
+    counted_by_trainer = True
 
     def forward(self, logits: Tensor, labels: Tensor | None, num_examples: int | None = None) -> Tensor:
         with example_plate(logits.shape[0], num_examples):

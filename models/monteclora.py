@@ -143,6 +143,12 @@ class MonteCLoRA(PyroModule):
             return self.likelihood.weights(outputs)
         return outputs.new_ones(len(outputs), dtype=torch.float32)
 
+    def count(self, labels: Tensor) -> Tensor:
+        """What the mean over a batch is over: its examples, or the scored tokens of its texts."""
+        if isinstance(self.likelihood, Likelihood):
+            return self.likelihood.count(labels)
+        return torch.tensor(len(labels), device=labels.device)
+
     def mean_field(self, labels: Tensor | None = None, **inputs: Any) -> tuple[Tensor, Tensor]:
         """The same with every A at its mean μ: no latent site, plain LoRA."""
         return self.observe(labels=labels, **inputs)

@@ -23,6 +23,7 @@ from bayeslora import BayesLoRA, InputError, MonteCLoRAConfig, TrainingDivergedE
 from bayeslora.checkpoint import read_manifest
 from bayeslora.predict import Collator
 from tests.conftest import tiny_batch, tiny_dataset, tiny_network
+from tests.language import tiny_language_model
 
 CPU = {"use_cpu": True}
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -181,6 +182,32 @@ def coverage(folder, rank):
         yield name, {"missing": diary.seen()["missing"], "ended": digest(bayes)}
 
 
+def texts():
+    """Eight texts, of very different lengths."""
+    return [{"input_ids": [*range(5, 7 + length)], "attention_mask": [1] * (length + 2),
+             "labels": [*range(5, 7 + length)]} for length in (39, 0, 11, 3, 1, 27, 5, 2)]  # fmt: skip
+
+
+def writer():
+    network = tiny_language_model(layers=1)
+    torch.manual_seed(0)
+    return BayesLoRA(network, MonteCLoRAConfig(r=2, num_components=3, **NOISELESS))
+
+
+def train_texts(folder, callbacks, *, steps, size=2):
+    """The first step of fit(): eight texts on all processes together."""
+    run(folder, writer(), texts(), batch_size=size, gradient_accumulation=steps, max_steps=1, max_grad_norm=0.0,
+        callbacks=callbacks)  # fmt: skip
+
+
+def train_texts_in_a_stock_trainer(folder, callbacks, *, steps, size=2):
+    arguments = TrainingArguments(
+        str(folder), report_to=[], disable_tqdm=True, max_steps=1, save_strategy="no", max_grad_norm=0.0,
+        per_device_train_batch_size=size, gradient_accumulation_steps=steps, **CPU,
+    )  # fmt: skip
+    Trainer(writer(), arguments, Collator(), texts(), callbacks=callbacks).train()
+
+
 def gradients(folder, rank):
     """The first step's gradients, without noise: two processes, two batches of two each."""
     for normalization in ("paper", "elbo"):
@@ -189,6 +216,11 @@ def gradients(folder, rank):
             max_grad_norm=0.0, callbacks=[seen])  # fmt: skip
         if rank == 0:
             save_file(seen.values, folder / f"{normalization}.safetensors")
+    for name, train in {"texts": train_texts, "texts, stock": train_texts_in_a_stock_trainer}.items():
+        seen = Gradients()
+        train(folder / name, [seen], steps=2)
+        if rank == 0:
+            save_file(seen.values, folder / f"{name}.safetensors")
     small, seen = new(normalization="elbo", **NOISELESS), Gradients()
     run(folder / "small", small, tiny_dataset(3), max_steps=1, max_grad_norm=0.0, callbacks=[seen])
     yield "small", float(seen.values["guide.log_v_r2_in16"].flatten()[0])

@@ -17,7 +17,15 @@ from bayeslora import BayesLoRA, InputError
 from bayeslora.analysis import calibration_summary
 from bayeslora.distributed import check_parallelism
 from tests.conftest import VOCABULARY, tiny_batch, tiny_dataset, tiny_network
-from tests.distributed_worker import NO_DROPOUT, NOISELESS, Gradients, new, run
+from tests.distributed_worker import (
+    NO_DROPOUT,
+    NOISELESS,
+    Gradients,
+    new,
+    run,
+    train_texts,
+    train_texts_in_a_stock_trainer,
+)
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without distributed")
@@ -175,6 +183,18 @@ class TestObjective:
         assert any(name.startswith("guide.log_v") and value.abs().max() > 1e-3 for name, value in found.items())
         for name, value in seen.values.items():
             torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
+
+    @pytest.mark.parametrize(
+        ("name", "train"), [("texts", train_texts), ("texts, stock", train_texts_in_a_stock_trainer)], ids=str
+    )
+    def test_texts_weigh_by_their_tokens(self, name, train, folder, tmp_path):
+        """The same for texts of 1 to 40 tokens."""
+        seen = Gradients()
+        train(tmp_path / "run", [seen], steps=1, size=8)
+        found = load_file(folder / "gradients" / f"{name}.safetensors")
+        assert any(name.startswith("guide.log_v") and value.abs().max() > 1e-3 for name, value in found.items())
+        for parameter, value in seen.values.items():
+            torch.testing.assert_close(found[parameter], value, rtol=1e-4, atol=1e-6)
 
     def test_examples_that_fill_up_a_batch_do_not_count(self, ranks, tmp_path):
         """3 examples on 2 processes: a batch of 4 holds one of them twice, and the KL is still divided by 3."""

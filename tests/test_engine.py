@@ -16,6 +16,7 @@ from bayeslora import BayesLoRA, InputError, MonteCLoRAConfig, fit
 from bayeslora.adapters import using_draw
 from bayeslora.predict import sample_sites
 from tests.conftest import VOCABULARY, tiny_batch, tiny_dataset, tiny_network
+from tests.language import tiny_language_model
 
 KINDS = ["bert", "gpt2", "llama"]
 GUIDES = ["amortized", "mean_field"]
@@ -337,6 +338,34 @@ class TestCompile:
         for length, expected in plain.items():
             assert_same(step(bayes, batch=tiny_batch(length=length)), expected, rtol=1e-5, atol=1e-6)
         assert self.graphs() == 2
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_blocks_share_one_graph(self, kind):
+        bayes = module(kind, layers=4)
+        plain, predicted = step(bayes), bayes.predict(tiny_dataset(3), 2, progress=False).sample_probs
+        bayes.train().compile(backend="eager")
+        assert_same(step(bayes), plain, rtol=1e-5, atol=1e-6)
+        assert self.graphs() == 1
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            assert_same(step(bayes, seed=8), step(copy.deepcopy(bayes), seed=8), rtol=1e-5, atol=1e-6)
+        assert self.graphs() == 1
+        assert sum(counters["graph_break"].values()) == 0
+        found = bayes.predict(tiny_dataset(3), 2, progress=False).sample_probs
+        torch.testing.assert_close(torch.as_tensor(found), torch.as_tensor(predicted))
+
+    @pytest.mark.parametrize("layers", [1, 3])
+    def test_texts_of_compiled_blocks_have_the_output_layer_where_a_token_is_scored(self, layers):
+        """Which is left out of the graph where the blocks have their own."""
+        bayes = BayesLoRA(tiny_language_model(layers=layers), MonteCLoRAConfig(r=2, sample_scaler=0.3)).train()
+        batch = tiny_batch(4)
+        batch["labels"] = batch["input_ids"].clone()
+        batch["labels"][:, :5] = -100
+        seen, plain = [], step(bayes, batch=batch)
+        bayes.compile(backend="eager")
+        head = bayes.get_output_embeddings()
+        head.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0].shape[:2].numel()))
+        assert_same(step(bayes, batch=batch), plain, rtol=1e-5, atol=1e-6)
+        assert seen[-1] == (4 * 7 if layers == 1 else 4 * 2)
 
     def test_compiled_before_it_was_adapted(self):
         network = tiny_network(layers=1)

@@ -230,14 +230,14 @@ class Bench:
 
 
 class PlainTrainer(Trainer):
-    """``Trainer`` for networks that are not ours, with the loss divided and the weights decayed as ``fit`` does it."""
+    """``Trainer`` for networks that are not ours, with batches weighed and parameters decayed as ``fit`` does it."""
 
     optimizer: Any
 
     def __init__(self, *args: Any, make_optimizer: Any, penalty: Any, likelihood: Any = None, **kwargs: Any):
         self.make_optimizer, self.penalty, self.likelihood = make_optimizer, penalty, likelihood
         super().__init__(*args, **kwargs)
-        self.model_accepts_loss_kwargs = False  # Trainer then divides the loss by the accumulation steps
+        self.model_accepts_loss_kwargs = True  # each loss below is its batch's share of the step's
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -251,7 +251,12 @@ class PlainTrainer(Trainer):
                 self.optimizer = cls([group for group in groups if group["params"]], **options)
         return self.optimizer
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> int | None:
+        return sum(len(batch["labels"]) for batch in batch_samples) or None
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         if self.likelihood is None:
             outputs = model(**inputs)
         else:
@@ -263,6 +268,7 @@ class PlainTrainer(Trainer):
             loss = nn.functional.cross_entropy(outputs.logits, inputs["labels"])
         else:
             loss = outputs.loss + (self.penalty(model) if self.penalty else 0.0)
+            loss = loss * (len(inputs["labels"]) / (num_items_in_batch or len(inputs["labels"])))
         if not torch.isfinite(loss):
             raise TrainingDivergedError(
                 f"the loss became {float(loss)} at step {self.state.global_step + 1}, so training stopped"

@@ -1,0 +1,124 @@
+"""Fields of ``TrainingArguments`` that cannot mean here what they mean in transformers are refused, before all else.
+
+All others work as they do there; the table in ``tests/test_trainer_manners.py`` has every field.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.integrations import get_reporting_integration_callbacks
+
+from bayeslora.errors import InputError
+
+# Field to the argument of fit that says it.
+FIT_WORDS = {
+    "per_device_train_batch_size": "batch_size",
+    "num_train_epochs": "epochs",
+    "gradient_accumulation_steps": "gradient_accumulation",
+    "lr_scheduler_type": "schedule",
+    "warmup_steps": "warmup",
+    "metric_for_best_model": "best_metric",
+    "disable_tqdm": "progress",
+    "resume_from_checkpoint": "resume",
+}
+
+_OWN_LOSS = "the loss is the posterior's objective, noise and KL included, and it would be replaced by one without them"
+_HUB = "the run would push whole checkpoints: call bayes.push_to_hub when it has ended"
+
+REFUSED = {
+    "label_smoothing_factor": _OWN_LOSS,
+    "use_liger_kernel": "it would patch the network when training starts, its loss too: apply Liger's kernels to the "
+    "network yourself, without fused_linear_cross_entropy, before BayesLoRA",
+    "liger_kernel_config": "it goes with use_liger_kernel, which is not supported",
+    "optim_target_modules": "GaLore and APOLLO project the gradients of whole weights, and those are frozen here",
+    "bf16_full_eval": "evaluating would leave the network rounded to bfloat16: use bf16=True",
+    "fp16_full_eval": "evaluating would leave the network rounded to float16: use fp16=True",
+    "label_names": "labels are the column 'labels'",
+    "debug": "its hooks fail at masks; training stops at the first loss or gradient that is not finite anyway",
+}
+
+REFUSED_BY_FIT = REFUSED | {
+    "auto_find_batch_size": "the run would not be the one that was asked for: choose a smaller batch_size",
+    "eval_do_concat_batches": "metrics are over the whole evaluation set",
+    "eval_use_gather_object": "the evaluation gathers tensors",
+    "batch_eval_metrics": "metrics are over the whole evaluation set",
+    "enable_jit_checkpoint": "a run that is interrupted resumes from its last checkpoint: choose save_steps",
+    "save_on_each_node": "one process writes the run's folder, which all processes must see",
+    "push_to_hub": _HUB,
+}
+
+REFUSED_BY_SFT = REFUSED | {
+    "torch_compile": "it would compile Pyro too: call bayes.compile() before training",
+    "loss_type": _OWN_LOSS,
+    "router_aux_loss_coef": "mixtures of experts are not supported",
+}
+
+
+def check_words(given: Mapping[str, Any]) -> None:
+    """Refuse what :func:`bayeslora.fit` has a word of its own for, and would overrule in part."""
+    for name in given:
+        if name in FIT_WORDS:
+            raise InputError(f"fit calls {name} {FIT_WORDS[name]}: pass {FIT_WORDS[name]}=")
+
+
+def check_arguments(arguments: TrainingArguments, refused: Mapping[str, str]) -> None:
+    """Refuse fields that are set and cannot be honoured, and integrations and optimizers that are not there.
+
+    Raises:
+        InputError: naming the field, its value and the reason.
+    """
+    for field in dataclasses.fields(arguments):
+        value = getattr(arguments, field.name)
+        if field.name in refused and value != field.default and (value or field.default):
+            raise InputError(f"{field.name}={value!r} cannot be combined with bayeslora: {refused[field.name]}")
+    for name in ("dataloader_persistent_workers", "dataloader_multiprocessing_context"):
+        if getattr(arguments, name) and not arguments.dataloader_num_workers:
+            raise InputError(f"{name}={getattr(arguments, name)!r} needs dataloader_num_workers of 1 or more")
+    _check_reports(arguments)
+    _check_optimizer(arguments)
+
+
+def check_fit_arguments(arguments: TrainingArguments, network: nn.Module) -> None:
+    """:func:`check_arguments` for :func:`bayeslora.fit`, and what depends on the network."""
+    check_arguments(arguments, REFUSED_BY_FIT)
+    if "num_steps" in (arguments.accelerator_config.gradient_accumulation_kwargs or {}):
+        raise InputError("fit calls num_steps of accelerator_config gradient_accumulation: pass gradient_accumulation=")
+    try:
+        embeddings: Any = network.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        embeddings = None
+    if arguments.neftune_noise_alpha is not None and not isinstance(embeddings, nn.Embedding):
+        raise InputError(f"neftune_noise_alpha is noise on token embeddings, and {type(network).__name__} has none")
+
+
+def _check_reports(arguments: TrainingArguments) -> None:
+    """Build every integration once, as Trainer will."""
+    for name in arguments.report_to or ():
+        try:
+            for callback in get_reporting_integration_callbacks([name]):
+                callback()
+        except (ImportError, RuntimeError) as error:
+            raise InputError(f"report_to={name!r} needs the package {name}: install it, or leave it out "
+                             f"({error})") from error  # fmt: skip
+        except ValueError as error:
+            raise InputError(f"report_to={name!r}: {error}") from error
+
+
+def _check_optimizer(arguments: TrainingArguments) -> None:
+    """Build the optimizer and the schedule once, for one number."""
+    number = nn.Parameter(torch.zeros(1, device=arguments.device))
+    try:
+        optimizer, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
+        built = optimizer([number], **options)
+    except Exception as error:  # each library has its own
+        raise InputError(f"optim={arguments.optim.value!r} with optim_args={arguments.optim_args!r} cannot be used: "
+                         f"{error}") from error  # fmt: skip
+    try:
+        get_scheduler(arguments.lr_scheduler_type, built, 1, 2, scheduler_specific_kwargs=arguments.lr_scheduler_kwargs)
+    except Exception as error:
+        raise InputError(f"the schedule {arguments.lr_scheduler_type.value!r} with lr_scheduler_kwargs="
+                         f"{arguments.lr_scheduler_kwargs!r} cannot be used: {error}") from error  # fmt: skip
