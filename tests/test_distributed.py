@@ -185,7 +185,9 @@ class TestObjective:
             torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
 
     @pytest.mark.parametrize(
-        ("name", "train"), [("texts", train_texts), ("texts, stock", train_texts_in_a_stock_trainer)], ids=str
+        ("name", "train"),
+        [("texts", train_texts), ("texts, stock", train_texts_in_a_stock_trainer)],
+        ids=["ours", "stock"],
     )
     def test_texts_weigh_by_their_tokens(self, name, train, folder, tmp_path):
         """The same for texts of 1 to 40 tokens."""
