@@ -290,7 +290,7 @@ class BayesLoRA(PeftModel):
         if not self.training:
             return self._loss_at_mean(labels=labels, **inputs)
         refuse_sharded(self.model.groups)
-        with own_noise(self.device), without_cache(self.config):
+        with own_noise(self.device), without_cache(self.network):
             objective = self._objective if self.sampling else self._loss_at_mean
             return objective(labels=labels, **inputs)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyro
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from bayeslora.adapters import AdapterGroup, check_reached, evaluation_mode, is_compiled, using_draw
@@ -381,13 +381,14 @@ def _group_arrays(group: AdapterGroup, sites: dict[str, Tensor], drawn: Tensor, 
 @contextmanager
 def evaluating(bayes: "BayesLoRA") -> Iterator[None]:
     """No gradients, no dropout and no cache of keys and values inside."""
-    with without_cache(bayes.config), evaluation_mode(bayes), torch.inference_mode():
+    with without_cache(bayes.network), evaluation_mode(bayes), torch.inference_mode():
         yield
 
 
 @contextmanager
-def without_cache(config: Any) -> Iterator[None]:
+def without_cache(network: nn.Module) -> Iterator[None]:
     """No keys and values are kept inside, for no later token asks for them; one block's graph then fits all blocks."""
+    config: Any = getattr(network, "config", None)
     caching = getattr(config, "use_cache", None)
     if caching:
         config.use_cache = False

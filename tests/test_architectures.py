@@ -20,7 +20,6 @@ from bayeslora.distributions import random_signs
 from bayeslora.predict import Collator
 from tests.architectures import ARCHITECTURES, Architecture
 
-transformers.utils.logging.disable_progress_bar()
 ROOT = Path(__file__).parents[1]
 SUPPORTED = [name for name, architecture in ARCHITECTURES.items() if architecture.refused is None]
 CONFIG = MonteCLoRAConfig(r=2, sample_scaler=0.3)
