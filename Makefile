@@ -14,7 +14,7 @@ test: $(VENV)/.installed
 
 check: lint types docs test
 
-ARVIZ1_TESTS := $(patsubst %,tests/test_%.py,inference_data streaming comparison_table plots plots_of_draws \
+ARVIZ1_TESTS := $(patsubst %,tests/analysis/test_%.py,inference_data streaming comparison_table plots plots_of_draws \
 	plots_of_uncertainty uncertainty variance)
 
 # the analysis without torch, under ArviZ 1.x and a Python 3.12 or 3.13, where one is found (ARVIZ1_PYTHON names it)

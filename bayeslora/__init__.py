@@ -19,11 +19,11 @@ _HOMES = {
     "InputError": "bayeslora.errors",
     "MonteCLoRAConfig": "bayeslora.config",
     "TrainingDivergedError": "bayeslora.errors",
-    "compare": "bayeslora.comparison",
-    "diagnose": "bayeslora.diagnostics",
-    "fit": "bayeslora.training",
-    "load_task": "bayeslora.tasks",
-    "report": "bayeslora.reporting",
+    "compare": "bayeslora.study.compare",
+    "diagnose": "bayeslora.inference.diagnostics",
+    "fit": "bayeslora.training.fit",
+    "load_task": "bayeslora.tasks.load",
+    "report": "bayeslora.command.reporting",
 }
 
 __all__ = [
@@ -41,15 +41,15 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from bayeslora.comparison import compare
+    from bayeslora.command.reporting import report
     from bayeslora.config import MonteCLoRAConfig
-    from bayeslora.diagnostics import diagnose
     from bayeslora.elbo import CooperativeELBO
     from bayeslora.errors import InputError, TrainingDivergedError
+    from bayeslora.inference.diagnostics import diagnose
     from bayeslora.module import BayesLoRA
-    from bayeslora.reporting import report
-    from bayeslora.tasks import load_task
-    from bayeslora.training import fit
+    from bayeslora.study.compare import compare
+    from bayeslora.tasks.load import load_task
+    from bayeslora.training.fit import fit
 
 
 def __getattr__(name: str) -> Any:

@@ -2,6 +2,6 @@
 
 import sys
 
-from bayeslora.cli import main
+from bayeslora.command.main import main
 
 sys.exit(main())

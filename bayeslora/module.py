@@ -16,7 +16,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from bayeslora.adapters import (
+from bayeslora.adapters.layers import (
     active_adapter,
     adapt,
     check_in_use,
@@ -32,15 +32,13 @@ from bayeslora.adapters import (
     using_draw,
     using_noise,
 )
+from bayeslora.adapters.provenance import Sketch, kept_keys, not_in_checkpoint
 from bayeslora.config import MonteCLoRAConfig
-from bayeslora.distributed import own_noise, refuse_sharded
 from bayeslora.distributions import random_signs
 from bayeslora.elbo import CooperativeELBO, Nodes
 from bayeslora.errors import InputError
 from bayeslora.guides import GUIDES, Guide
-from bayeslora.models import MonteCLoRA, NextTokenLikelihood
-from bayeslora.noise_schedules import SCHEDULES, NoiseSchedule
-from bayeslora.predict import (
+from bayeslora.inference.predict import (
     Draws,
     PosteriorDraws,
     Prediction,
@@ -49,11 +47,13 @@ from bayeslora.predict import (
     sample_sites,
     without_cache,
 )
-from bayeslora.provenance import Sketch, kept_keys, not_in_checkpoint
+from bayeslora.models import MonteCLoRA, NextTokenLikelihood
+from bayeslora.noise_schedules import SCHEDULES, NoiseSchedule
 from bayeslora.recorder import Recorder
+from bayeslora.training.distributed import own_noise, refuse_sharded
 
 if TYPE_CHECKING:
-    from bayeslora.generation import Generation
+    from bayeslora.inference.generation import Generation
 
 logger = logging.getLogger(__name__)
 
@@ -258,7 +258,7 @@ class BayesLoRA(PeftModel):
             )
         if "fused_lm_head" in inputs:
             raise InputError("trl.SFTTrainer steps on a loss of its own, without noise and KL: use "
-                             "bayeslora.sft.BayesSFTTrainer, which takes the same arguments")  # fmt: skip
+                             "bayeslora.training.sft.BayesSFTTrainer, which takes the same arguments")  # fmt: skip
         output = self._run(labels, inputs, traced=torch.compiler.is_compiling())
         if num_items_in_batch is not None and labels is not None:
             output.loss = output.loss * self.share(labels, num_items_in_batch)
@@ -362,7 +362,7 @@ class BayesLoRA(PeftModel):
     def rows_are_examples(self, inputs: Mapping[str, Tensor]) -> bool:
         """Whether examples of one batch can have different draws; found out with the first ``inputs``.
 
-        See :func:`bayeslora.adapters.rows_are_examples`.
+        See :func:`bayeslora.adapters.layers.rows_are_examples`.
         """
         if self._rows is None:
             self._rows = rows_are_examples(self.network, self.model.groups, inputs, run=self.model.outputs)
@@ -445,20 +445,20 @@ class BayesLoRA(PeftModel):
             return posterior_draws(self, num_samples=num_samples, seed=seed, adapters=adapters, first_draw=first_draw)
 
     def prior_draws(self, **options: Any) -> PosteriorDraws:
-        """The same from the prior; see :func:`bayeslora.prior.prior_draws`."""
-        from bayeslora.prior import prior_draws
+        """The same from the prior; see :func:`bayeslora.inference.prior.prior_draws`."""
+        from bayeslora.inference.prior import prior_draws
 
         return prior_draws(self, **options)
 
     def predict(self, dataset: Any, num_samples: int = 16, **options: Any) -> Prediction:
-        """Posterior predictive; see :func:`bayeslora.predict.predict`."""
+        """Posterior predictive; see :func:`bayeslora.inference.predict.predict`."""
         with one_at_a_time:
             check_in_use(self.model.groups)
             return predict(self, dataset, num_samples=num_samples, **options)
 
     def generate(self, prompts: Any, **options: Any) -> "Generation":
-        """Write on from prompts with a causal language model; see :func:`bayeslora.generation.generate`."""
-        from bayeslora.generation import generate
+        """Write on from prompts with a causal language model; see :func:`bayeslora.inference.generation.generate`."""
+        from bayeslora.inference.generation import generate
 
         with one_at_a_time:
             check_in_use(self.model.groups)
@@ -506,7 +506,7 @@ class BayesLoRA(PeftModel):
         state_dict: Mapping[str, Tensor] | None = None,
         max_shard_size: Any = None,
     ) -> None:
-        """Write PEFT's two files and the posterior; see :mod:`bayeslora.checkpoint`.
+        """Write PEFT's two files and the posterior; see :mod:`bayeslora.storage.checkpoint`.
 
         Args:
             folder: Where to: a new folder, or one that holds an adapter and nothing else, which is replaced.
@@ -518,7 +518,7 @@ class BayesLoRA(PeftModel):
         Raises:
             InputError: if ``folder`` holds something else, or the weights are sharded.
         """
-        from bayeslora.checkpoint import save_pretrained, write_adapter
+        from bayeslora.storage.checkpoint import save_pretrained, write_adapter
 
         if state_dict is not None:
             refuse_sharded(self.model.groups)
@@ -536,7 +536,7 @@ class BayesLoRA(PeftModel):
         Raises:
             InputError: for another adapter than the one that the posterior is over, or a folder that does not fit.
         """
-        from bayeslora.checkpoint import load_adapter
+        from bayeslora.storage.checkpoint import load_adapter
 
         if adapter_name not in (None, self.active_adapter):
             raise InputError(f"the posterior is over the adapter {self.active_adapter!r}: another is loaded by "
@@ -544,22 +544,22 @@ class BayesLoRA(PeftModel):
         load_adapter(self, Path(folder))
 
     def export_draws(self, folder: str | Path, num_draws: int, *, seed: int = 0) -> list[Path]:
-        """Write draws, and the mean, as ordinary PEFT adapters; see :func:`bayeslora.export.export_draws`."""
-        from bayeslora.export import export_draws
+        """Write draws, and the mean, as ordinary PEFT adapters; see :func:`bayeslora.storage.export.export_draws`."""
+        from bayeslora.storage.export import export_draws
 
         with one_at_a_time:
             return export_draws(self, folder, num_draws, seed=seed)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, network: nn.Module, **options: Any) -> "BayesLoRA":
-        """Read :meth:`save_pretrained`'s folder onto a fresh base ``network``; see :mod:`bayeslora.checkpoint`."""
-        from bayeslora.checkpoint import from_pretrained
+        """Read what :meth:`save_pretrained` wrote onto a fresh base; see :mod:`bayeslora.storage.checkpoint`."""
+        from bayeslora.storage.checkpoint import from_pretrained
 
         return from_pretrained(folder, network, **options)
 
     def version_info(self) -> dict[str, str]:
         """Versions of everything the numbers depend on."""
-        from bayeslora.checkpoint import version_info
+        from bayeslora.storage.checkpoint import version_info
 
         return version_info()
 

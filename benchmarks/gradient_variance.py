@@ -23,7 +23,7 @@ import torch
 import transformers
 
 from bayeslora import BayesLoRA, MonteCLoRAConfig, fit, load_task
-from bayeslora.predict import Collator
+from bayeslora.inference.predict import Collator
 
 KINDS = {"mean of A": "lora_A", "B": "lora_B", "head": "modules_to_save", "posterior": "guide."}
 NOISE = ("shared", "per_example")

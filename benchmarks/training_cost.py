@@ -32,8 +32,8 @@ from peft.tuners.lora import MontecloraConfig
 from tqdm.auto import tqdm
 
 from bayeslora import BayesLoRA, MonteCLoRAConfig
-from bayeslora.assets import demo_encoder
-from bayeslora.checkpoint import version_info
+from bayeslora.assets.fetch import demo_encoder
+from bayeslora.storage.checkpoint import version_info
 
 LORA = "PEFT LoRA"
 METHODS = (

@@ -15,7 +15,7 @@ from transformers import set_seed
 
 from bayeslora import BayesLoRA, MonteCLoRAConfig, fit, load_task
 from bayeslora.analysis import expected_entropy, plot_agreement, rank_correlation, vote_entropy
-from bayeslora.analysis.bootstrap import Interval
+from bayeslora.analysis.metrics.bootstrap import Interval
 
 SPLITS = ("test", "tweets")
 PEOPLE = ("spread of ratings", "entropy of votes")

@@ -21,8 +21,8 @@ from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from bayeslora import BayesLoRA
-from bayeslora.analysis.plots_inference import plot_rank_ecdf
-from bayeslora.analysis.simulation_based_calibration import coverage, ecdf_test, ranks
+from bayeslora.analysis.metrics.simulation_based_calibration import coverage, ecdf_test, ranks
+from bayeslora.analysis.plots.inference import plot_rank_ecdf
 from bayeslora.guides import AmortizedGuide, GaussianGuide, MeanFieldGuide
 from bayeslora.models import low_rank_regression
 from bayeslora.models.low_rank_regression import KnownNoise, LinearNetwork

@@ -19,7 +19,7 @@ from pyro.infer.autoguide import AutoLowRankMultivariateNormal, AutoMultivariate
 
 from bayeslora import CooperativeELBO
 from bayeslora.guides import GUIDES
-from bayeslora.mcmc import run_nuts
+from bayeslora.inference.mcmc import run_nuts
 from bayeslora.models import low_rank_regression
 
 matplotlib.use("Agg")

@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader
 
 from bayeslora import CooperativeELBO, MonteCLoRAConfig, load_task
 from bayeslora.guides import MeanFieldGuide
+from bayeslora.inference.predict import Collator
 from bayeslora.models import MonteCLoRA
-from bayeslora.predict import Collator
 
 
 def main(*, train_examples: int = 64) -> list[float]:

@@ -27,8 +27,8 @@ import numpy as np
 from transformers import set_seed
 
 from bayeslora import BayesLoRA, MonteCLoRAConfig, fit, load_task
-from bayeslora.generation import token_uncertainty
-from bayeslora.judging import judge_gsm8k
+from bayeslora.inference.generation import token_uncertainty
+from bayeslora.judging.judge import judge_gsm8k
 
 
 def main(

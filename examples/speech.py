@@ -31,7 +31,7 @@ from transformers import AutoFeatureExtractor, WhisperForAudioClassification, lo
 
 from bayeslora import BayesLoRA, MonteCLoRAConfig, fit
 from bayeslora.analysis import calibration_summary, comparison_table, to_markdown
-from bayeslora.assets import speech_encoder
+from bayeslora.assets.fetch import speech_encoder
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 HEARD, UNHEARD = ("en-us", "en-gb-x-rp"), ("en-gb-scotland", "en-029", "en-gb-x-gbcwmd")

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bayeslora.adapters import Adapter, AdapterGroup, frozen_weight
+from bayeslora.adapters.layers import Adapter, AdapterGroup, frozen_weight
 from bayeslora.guides.mixture import MixtureGuide, initial_log_alpha, initial_scale
 from bayeslora.models import MonteCLoRA
 

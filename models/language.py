@@ -166,7 +166,7 @@ class ChoiceLikelihood(CategoricalLikelihood):
 
     An option's score is the log-likelihood of its text given the prompt, over the text's length; or, where the prompt
     lists the options, the log-probability of its letter as the next token. Which of the two is the encoding's business
-    (:mod:`bayeslora.language_data`):
+    (:mod:`bayeslora.tasks.encoding`):
 
     ===================  =====================  ====================================================================
     options as texts     ``input_ids``          ``(batch, C, T)``, prompt and option

@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from bayeslora.analysis import to_markdown
-from bayeslora.analysis.study import SETTING, robustness_table
+from bayeslora.analysis.tables.study import SETTING, robustness_table
 from bayeslora.study import Study
 from bayeslora.study.summary import (
     differences,

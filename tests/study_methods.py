@@ -11,7 +11,7 @@ from typing import ClassVar
 import numpy as np
 
 from bayeslora.errors import InputError
-from bayeslora.study.methods import Predicted, Trained, TrainedMethod
+from bayeslora.study.methods.base import Predicted, Trained, TrainedMethod
 
 
 @dataclass(frozen=True)

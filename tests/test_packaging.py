@@ -10,8 +10,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = {"bayeslora": "bayeslora", "bayeslora.study": "bayeslora/study", "bayeslora.models": "models",
-           "bayeslora.guides": "guides", "bayeslora.analysis": "analysis"}  # fmt: skip
+ROOTS = {"bayeslora": "bayeslora", "bayeslora.models": "models", "bayeslora.guides": "guides",
+         "bayeslora.analysis": "analysis"}  # fmt: skip
+FOLDERS = {
+    ".".join([package, *file.parent.relative_to(ROOT / root).parts]): file.parent.relative_to(ROOT).as_posix()
+    for package, root in ROOTS.items()
+    for file in (ROOT / root).rglob("__init__.py")
+}
 
 
 def project():
@@ -21,11 +26,10 @@ def project():
 def test_every_folder_with_code_is_listed():
     tools = project()["tool"]["setuptools"]
     assert sorted(tools["packages"]) == sorted(FOLDERS)
-    assert tools["package-dir"] == FOLDERS
-    for folder in FOLDERS.values():
-        listed = [ROOT / other for other in FOLDERS.values()]
-        nested = [p for p in (ROOT / folder).rglob("*.py") if p.parent not in listed]
-        assert nested == []  # a sub-folder would be missing from the wheel
+    assert tools["package-dir"] == ROOTS
+    listed = [ROOT / folder for folder in FOLDERS.values()]
+    nested = [file for root in ROOTS.values() for file in (ROOT / root).rglob("*.py") if file.parent not in listed]
+    assert nested == []  # a sub-folder would be missing from the wheel
 
 
 def test_constraints_pin_every_dependency():

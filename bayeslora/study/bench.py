@@ -15,14 +15,14 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from bayeslora.batches import Collator, batches_by_length
+from bayeslora.data.batches import Collator, batches_by_length
 from bayeslora.errors import InputError, TrainingDivergedError
 from bayeslora.models.likelihoods import network_outputs
-from bayeslora.monitor import BriefProgress
-from bayeslora.study.methods import Method, Predicted, Trained
+from bayeslora.study.methods.base import Method, Predicted, Trained
 from bayeslora.study.spec import Cell, Study
-from bayeslora.tasks import Task
-from bayeslora.training import run_record, trained_parameters, trainer_settings
+from bayeslora.tasks.load import Task
+from bayeslora.training.fit import run_record, trained_parameters, trainer_settings
+from bayeslora.training.monitor import BriefProgress
 
 PREDICTION_BATCH = 32
 

@@ -36,14 +36,14 @@ class TaskSpec:
     prompting: Mapping[str, Any] | None = None
 
     def load(self) -> Any:
-        from bayeslora.tasks import load_task
+        from bayeslora.tasks.load import load_task
 
         return load_task(**dataclasses.asdict(self))
 
 
 @dataclass(frozen=True)
 class MethodSpec:
-    """A method by its ``name`` in :data:`bayeslora.study.methods.METHODS`, or ``"module:Class"``, and its options."""
+    """A method and its options: a ``name`` of :data:`bayeslora.study.methods.base.METHODS`, or ``"module:Class"``."""
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)

@@ -15,8 +15,8 @@ from bayeslora.analysis import (
     predictive_entropy,
     to_markdown,
 )
-from bayeslora.analysis.comparison import FORMATS, layout
-from bayeslora.analysis.study import (
+from bayeslora.analysis.tables.comparison import FORMATS, layout
+from bayeslora.analysis.tables.study import (
     METRICS,
     SETTING,
     Difference,
@@ -28,7 +28,7 @@ from bayeslora.analysis.study import (
     steps_to_reach,
     verdict,
 )
-from bayeslora.study.methods import Lineup
+from bayeslora.study.methods.base import Lineup
 from bayeslora.study.predictions import PREDICTIONS_FILE, read_predictions
 from bayeslora.study.spec import Cell, Study, slug
 
@@ -292,7 +292,7 @@ def _speed(results: pd.DataFrame, curves: pd.DataFrame) -> str:
 def _figures(task: str, results: pd.DataFrame, split: str, several: bool, output_dir: Path) -> Iterator[str]:
     from matplotlib import pyplot
 
-    from bayeslora.analysis import plots_study as plots
+    from bayeslora.analysis.plots import study as plots
 
     pictures: dict[str, Callable[[], Any]] = {
         "accuracy-calibration": partial(plots.plot_accuracy_calibration, results, split=split),

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from bayeslora.analysis import calibration_summary
-from bayeslora.study.methods import Lineup
+from bayeslora.study.methods.base import Lineup
 from bayeslora.study.predictions import PREDICTIONS_FILE, read_predictions
 from bayeslora.study.spec import Cell, Study
 from bayeslora.study.summary import write_summary

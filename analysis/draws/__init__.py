@@ -1,0 +1,1 @@
+"""Draws of the posterior as ArviZ data, and what they say."""

@@ -1,0 +1,119 @@
+"""Do the probabilities mean what they say? Metrics over the whole set, as numbers.
+
+Every function takes the predictive probabilities of all examples at once. An average of per-batch values is
+something else: it counts a short last batch too much, and for calibration error it is biased upwards.
+"""
+
+import numpy as np
+from numpy.typing import ArrayLike
+from sklearn.metrics import accuracy_score
+
+from bayeslora.analysis.metrics.checks import check_probs, check_probs_and_labels
+from bayeslora.analysis.metrics.reliability import expected_calibration_error
+
+
+def accuracy(probs: ArrayLike, labels: ArrayLike) -> float:
+    """Share of examples whose most probable class is the label; the first class wins a tie.
+
+    Args:
+        probs: Predictive probabilities, shape ``(examples, classes)``, rows summing to one.
+        labels: Class indices, shape ``(examples,)``.
+
+    Returns:
+        A float in ``[0, 1]``; higher is better.
+
+    Raises:
+        InputError: The arrays do not fit that description.
+    """
+    probs, labels = check_probs_and_labels(probs, labels)
+    return float(accuracy_score(labels, probs.argmax(axis=1)))
+
+
+def negative_log_likelihood(probs: ArrayLike, labels: ArrayLike) -> float:
+    r"""Mean surprise at the labels, in nats per example.
+
+    .. math:: \mathrm{NLL} = -\frac{1}{n} \sum_i \log p_i(y_i)
+
+    Probabilities are clipped only at the smallest positive float64 (5e-324), so the answer is finite and one
+    impossible label costs 744 nats. (``sklearn.metrics.log_loss`` clips at 2.2e-16, which hides all
+    overconfidence beyond 36 nats.)
+
+    Args:
+        probs: Predictive probabilities, shape ``(examples, classes)``, rows summing to one.
+        labels: Class indices, shape ``(examples,)``.
+
+    Returns:
+        A float, at least 0; lower is better.
+
+    Raises:
+        InputError: The arrays do not fit that description.
+    """
+    probs, labels = check_probs_and_labels(probs, labels)
+    at_label = probs[np.arange(len(labels)), labels]
+    return float(-np.log(np.maximum(at_label, np.nextafter(0.0, 1.0))).mean())
+
+
+def brier_score(probs: ArrayLike, labels: ArrayLike) -> float:
+    r"""Squared distance between the probabilities and the truth, summed over classes.
+
+    .. math:: \mathrm{Brier} = \frac{1}{n} \sum_i \sum_c (p_{ic} - [y_i = c])^2
+
+    Args:
+        probs: Predictive probabilities, shape ``(examples, classes)``, rows summing to one.
+        labels: Class indices, shape ``(examples,)``.
+
+    Returns:
+        A float in ``[0, 2]``; lower is better. For two classes it is twice the one-column score.
+
+    Raises:
+        InputError: The arrays do not fit that description.
+
+    References:
+        Brier (1950), *Verification of forecasts expressed in terms of probability*.
+    """
+    probs, labels = check_probs_and_labels(probs, labels)
+    truth = np.eye(probs.shape[1])[labels]  # (n, C)
+    return float(np.square(probs - truth).sum(axis=1).mean())
+
+
+def sharpness(probs: ArrayLike) -> float:
+    r"""How concentrated the forecasts are, whatever the truth: the Brier score that they expect of themselves is
+    one minus this.
+
+    .. math:: \frac{1}{n} \sum_i \sum_c p_{ic}^2
+
+    Args:
+        probs: Predictive probabilities, shape ``(examples, classes)``, rows summing to one.
+
+    Returns:
+        A float from ``1 / classes`` (uniform) to 1 (certain); higher is better among equally calibrated forecasts.
+
+    Raises:
+        InputError: The array does not fit that description.
+
+    References:
+        Gneiting, Balabdaoui and Raftery (2007), *Probabilistic forecasts, calibration and sharpness*.
+    """
+    return float(np.square(check_probs(probs)).sum(axis=1).mean())
+
+
+def calibration_summary(probs: ArrayLike, labels: ArrayLike) -> dict[str, float]:
+    """The four numbers of a results table, each over the whole set.
+
+    Args:
+        probs: Predictive probabilities, shape ``(examples, classes)``, rows summing to one.
+        labels: Class indices, shape ``(examples,)``.
+
+    Returns:
+        ``accuracy`` and ``ece`` (15 bins) as shares in ``[0, 1]``, ``nll`` in nats per example, ``brier`` in
+        ``[0, 2]``.
+
+    Raises:
+        InputError: The arrays do not fit that description.
+    """
+    return {
+        "accuracy": accuracy(probs, labels),
+        "nll": negative_log_likelihood(probs, labels),
+        "ece": expected_calibration_error(probs, labels),
+        "brier": brier_score(probs, labels),
+    }

@@ -1,0 +1,212 @@
+"""Confidence against accuracy, bin by bin: the reliability curve and the errors read off it.
+
+Every error depends on its bins: state their number and kind with it.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.stats import beta
+
+from bayeslora.analysis.metrics.bins import Bins, bin_scores
+from bayeslora.analysis.metrics.bootstrap import resample_counts
+from bayeslora.analysis.metrics.checks import check_level, check_probs_and_labels
+from bayeslora.errors import InputError
+
+
+class ReliabilityCurve(NamedTuple):
+    """One row per bin of confidence, each field of shape ``(bins,)``; NaN where a bin is empty.
+
+    Attributes:
+        lower_edge: Where the bin starts (inclusive).
+        upper_edge: Where it ends (exclusive, but for the last).
+        confidence: Mean of the largest probability in the bin.
+        accuracy: Share of the bin's examples that are right.
+        lower: Lower end of the accuracy's interval.
+        upper: Upper end of it.
+        count: Number of examples (0 where empty, never NaN).
+    """
+
+    lower_edge: np.ndarray
+    upper_edge: np.ndarray
+    confidence: np.ndarray
+    accuracy: np.ndarray
+    lower: np.ndarray
+    upper: np.ndarray
+    count: np.ndarray  # type: ignore[assignment]  # the name hides tuple.count, which an array of bins can spare
+
+
+def expected_calibration_error(
+    probs: ArrayLike, labels: ArrayLike, *, num_bins: int = 15, binning: str = "width"
+) -> float:
+    r"""Mean gap between confidence and accuracy, weighted by bin size.
+
+    .. math:: \mathrm{ECE} = \sum_b \frac{n_b}{n} \lvert \mathrm{acc}_b - \mathrm{conf}_b \rvert
+
+    Confidence is the largest probability. Small sets inflate the value: n_b coin flips miss their own mean by
+    about 1/sqrt(n_b), so a perfect forecaster does not score 0.
+
+    Args:
+        probs: Predictive probabilities, shape ``(examples, classes)``, rows summing to one.
+        labels: Class indices, shape ``(examples,)``.
+        num_bins: Number of bins.
+        binning: ``"width"`` for equal widths over ``[0, 1]``, ``"mass"`` for equal numbers of examples.
+
+    Returns:
+        A float in ``[0, 1]``; lower is better.
+
+    Raises:
+        InputError: The arrays do not fit that description, or an option is out of range.
+
+    References:
+        Naeini et al. (2015), *Obtaining Well Calibrated Probabilities Using Bayesian Binning* (equal mass).
+        Guo et al. (2017), *On Calibration of Modern Neural Networks*, Eq. 3 (equal width).
+    """
+    bins, confidence, correct = _confidence_bins(probs, labels, num_bins, binning)
+    return float(np.abs(bins.sums(correct - confidence)).sum() / len(correct))
+
+
+def maximum_calibration_error(
+    probs: ArrayLike, labels: ArrayLike, *, num_bins: int = 15, binning: str = "width"
+) -> float:
+    r"""Largest gap between confidence and accuracy in any bin.
+
+    .. math:: \mathrm{MCE} = \max_b \lvert \mathrm{acc}_b - \mathrm{conf}_b \rvert
+
+    With bins of equal width it is often the gap of a bin with one or two examples; ``binning="mass"`` avoids that.
+
+    Args:
+        probs, labels, num_bins, binning: As for `expected_calibration_error`.
+
+    Returns:
+        A float in ``[0, 1]``; lower is better.
+
+    Raises:
+        InputError: The arrays do not fit that description, or an option is out of range.
+
+    References:
+        Naeini et al. (2015), *Obtaining Well Calibrated Probabilities Using Bayesian Binning*.
+    """
+    bins, confidence, correct = _confidence_bins(probs, labels, num_bins, binning)
+    return float(np.nanmax(np.abs(bins.means(correct - confidence))))
+
+
+def classwise_calibration_error(
+    probs: ArrayLike, labels: ArrayLike, *, num_bins: int = 15, binning: str = "width"
+) -> np.ndarray:
+    r"""Calibration error of each class's own probability, against how often the class occurs.
+
+    .. math:: \mathrm{ECE}_c = \sum_b \frac{n_{bc}}{n} \lvert \mathrm{freq}_{bc} - \bar p_{bc} \rvert
+
+    with the examples binned by :math:`p_{ic}` for each class. The mean over classes is the class-wise ECE.
+
+    Args:
+        probs, labels, num_bins, binning: As for `expected_calibration_error`.
+
+    Returns:
+        Shape ``(classes,)``, in ``[0, 1]``; lower is better.
+
+    Raises:
+        InputError: The arrays do not fit that description, or an option is out of range.
+
+    References:
+        Kull et al. (2019), *Beyond temperature scaling*, Eq. 4.
+    """
+    probs, labels = check_probs_and_labels(probs, labels)
+    errors = []
+    for index, column in enumerate(probs.T):
+        gaps = bin_scores(column, num_bins, binning).sums((labels == index) - column)
+        errors.append(np.abs(gaps).sum() / len(labels))
+    return np.array(errors)
+
+
+def reliability_curve(
+    probs: ArrayLike,
+    labels: ArrayLike,
+    *,
+    num_bins: int = 10,
+    level: float = 0.95,
+    binning: str = "width",
+    interval: str = "exact",
+    num_resamples: int = 1000,
+    seed: int = 0,
+) -> ReliabilityCurve:
+    r"""Accuracy as a function of confidence, with the uncertainty that the bin's size leaves.
+
+    ``interval="exact"`` is Clopper and Pearson's, for k right answers among n:
+
+    .. math:: \left[ B_{\alpha/2}(k, n-k+1),\ B_{1-\alpha/2}(k+1, n-k) \right]
+
+    with B the quantile of the Beta distribution and alpha = 1 - ``level``. It covers at least ``level`` for
+    every n, so a calibrated model leaves the band of any one bin with probability at most ``1 - level``.
+    ``interval="bootstrap"`` draws whole sets of examples with replacement and takes quantiles of the bin's
+    accuracy. It collapses to a point where every answer in a bin is right.
+
+    Args:
+        probs: Predictive probabilities, shape ``(examples, classes)``, rows summing to one.
+        labels: Class indices, shape ``(examples,)``.
+        num_bins: Number of bins.
+        level: Coverage of the band, per bin.
+        binning: ``"width"`` or ``"mass"``, as for `expected_calibration_error`.
+        interval: ``"exact"`` or ``"bootstrap"``.
+        num_resamples: Sets the bootstrap draws.
+        seed: Decides them.
+
+    Returns:
+        A `ReliabilityCurve` of ``num_bins`` rows (fewer with ``"mass"`` where confidences are equal).
+
+    Raises:
+        InputError: The arrays do not fit that description, or an option is out of range.
+
+    References:
+        Clopper and Pearson (1934), *The use of confidence or fiducial limits illustrated in the case of the
+        binomial*. Efron and Tibshirani (1993), *An Introduction to the Bootstrap*, section 13.3.
+    """
+    check_level(level)
+    bins, confidence, correct = _confidence_bins(probs, labels, num_bins, binning)
+    if interval == "exact":
+        lower, upper = _clopper_pearson(bins.sums(correct), np.where(bins.size > 0, bins.size, np.nan), level)
+    elif interval == "bootstrap":
+        lower, upper = _bootstrap(bins, correct, level, num_resamples, seed)
+    else:
+        raise InputError(f"interval must be 'exact' or 'bootstrap', but is {interval!r}")
+    edges = bins.edges
+    means = bins.means(confidence), bins.means(correct)
+    return ReliabilityCurve(edges[:-1], edges[1:], *means, lower, upper, bins.size)
+
+
+def _confidence_bins(
+    probs: ArrayLike, labels: ArrayLike, num_bins: int, binning: str
+) -> tuple[Bins, np.ndarray, np.ndarray]:
+    """Examples binned by their largest probability; that, and whether its class is right: each ``(n,)``."""
+    probs, labels = check_probs_and_labels(probs, labels)
+    confidence = probs.max(axis=1)
+    correct = (probs.argmax(axis=1) == labels).astype(np.float64)
+    return bin_scores(confidence, num_bins, binning), confidence, correct
+
+
+def _clopper_pearson(correct: np.ndarray, size: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray]:
+    """Exact binomial interval; NaN where ``size`` is NaN. Beta(0, .) and Beta(., 0) stand for 0 and 1."""
+    tail = (1.0 - level) / 2.0
+    wrong = size - correct
+    lower = np.where(correct == 0, 0.0, beta.ppf(tail, correct, wrong + 1))
+    upper = np.where(wrong == 0, 1.0, beta.ppf(1.0 - tail, correct + 1, wrong))
+    empty = np.isnan(size)
+    return np.where(empty, np.nan, lower), np.where(empty, np.nan, upper)
+
+
+def _bootstrap(
+    bins: Bins, correct: np.ndarray, level: float, num_resamples: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Quantiles of each bin's accuracy over resampled sets in which the bin is not empty."""
+    membership = np.eye(len(bins.size))[bins.members]  # (n, bins)
+    counts = resample_counts(len(correct), num_resamples, seed)
+    sizes = np.concatenate([part @ membership for part in counts()])  # (resamples, bins)
+    right = np.concatenate([part @ (membership * correct[:, None]) for part in counts()])
+    ends = np.full((2, len(bins.size)), np.nan)
+    for index, (of_bin, hits) in enumerate(zip(sizes.T, right.T, strict=True)):
+        filled = of_bin > 0
+        if filled.any():
+            ends[:, index] = np.quantile(hits[filled] / of_bin[filled], [(1 - level) / 2, (1 + level) / 2])
+    return ends[0], ends[1]

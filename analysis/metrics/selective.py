@@ -1,0 +1,87 @@
+"""Selective prediction: answer only where the model is sure. How many errors are left?"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from bayeslora.analysis.metrics.checks import check_examples
+from bayeslora.errors import InputError
+
+
+class RiskCoverage(NamedTuple):
+    """Error rate among the k surest of n examples, for k = 1 .. n; each of shape ``(n,)``.
+
+    Attributes:
+        coverage: k / n, the share of examples that are answered.
+        risk: Share of those answers that are wrong, in ``[0, 1]``.
+    """
+
+    coverage: np.ndarray
+    risk: np.ndarray
+
+
+def risk_coverage(uncertainty: ArrayLike, wrong: ArrayLike) -> RiskCoverage:
+    r"""Risk as a function of coverage when the most certain examples are answered first.
+
+    .. math:: \mathrm{risk}(k / n) = \frac{1}{k} \sum_{i \le k} \mathrm{wrong}_{(i)}
+
+    in order of rising uncertainty. Examples of equal uncertainty come in random order, and the risk is the mean over
+    it: the order of the data does not matter.
+
+    Args:
+        uncertainty: Larger is less sure, such as the predictive entropy; shape ``(examples,)``.
+        wrong: Whether the prediction is wrong (or a loss in ``[0, 1]``), shape ``(examples,)``.
+
+    Raises:
+        InputError: The arrays do not fit that description.
+
+    References:
+        El-Yaniv and Wiener (2010), *On the Foundations of Noise-free Selective Classification*.
+    """
+    scores, losses = _check(uncertainty, wrong)
+    _, tie, size = np.unique(scores, return_inverse=True, return_counts=True)
+    expected = (np.bincount(tie, weights=losses) / size)[np.sort(tie)]  # each example's share of its ties' losses
+    answered = np.arange(1, len(scores) + 1)
+    return RiskCoverage(answered / len(scores), np.cumsum(expected) / answered)
+
+
+def area_under_risk_coverage(uncertainty: ArrayLike, wrong: ArrayLike) -> float:
+    r"""AURC: the mean of `risk_coverage` over all coverages, in ``[0, 1]``; lower is better.
+
+    It falls with the error rate as well as with the order; `excess_area_under_risk_coverage` sees the order alone.
+
+    Args:
+        uncertainty, wrong: As for `risk_coverage`.
+
+    Raises:
+        InputError: The arrays do not fit that description.
+
+    References:
+        Geifman, Uziel and El-Yaniv (2019), *Bias-Reduced Uncertainty Estimation for Deep Neural Classifiers*.
+    """
+    return float(risk_coverage(uncertainty, wrong).risk.mean())
+
+
+def excess_area_under_risk_coverage(uncertainty: ArrayLike, wrong: ArrayLike) -> float:
+    """AURC above that of the best order, which puts every wrong answer last; 0 is perfect.
+
+    Args:
+        uncertainty, wrong: As for `risk_coverage`.
+
+    Raises:
+        InputError: The arrays do not fit that description.
+
+    References:
+        Geifman, Uziel and El-Yaniv (2019), section 3 (E-AURC, here with the exact optimum instead of its limit).
+    """
+    scores, losses = _check(uncertainty, wrong)
+    return area_under_risk_coverage(scores, losses) - area_under_risk_coverage(losses, losses)
+
+
+def _check(uncertainty: ArrayLike, wrong: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    scores = check_examples(uncertainty, name="uncertainty")
+    losses = check_examples(wrong, name="wrong", size=len(scores))
+    if losses.min() < 0 or losses.max() > 1:
+        raise InputError("wrong must hold booleans or losses between 0 and 1")
+    return scores, losses

@@ -1,0 +1,1 @@
+"""Pictures: numbers and Axes in, Axes out."""

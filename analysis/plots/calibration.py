@@ -1,0 +1,185 @@
+"""Pictures of calibration. Numbers and perhaps an Axes in, the Axes out."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from bayeslora.analysis.metrics.bootstrap import check_resamples
+from bayeslora.analysis.metrics.brier import BrierParts, brier_decomposition
+from bayeslora.analysis.metrics.checks import check_probs_and_labels
+from bayeslora.analysis.metrics.reliability import ReliabilityCurve, expected_calibration_error, reliability_curve
+from bayeslora.analysis.plots.style import SMALL_TEXT_SIZE, frame, legend_above, name_rows, new_axes, style
+from bayeslora.errors import InputError
+
+FEW_EXAMPLES = 10  # a bin with fewer says little: its 95 % interval spans at least 0.3
+
+STRIP = (0.0, 1.03, 1.0, 0.19)  # left, bottom, width, height, in units of the diagram below it
+
+PARTS = {
+    "reliability": "reliability\n(lower is better)",
+    "resolution": "resolution\n(higher is better)",
+    "uncertainty": "uncertainty\n(of the labels)",
+}
+
+
+def plot_calibration(
+    predictions: Mapping[str, tuple[ArrayLike, ArrayLike]],
+    ax: Any = None,
+    *,
+    num_bins: int = 10,
+    level: float = 0.95,
+    binning: str = "width",
+    interval: str = "exact",
+) -> Any:
+    """Reliability diagram: accuracy against confidence per bin, with what chance alone would allow.
+
+    Bars are intervals at ``level``: Clopper and Pearson's, or the bootstrap's. Bins with fewer than 10 examples are
+    hollow, light markers without bar or line. The strip on top shows which share of the examples falls in each bin of
+    equal width. The ECE in the legend is `expected_calibration_error` at its default number of bins, as in the tables.
+
+    Args:
+        predictions: Name of a method to ``(probs, labels)``: shapes ``(examples, classes)``, ``(examples,)``.
+        ax: Where to draw; a new figure by default. The strip is drawn on top of it.
+        num_bins: Number of bins.
+        level: Coverage of the bars.
+        binning: ``"width"`` for bins of equal width over ``[0, 1]``, ``"mass"`` for equal numbers of examples.
+        interval: ``"exact"`` or ``"bootstrap"``, see `reliability_curve`.
+
+    Returns:
+        The Axes of the diagram; the strip is its only child Axes.
+
+    Raises:
+        InputError: No predictions, or arrays that do not fit the description.
+    """
+    if not predictions:
+        raise InputError("predictions is empty: give at least one method as {name: (probs, labels)}")
+    curves = {
+        name: reliability_curve(probs, labels, num_bins=num_bins, level=level, binning=binning, interval=interval)
+        for name, (probs, labels) in predictions.items()
+    }
+    ax = new_axes(ax, height=3.8)
+    shares = {name: reliability_curve(*pair, num_bins=num_bins) for name, pair in predictions.items()}
+    strip = ax.inset_axes(STRIP)
+    ax.plot((0, 1), (0, 1), "--", color="0.45", linewidth=0.9, label="perfect calibration", zorder=1)
+    for number, (name, curve) in enumerate(curves.items()):
+        error = expected_calibration_error(*predictions[name])
+        colour, marker = style(number)
+        _draw_curve(ax, curve, colour, marker, label=f"{name} (ECE {100 * error:.1f} %)")
+        _draw_counts(strip, shares[name], colour)
+    _frame_calibration(ax, list(curves.values()), level)
+    _frame_strip(strip, ax, list(shares.values()))
+    return ax
+
+
+def plot_brier_parts(
+    predictions: Mapping[str, tuple[ArrayLike, ArrayLike]],
+    ax: Any = None,
+    *,
+    num_bins: int = 15,
+    num_resamples: int = 200,
+    seed: int = 0,
+) -> Any:
+    """Reliability, resolution and uncertainty of each method's Brier score, with their standard errors.
+
+    Bars are 1.96 bootstrap standard errors to either side; a percentile interval would lie off to the right, since
+    sets drawn with replacement look less calibrated than they are.
+
+    Args:
+        predictions: Name of a method to ``(probs, labels)``: shapes ``(examples, classes)``, ``(examples,)``.
+        ax: Where to draw; a new figure by default.
+        num_bins: Bins for each class, see `brier_decomposition`.
+        num_resamples: Sets the bootstrap draws.
+        seed: Decides them.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        InputError: No predictions, or arrays that do not fit the description.
+    """
+    if not predictions:
+        raise InputError("predictions is empty: give at least one method as {name: (probs, labels)}")
+    check_resamples(num_resamples)
+    ax = new_axes(ax, height=2.3)
+    rows = np.arange(len(PARTS))
+    for number, (name, pair) in enumerate(predictions.items()):
+        probs, labels = check_probs_and_labels(*pair)
+        whole = brier_decomposition(probs, labels, num_bins=num_bins)
+        error = _standard_errors(probs, labels, num_bins, num_resamples, seed)
+        colour, marker = style(number)
+        place = rows + 0.16 * (number - (len(predictions) - 1) / 2)
+        label = f"{name} (Brier {whole.brier:.3f})"
+        ax.errorbar(_three(whole), place, xerr=1.96 * error, fmt=marker, color=colour, markersize=4, elinewidth=1.2,
+                    label=label)  # fmt: skip
+    name_rows(ax, list(PARTS.values()))
+    ax.set_xlim(left=min(0.0, ax.get_xlim()[0]))
+    ax.set_xlabel("part of the Brier score (± 1.96 standard errors)", fontsize=SMALL_TEXT_SIZE)
+    legend_above(ax)
+    return ax
+
+
+def _three(parts: BrierParts) -> np.ndarray:
+    return np.array([getattr(parts, name) for name in PARTS])
+
+
+def _standard_errors(probs: np.ndarray, labels: np.ndarray, num_bins: int, num_resamples: int, seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    rows = (rng.integers(len(labels), size=len(labels)) for _ in range(num_resamples))
+    parts = [_three(brier_decomposition(probs[chosen], labels[chosen], num_bins=num_bins)) for chosen in rows]
+    return np.std(parts, axis=0)
+
+
+def _draw_curve(ax: Any, curve: ReliabilityCurve, colour: str, marker: str, *, label: str) -> None:
+    """One method: a line with bars through its well-filled bins, the sparse ones as hollow, light markers."""
+    many = curve.count >= FEW_EXAMPLES
+    few = (curve.count > 0) & ~many
+    ax.vlines(curve.confidence[many], curve.lower[many], curve.upper[many], color=colour, linewidth=1.0)
+    ax.plot(
+        curve.confidence[many],
+        curve.accuracy[many],
+        marker=marker,
+        markersize=4.0,
+        color=colour,
+        linewidth=1.2,
+        label=label,
+    )
+    ax.plot(
+        curve.confidence[few],
+        curve.accuracy[few],
+        linestyle="none",
+        marker=marker,
+        markersize=4.0,
+        color=colour,
+        markerfacecolor="white",
+        alpha=0.5,
+    )
+
+
+def _draw_counts(strip: Any, curve: ReliabilityCurve, colour: str) -> None:
+    """Share of the examples in each bin, as an outline."""
+    edges = np.append(curve.lower_edge, curve.upper_edge[-1])
+    strip.stairs(100.0 * curve.count / curve.count.sum(), edges, color=colour, linewidth=1.2)
+
+
+def _frame_calibration(ax: Any, curves: list[ReliabilityCurve], level: float) -> None:
+    """Labels, and limits that leave out the confidences nobody has (below 1/classes)."""
+    left = min(curve.lower_edge[curve.count > 0].min() for curve in curves)
+    ax.set_xlim(left, 1.0)
+    ax.set_ylim(min(left, *(_lowest(curve) for curve in curves)) - 0.02, 1.02)
+    frame(ax, x="confidence (largest probability)", y=f"accuracy, {100 * level:g} % interval")
+    legend_above(ax, height=STRIP[1] + STRIP[3])
+
+
+def _frame_strip(strip: Any, ax: Any, shares: list[ReliabilityCurve]) -> None:
+    strip.set_xlim(ax.get_xlim())
+    strip.set_ylim(0.0, 105.0 * max((curve.count / curve.count.sum()).max() for curve in shares))
+    strip.set_ylabel("% of\nexamples", fontsize=SMALL_TEXT_SIZE)
+    strip.tick_params(labelsize=SMALL_TEXT_SIZE, labelbottom=False)
+    strip.spines[["top", "right"]].set_visible(False)
+
+
+def _lowest(curve: ReliabilityCurve) -> float:
+    """The lowest point of one method's picture: a bar's end, or a marker that has no bar."""
+    return float(np.nanmin(np.where(curve.count >= FEW_EXAMPLES, curve.lower, curve.accuracy)))

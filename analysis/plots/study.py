@@ -1,0 +1,131 @@
+"""Pictures of a study's grid. The tidy table and perhaps an Axes in, the Axes out."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from bayeslora.analysis.plots.style import (
+    BAND,
+    COLOURS,
+    frame,
+    legend_above,
+    name_rows,
+    new_axes,
+    size_below_legend,
+    size_beside_names,
+    style,
+)
+from bayeslora.analysis.tables.study import SETTING, at_best_settings
+from bayeslora.errors import InputError
+
+TITLES = {"accuracy": ("accuracy (%)", 100.0), "ece": ("ECE (%)", 100.0), "nll": ("NLL (nats per example)", 1.0),
+          "brier": ("Brier score", 1.0)}  # fmt: skip
+
+
+def plot_grid_spread(results: pd.DataFrame, ax: Any = None, *, metric: str = "accuracy", split: str = "test") -> Any:
+    """A box for each method over the settings of the grid, each setting's mean over seeds taken first.
+
+    Args:
+        results: A study's tidy table, of one task.
+        ax: Where to draw; a new figure by default.
+        metric: ``"accuracy"``, ``"nll"``, ``"ece"`` or ``"brier"``.
+        split: Of which split.
+
+    Returns:
+        The Axes: median, quartiles and the whole range, and a dot for each setting.
+
+    Raises:
+        InputError: no rows of that split, or several tasks.
+    """
+    chosen = _one_task(results, split)
+    means = chosen.groupby(["method", *SETTING], sort=False)[metric].mean()
+    title, factor = TITLES[metric]
+    names = list(dict.fromkeys(means.index.get_level_values("method")))
+    values = [factor * means.xs(name, level="method").dropna().to_numpy() for name in names]
+    ax = new_axes(ax, **size_beside_names(names))
+    rows = np.arange(len(names))
+    ax.boxplot(
+        values, positions=rows, orientation="horizontal", whis=(0, 100), widths=0.55, showfliers=False,
+        medianprops={"color": COLOURS[1], "linewidth": 1.4}, boxprops={"linewidth": 0.8},
+        whiskerprops={"linewidth": 0.8}, capprops={"linewidth": 0.8},
+    )  # fmt: skip
+    for row, found in zip(rows, values, strict=True):
+        ax.plot(found, np.full(len(found), row), ".", color=COLOURS[0], markersize=3, alpha=0.6, zorder=3)
+    frame(ax, x=title, y="")
+    name_rows(ax, names)
+    return ax
+
+
+def plot_learning_rates(results: pd.DataFrame, ax: Any = None, *, metric: str = "nll", split: str = "test") -> Any:
+    """A metric against the learning rate, for each method: the mean over batch sizes, ranks and seeds, and their range.
+
+    Args, Raises: as :func:`plot_grid_spread`.
+    """
+    chosen = _one_task(results, split)
+    title, factor = TITLES[metric]
+    ax = new_axes(ax, **size_below_legend(chosen["method"].unique()))
+    for number, (name, rows) in enumerate(chosen.groupby("method", sort=False)):
+        colour, marker = style(number)
+        groups = factor * rows.groupby("learning_rate")[metric].agg(["mean", "min", "max"])
+        ax.plot(groups.index, groups["mean"], color=colour, marker=marker, markersize=3.5, linewidth=1.2, label=name)
+        ax.fill_between(groups.index, groups["min"], groups["max"], color=colour, alpha=BAND, linewidth=0)
+    ax.set_xscale("log")
+    frame(ax, x="learning rate", y=title)
+    legend_above(ax)
+    return ax
+
+
+def plot_accuracy_calibration(
+    results: pd.DataFrame, ax: Any = None, *, metric: str = "ece", split: str = "test"
+) -> Any:
+    """Accuracy against calibration, a point for each method at its own best setting on validation.
+
+    Bars are the standard deviation over seeds; best is the lower right corner.
+
+    Args, Raises: as :func:`plot_grid_spread`.
+    """
+    chosen = _one_task(_at_best(results), split)
+    title, factor = TITLES[metric]
+    ax = new_axes(ax, **size_below_legend(chosen["method"].unique()))
+    for number, (name, rows) in enumerate(chosen.groupby("method", sort=False)):
+        colour, marker = style(number)
+        x, y = 100 * rows["accuracy"], factor * rows[metric]
+        bars = {"xerr": x.std(), "yerr": y.std()} if len(rows) > 1 else {}
+        ax.errorbar(x.mean(), y.mean(), **bars, color=colour, marker=marker, markersize=5, linewidth=0.8,
+                    linestyle="none", label=name)  # fmt: skip
+    frame(ax, x="accuracy (%)", y=title)
+    legend_above(ax)
+    return ax
+
+
+def plot_cost(results: pd.DataFrame, ax: Any = None, *, metric: str = "nll", split: str = "test") -> Any:
+    """A metric against the seconds of training, a point for each method at its own best setting on validation.
+
+    Args, Raises: as :func:`plot_grid_spread`.
+    """
+    chosen = _one_task(_at_best(results), split)
+    title, factor = TITLES[metric]
+    ax = new_axes(ax, **size_below_legend(chosen["method"].unique()))
+    for number, (name, rows) in enumerate(chosen.groupby("method", sort=False)):
+        colour, marker = style(number)
+        ax.plot(rows["train_seconds"].mean(), factor * rows[metric].mean(), color=colour, marker=marker, markersize=5,
+                linestyle="none", label=name)  # fmt: skip
+    ax.set_xlim(0, 1.08 * chosen.groupby("method")["train_seconds"].mean().max())
+    frame(ax, x="seconds of training", y=title)
+    legend_above(ax)
+    return ax
+
+
+def _at_best(results: pd.DataFrame) -> pd.DataFrame:
+    return at_best_settings(results) if "validation" in set(results["split"]) else results
+
+
+def _one_task(results: pd.DataFrame, split: str) -> pd.DataFrame:
+    tasks = results["task"].unique()
+    if len(tasks) != 1:
+        raise InputError(f"one picture shows one task, but the results have {', '.join(tasks) or 'none'}")
+    chosen = results[results["split"] == split]
+    if chosen.empty:
+        raise InputError(f"the results hold no rows of split {split!r}")
+    return chosen

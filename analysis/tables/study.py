@@ -1,0 +1,299 @@
+"""What a grid of runs says: robustness over settings, paired differences with verdicts, speed and cost.
+
+Every function takes the tidy table of a study: one row for each run and split, with ``task``, ``method``, ``split``,
+``learning_rate``, ``batch_size``, ``rank``, ``seed`` and the metrics. A *setting* is a learning rate, batch size and
+rank.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike
+
+from bayeslora.analysis.metrics.bins import bin_scores
+from bayeslora.analysis.metrics.bootstrap import Interval, check_resamples
+from bayeslora.analysis.metrics.checks import check_level, check_probs_and_labels
+from bayeslora.errors import InputError
+
+SETTING = ["learning_rate", "batch_size", "rank"]
+METRICS = ("accuracy", "nll", "ece", "brier")
+HIGHER_IS_BETTER = {"accuracy"}
+BETTER, WORSE, NO_DIFFERENCE = "better", "worse", "no difference seen"
+
+
+class Difference(NamedTuple):
+    """A paired difference ``estimate``, method minus reference, with its interval and the ``verdict`` in words."""
+
+    estimate: float
+    lower: float
+    upper: float
+    verdict: str
+
+
+def robustness_table(results: pd.DataFrame, *, split: str = "test", metrics: Sequence[str] = METRICS) -> pd.DataFrame:
+    """Best, median, worst and spread over the settings, each setting's mean over seeds taken first.
+
+    Spread is best − worst, and robustness the median, as in the MonteCLoRA paper. A run that failed counts for nothing:
+    compare the numbers of ``settings``.
+
+    Returns:
+        Indexed by ``(task, method)``; columns ``(metric, "best" | "median" | "worst" | "spread")`` and
+        ``("settings", "count")``. Spread is never negative.
+
+    Raises:
+        InputError: no rows of that split.
+    """
+    chosen = _rows(results, split)
+    order = _first_seen(chosen, ["task", "method"])
+    means = chosen.groupby(["task", "method", *SETTING], sort=False)[list(metrics)].mean()
+    groups = means.groupby(["task", "method"], sort=False)
+    columns: dict[tuple[str, str], pd.Series] = {}
+    for metric in metrics:
+        low, high = groups[metric].min(), groups[metric].max()
+        best, worst = (high, low) if metric in HIGHER_IS_BETTER else (low, high)
+        columns |= {(metric, "best"): best, (metric, "median"): groups[metric].median(), (metric, "worst"): worst,
+                    (metric, "spread"): (best - worst).abs()}  # fmt: skip
+    columns["settings", "count"] = groups.size()
+    return pd.DataFrame(columns).loc[order]
+
+
+def best_settings(results: pd.DataFrame, *, split: str = "validation", metric: str = "nll") -> pd.DataFrame:
+    """The setting of each task and method that is best on validation, in the mean over seeds.
+
+    Returns:
+        Indexed by ``(task, method)``; columns ``learning_rate``, ``batch_size``, ``rank`` and the metric. The first of
+        equally good settings.
+
+    Raises:
+        InputError: no rows of that split.
+    """
+    chosen = _rows(results, split)
+    means = chosen.groupby(["task", "method", *SETTING], sort=False)[metric].mean().reset_index()
+    means = means[means[metric].notna()]
+    means = means.sort_values(metric, ascending=metric not in HIGHER_IS_BETTER, kind="stable")
+    order = [
+        pair
+        for pair in _first_seen(chosen, ["task", "method"])
+        if pair in set(zip(means["task"], means["method"], strict=True))
+    ]
+    return means.drop_duplicates(["task", "method"]).set_index(["task", "method"]).loc[order]
+
+
+def at_best_settings(results: pd.DataFrame, *, split: str = "validation", metric: str = "nll") -> pd.DataFrame:
+    """The rows at each method's own :func:`best_settings`, methods in the order of ``results``; all rows where every
+    method has one setting only."""
+    if len(results.drop_duplicates(SETTING)) == 1:
+        return results
+    settings = best_settings(results, split=split, metric=metric)[SETTING].reset_index()
+    found = results.merge(settings, on=["task", "method", *SETTING], how="inner")
+    order = {method: number for number, method in enumerate(results["method"].unique())}
+    return found.sort_values("method", key=lambda names: names.map(order), kind="stable", ignore_index=True)
+
+
+def paired_difference(
+    method: ArrayLike,
+    reference: ArrayLike,
+    labels: ArrayLike,
+    *,
+    metric: str = "nll",
+    num_resamples: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Difference:
+    """How much a metric differs between two methods on the same examples, with a bootstrap interval and a verdict.
+
+    Test examples are drawn with replacement, the same for both methods; and so are seeds, in pairs, where there are
+    equally many of both and more than one. As few seeds show too little of their spread, deviations are then widened
+    by √(S/(S−1)).
+
+    Args:
+        method, reference: Probabilities, shapes ``(seeds, examples, classes)`` with the seeds in the same order. With
+            different numbers of seeds, the means over seeds are compared and no seed is drawn.
+        labels: Class indices, shape ``(examples,)``.
+        metric: ``"accuracy"``, ``"nll"``, ``"ece"`` (15 bins of equal width) or ``"brier"``.
+        num_resamples: Sets the bootstrap draws.
+        level: Coverage of the interval.
+        seed: Decides the sets.
+
+    Returns:
+        Method − reference. The verdict is "better" or "worse" where the interval leaves out 0, else "no difference
+        seen", which does not say that there is none.
+
+    Raises:
+        InputError: shapes that do not fit, an unknown metric, or an option out of range.
+
+    Example:
+        >>> sure, unsure = [[[0.9, 0.1], [0.1, 0.9]]], [[[0.6, 0.4], [0.4, 0.6]]]
+        >>> paired_difference(sure, unsure, [0, 1], metric="brier").verdict
+        'better'
+    """
+    ours, theirs = np.asarray(method, dtype=np.float64), np.asarray(reference, dtype=np.float64)
+    if ours.ndim != 3 or theirs.ndim != 3 or ours.shape[1:] != theirs.shape[1:]:
+        raise InputError(f"probabilities must have shape (seeds, examples, classes), with the same examples and "
+                         f"classes; got {ours.shape} and {theirs.shape}")  # fmt: skip
+    resampling = _Resampling(num_resamples, level, seed)
+    return _compare(ours[None], theirs[None], labels, metric, "median", resampling)
+
+
+def paired_robustness(
+    method: ArrayLike,
+    reference: ArrayLike,
+    labels: ArrayLike,
+    *,
+    statistic: str = "median",
+    metric: str = "nll",
+    num_resamples: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Difference:
+    """How much two methods differ over a grid of settings: in the median, say, or in the spread.
+
+    Each setting's mean over seeds is taken first, then the statistic over the settings, as in
+    :func:`robustness_table`. What is drawn is as in :func:`paired_difference`: the same examples and seeds for both
+    methods and at every setting. The settings are not drawn: they are the grid.
+
+    Args:
+        method, reference: Probabilities, shapes ``(settings, seeds, examples, classes)`` with the settings and the
+            seeds in the same order; numbers of seeds may differ as in :func:`paired_difference`.
+        labels: Class indices, shape ``(examples,)``.
+        statistic: ``"best"``, ``"median"``, ``"worst"`` or ``"spread"`` (best − worst, as a positive number).
+        metric, num_resamples, level, seed: As in :func:`paired_difference`.
+
+    Returns:
+        Method − reference; less spread is better, whatever the metric.
+
+    Raises:
+        InputError: shapes that do not fit, an unknown metric or statistic, or an option out of range.
+    """
+    if statistic not in STATISTICS:
+        raise InputError(f"statistic must be one of {', '.join(STATISTICS)}, but is {statistic!r}")
+    ours, theirs = np.asarray(method, dtype=np.float64), np.asarray(reference, dtype=np.float64)
+    same = ours.ndim == theirs.ndim == 4 and np.delete(ours.shape, 1).tolist() == np.delete(theirs.shape, 1).tolist()
+    if not same:
+        raise InputError(f"probabilities must have shape (settings, seeds, examples, classes), with the same settings, "
+                         f"examples and classes; got {ours.shape} and {theirs.shape}")  # fmt: skip
+    return _compare(ours, theirs, labels, metric, statistic, _Resampling(num_resamples, level, seed))
+
+
+class _Resampling(NamedTuple):
+    num_resamples: int
+    level: float
+    seed: int
+
+
+def _compare(
+    ours: np.ndarray, theirs: np.ndarray, labels: ArrayLike, metric: str, statistic: str, resampling: _Resampling
+) -> Difference:
+    """Of probabilities (settings, seeds, examples, classes); the numbers of seeds may differ."""
+    num_resamples, level, seed = resampling
+    check_level(level)
+    check_resamples(num_resamples)
+    if metric not in METRICS:
+        raise InputError(f"metric must be one of {', '.join(METRICS)}, but is {metric!r}")
+    higher = metric in HIGHER_IS_BETTER
+    rng = np.random.default_rng(seed)
+    n = ours.shape[2]
+    weights = np.vstack([np.ones(n), rng.multinomial(n, np.full(n, 1 / n), size=num_resamples)])
+    seeds = ours.shape[1] if ours.shape[1] == theirs.shape[1] else 1
+    found = []
+    for array in (ours, theirs):
+        scores = np.array([[_weighted(metric, probs, labels)(weights) for probs in setting] for setting in array])
+        found.append(scores if seeds > 1 else scores.mean(1, keepdims=True))  # (settings, S, 1 + R)
+    drawn = np.ones((1, 1 + num_resamples))
+    if seeds > 1:
+        drawn = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=num_resamples).T / seeds
+        drawn = np.hstack([np.full((seeds, 1), 1 / seeds), drawn])
+    summarize = STATISTICS[statistic]
+    one, other = (summarize((scores * drawn).sum(1), higher) for scores in found)
+    estimate, *resampled = one - other
+    widening = np.sqrt(seeds / (seeds - 1)) if seeds > 1 else 1.0
+    ends = estimate + widening * (np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2]) - estimate)
+    interval = Interval(float(estimate), float(ends[0]), float(ends[1]))
+    return Difference(*interval, verdict(interval, higher_is_better=higher and statistic != "spread"))
+
+
+def _best(scores: np.ndarray, higher: bool) -> np.ndarray:
+    return scores.max(0) if higher else scores.min(0)
+
+
+# over settings, the first dimension
+STATISTICS: dict[str, Callable[[np.ndarray, bool], np.ndarray]] = {
+    "best": _best,
+    "median": lambda scores, higher: np.median(scores, 0),
+    "worst": lambda scores, higher: _best(scores, not higher),
+    "spread": lambda scores, higher: np.ptp(scores, 0),
+}
+
+
+def verdict(interval: Interval, *, higher_is_better: bool) -> str:
+    """What an interval of a difference says, in plain words."""
+    if interval.lower > 0 or interval.upper < 0:
+        return BETTER if (interval.lower > 0) == higher_is_better else WORSE
+    return NO_DIFFERENCE
+
+
+def steps_to_reach(curve: Sequence[Mapping[str, float]], loss: float) -> float:
+    """The first recorded step at which the validation loss is at most ``loss``; NaN if there is none.
+
+    Args:
+        curve: ``{"step", "loss"}`` along training.
+        loss: In nats per example.
+    """
+    return next((float(point["step"]) for point in sorted(curve, key=lambda p: p["step"]) if point["loss"] <= loss),
+                float("nan"))  # fmt: skip
+
+
+def cost_table(results: pd.DataFrame, *, split: str = "test", reference: str = "LoRA") -> pd.DataFrame:
+    """Means over all runs of what a method costs.
+
+    Returns:
+        Indexed by ``(task, method)``: ``train_seconds``; ``train_ratio``, to the reference's; ``predict_seconds`` of
+        the split per 1000 examples; ``peak_memory_mb``.
+
+    Raises:
+        InputError: no rows of that split.
+    """
+    chosen = _rows(results, split).copy()
+    chosen["predict_seconds"] = 1000 * chosen["predict_seconds"] / chosen["examples"]
+    chosen["peak_memory_mb"] = pd.to_numeric(chosen["peak_memory_mb"])
+    columns = ["train_seconds", "predict_seconds", "peak_memory_mb"]
+    table = chosen.groupby(["task", "method"], sort=False)[columns].mean()
+    known = reference in set(chosen["method"])
+    base = table["train_seconds"].xs(reference, level="method") if known else None
+    ratio = (
+        np.nan if base is None else table["train_seconds"] / table.index.get_level_values("task").map(base).to_numpy()
+    )
+    table.insert(1, "train_ratio", ratio)
+    return table.loc[_first_seen(chosen, ["task", "method"])]
+
+
+def _weighted(metric: str, probs: np.ndarray, labels: ArrayLike) -> Callable[[np.ndarray], np.ndarray]:
+    """The metric of reweighted examples: from weights (R, n), each row summing to n, to (R,)."""
+    probs, found = check_probs_and_labels(probs, labels)
+    n = len(found)
+    correct = probs.argmax(1) == found
+    if metric == "ece":
+        confidence = probs.max(1)
+        bins = bin_scores(confidence, 15)
+        gaps = np.zeros((n, len(bins.size)))
+        gaps[np.arange(n), bins.members] = correct - confidence
+        return lambda weights: np.abs(weights @ gaps).sum(1) / n
+    at_label = np.maximum(probs[np.arange(n), found], np.nextafter(0.0, 1.0))
+    values = {"accuracy": correct.astype(np.float64), "nll": -np.log(at_label),
+              "brier": np.square(probs - np.eye(probs.shape[1])[found]).sum(1)}[metric]  # fmt: skip
+    return lambda weights: weights @ values / n
+
+
+def _rows(results: pd.DataFrame, split: str) -> pd.DataFrame:
+    found = results[results["split"] == split]
+    if found.empty:
+        raise InputError(
+            f"the results hold no rows of split {split!r}; there are {', '.join(results['split'].unique())}"
+        )
+    return found
+
+
+def _first_seen(frame: pd.DataFrame, columns: list[str]) -> list[Any]:
+    return [tuple(row) for row in frame[columns].drop_duplicates().itertuples(index=False)]

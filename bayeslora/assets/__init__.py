@@ -1,0 +1,1 @@
+"""Networks and texts that are fetched through pip."""

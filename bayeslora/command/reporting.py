@@ -1,0 +1,257 @@
+"""Run folders in, one HTML page out; see :mod:`bayeslora.analysis.report.page` for what is on it."""
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm.auto import tqdm
+
+from bayeslora.analysis.report.page import RunResults, SplitResults, report_html
+from bayeslora.errors import InputError, StorageError
+from bayeslora.inference.diagnostics import diagnose
+from bayeslora.module import BayesLoRA
+from bayeslora.storage.run_folder import ADAPTER_FOLDER, RUN_FILE
+from bayeslora.storage.untrusted import read_run
+from bayeslora.study.compare import SETTINGS_FILE
+from bayeslora.tasks.load import Task, load_task
+
+if TYPE_CHECKING:
+    from bayeslora.inference.predict import Prediction
+
+SPREAD_DRAWS = 32
+CONFIG_WORDS = ("guide", "sample_scaler", "num_components", "kl_weight", "cooperation", "normalization", "noise",
+                "mixture", "mode", "r", "lora_alpha", "target_modules")  # fmt: skip
+TRAINING_WORDS = ("seed", "train_examples", "num_train_epochs", "per_device_train_batch_size",
+                  "gradient_accumulation_steps", "learning_rate", "variational_learning_rate", "lr_scheduler_type",
+                  "weight_decay", "processes")  # fmt: skip
+
+
+def report(
+    runs: Sequence[str | Path],
+    output: str | Path = "report.html",
+    *,
+    split: str | None = None,
+    num_samples: int = 16,
+    max_examples: int | None = 500,
+    batch_size: int = 32,
+    seed: int = 0,
+    diagnostics: bool = True,
+    model: str | None = None,
+    data_dir: str | Path | None = None,
+    command: str = "",
+    progress: bool = True,
+) -> Path:
+    """Predict with each run, and write everything about them into one self-contained HTML file.
+
+    Args:
+        runs: Folders that ``bayeslora fit`` or ``bayeslora compare`` wrote; a comparison stands for its runs.
+        output: The file; replaced as a whole once the page is complete.
+        split: What the runs are judged on; ``test`` where it is labelled, else ``validation``. Shifted and
+            out-of-scope splits of the task are added.
+        num_samples: Draws of the posterior predictive; runs without noise (``sample_scaler=0``) use their one point.
+        max_examples: A random subset of this size of every split; everything if ``None``.
+        batch_size: Rows of a forward pass.
+        seed: Decides subset and draws.
+        diagnostics: Run :func:`bayeslora.diagnose` too, which costs some minutes on a small encoder.
+        model, data_dir: Where base model and data are now, if they moved.
+        command: The command line to print on the page.
+        progress: Show progress bars.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        InputError: for a folder that holds no finished run, runs of different tasks, and an ``output`` that cannot be
+            written: before anything is predicted.
+        StorageError: where it cannot be written at the end.
+    """
+    output = Path(output)
+    folders = [run for folder in runs for run in _expand(Path(folder))]
+    if not folders:
+        raise InputError("nothing to report on: give at least one run folder")
+    results = []
+    names = _names(folders)
+    for folder in folders:
+        _check_is_run(folder)
+    _check_writable(output)
+    for folder, name in tqdm(
+        list(zip(folders, names, strict=True)), desc="runs", disable=not progress or len(folders) < 2
+    ):
+        opened = open_run(folder, model=model, data_dir=data_dir)
+        results.append(
+            _collect(name, *opened, split=split, num_samples=num_samples, max_examples=max_examples,
+                     batch_size=batch_size, seed=seed, diagnostics=diagnostics, progress=progress)
+        )  # fmt: skip
+    title = f"bayeslora report: {names[0]}" if len(names) == 1 else f"bayeslora report: {len(names)} runs"
+    return _write(output, report_html(results, title=title, command=command))
+
+
+def open_run(
+    folder: Path, *, model: str | None = None, data_dir: str | Path | None = None
+) -> tuple[BayesLoRA, Task, Any, dict[str, Any]]:
+    """A finished run's module, its task, its tokenizer and ``run.json``.
+
+    Args:
+        folder: What ``bayeslora fit`` wrote.
+        model, data_dir: Where base model and data are now, if they moved.
+
+    Raises:
+        InputError: when it is no run folder, or the run is not finished.
+    """
+    _check_is_run(folder)
+    record = read_run(folder / RUN_FILE)
+    recipe = record["task"]
+    if not (folder / ADAPTER_FOLDER).is_dir():
+        raise InputError(f"{folder} is not finished: continue it with fit --resume")
+    if data_dir:
+        recipe["data_dir"] = str(data_dir)
+    task = load_task(**recipe)
+    network, tokenizer = task.load_network(model or record["model"])
+    return BayesLoRA.from_pretrained(folder / ADAPTER_FOLDER, network), task, tokenizer, record
+
+
+def _check_is_run(folder: Path) -> None:
+    if not (folder / RUN_FILE).is_file():
+        raise InputError(f"{folder} is not a run folder: it holds no run.json; give what fit wrote")
+
+
+def _expand(folder: Path) -> list[Path]:
+    """The folder, or the runs of the comparison that it holds."""
+    if not (folder / SETTINGS_FILE).is_file():
+        return [folder]
+    runs = sorted(file.parent for file in folder.glob(f"*/*/{RUN_FILE}"))
+    if not runs:
+        raise InputError(f"{folder} holds a comparison without runs: let it finish first, with keep_adapters")
+    return runs
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The folders' own names, with as many of their parents' as it takes to tell them apart."""
+    paths = [folder.resolve() for folder in folders]
+    if len(set(paths)) < len(paths):
+        raise InputError("a run is given twice")
+    depth = 1
+    while True:
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+        depth += 1
+
+
+def _collect(
+    name: str, bayes: BayesLoRA, task: Task, tokenizer: Any, record: dict[str, Any], *, split: str | None,
+    num_samples: int, max_examples: int | None, batch_size: int, seed: int, diagnostics: bool, progress: bool,
+) -> RunResults:  # fmt: skip
+    if task.kind == "text":
+        raise InputError(f"task {task.name!r} is text to learn: a report is on classes, choices or numbers")
+    chosen = split or next((s for s in ("test", "validation") if s in task.splits and task.is_labelled(s)), None)
+    if chosen is None:
+        raise InputError(f"task {task.name!r} has no labelled test or validation split: name one with --split")
+    bayesian = bayes.monteclora_config.sample_scaler > 0
+    splits = {}
+    for number, part in enumerate(
+        (chosen, *(s for s in (*task.shift_splits, *task.out_of_scope_splits) if s != chosen))
+    ):
+        labelled = part not in task.out_of_scope_splits
+        length = record["max_length"]
+        data = task.encode(tokenizer, part, max_length=length, limit=max_examples, seed=seed, labelled=labelled)
+        if progress:
+            tqdm.write(f"{name}: {len(data)} examples of {part}")
+        prediction = bayes.predict(
+            data, num_samples=num_samples if bayesian else 0, batch_size=batch_size, seed=seed, keep_draws=False,
+            progress=progress,
+        )  # fmt: skip
+        texts = _texts(task, part, max_examples, seed, labelled) if number == 0 else ()
+        splits[part] = _split_results(prediction, texts)
+    found: list = []
+    if diagnostics and bayesian:
+        if progress:
+            tqdm.write(f"{name}: diagnostics")
+        train = task.encode(
+            tokenizer, "train", max_length=record["max_length"], limit=bayes.num_examples, labelled=True
+        )
+        found = diagnose(
+            bayes, train, history=record.get("history", []), batch_size=batch_size, seed=seed, progress=progress
+        )
+    draws = bayes.posterior_draws(num_samples=SPREAD_DRAWS, seed=seed) if bayesian else None
+    return RunResults(
+        name,
+        _facts(bayes, task, record, num_samples if bayesian else 0),
+        splits,
+        task.label_names,
+        record.get("history", []),
+        bayes.adapter_names,
+        None if draws is None else draws.noise_scale / draws.mean_scale,
+        found,
+        str(record.get("command", "")),
+    )
+
+
+def _split_results(prediction: "Prediction", texts: Sequence[str]) -> SplitResults:
+    return SplitResults(
+        prediction.labels, texts, prediction.probs, prediction.entropy, prediction.mutual_information, prediction.mean,
+        prediction.std,
+    )  # fmt: skip
+
+
+def _texts(task: Task, split: str, limit: int | None, seed: int, labelled: bool) -> list[str]:
+    data = task.split(split, labelled=labelled, limit=limit, seed=seed)
+    columns = [data[column][:] for column in task.text_columns]
+    return ["\n".join(str(part) for part in row) for row in zip(*columns, strict=True)]
+
+
+def _facts(bayes: BayesLoRA, task: Task, record: dict[str, Any], num_samples: int) -> dict[str, str]:
+    config, training = bayes.monteclora_config.to_dict(), record.get("training", {})
+    trained = sum(p.numel() for p in bayes.network.parameters() if p.requires_grad)
+    variational = sum(p.numel() for p in bayes.guide.parameters() if p.requires_grad)
+    facts = {
+        "method": f"MonteCLoRA, {num_samples} draws" if num_samples else (
+            "MonteCLoRA at the mean" if config["sample_scaler"] else "LoRA (sample_scaler 0)"),
+        "model": record["model"],
+        "task": task.name + (f", {len(task.label_names)} classes" if task.label_names else ", regression"),
+        "steps": f"{record.get('steps', '?')}",
+        "trained parameters": f"{trained:,} in the network, {variational:,} in the guide",
+        "adapters": f"{len(bayes.adapter_names)}",
+    }  # fmt: skip
+    facts |= {word: _show(training[word]) for word in TRAINING_WORDS if training.get(word) is not None}
+    facts |= {word: _show(config[word]) for word in CONFIG_WORDS if config.get(word) is not None}
+    versions = record.get("versions", {})
+    return facts | {"versions": ", ".join(f"{name} {version}" for name, version in versions.items()) or "unknown"}
+
+
+def _show(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _check_writable(output: Path) -> None:
+    """Raise ``InputError`` where a file cannot be put at ``output``; leaves nothing behind."""
+    try:
+        if output.is_dir():
+            raise InputError(f"{output} is a folder: the report is one file, such as {output / 'report.html'}")
+        nearest = next(folder for folder in output.absolute().parents if folder.exists())
+        with tempfile.NamedTemporaryFile(dir=nearest, prefix=f".{output.name}-"):
+            pass
+    except OSError as error:
+        raise InputError(f"cannot write a report to {output}: {error.strerror}; choose another --output") from error
+
+
+def _write(output: Path, page: str) -> Path:
+    """Whole or not at all: what stood there before stays until the new page is complete."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=output.parent, prefix=f".{output.name}-")
+        try:
+            # a name that is no Unicode, in the command or a path, must not cost the page
+            with os.fdopen(handle, "w", encoding="utf-8", errors="replace") as file:
+                file.write(page)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, output)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise StorageError(f"cannot write the report to {output}: {error.strerror}") from error
+    return output

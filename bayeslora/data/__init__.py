@@ -1,0 +1,1 @@
+"""Examples on their way into a network: checked, padded and put into batches."""

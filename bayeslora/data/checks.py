@@ -1,0 +1,377 @@
+"""What a data set must be, the same wherever one is taken: numbered rows, each a dict that the network can read.
+
+What cannot be read is refused with the number of its row, before anything is trained or predicted.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset
+
+from bayeslora.data.batches import (
+    LABELS,
+    NOT_NUMBERS,
+    OF_OPTIONS,
+    Collator,
+    Padding,
+    as_array,
+    batches_by_length,
+    columns_read,
+    depth,
+    length_of,
+    main_input,
+    pad_token,
+    plain,
+    used_columns,
+    vocabulary_size,
+)
+from bayeslora.data.padding import Placed, find_padding, run_alone
+from bayeslora.errors import InputError
+from bayeslora.models import CategoricalLikelihood, ChoiceLikelihood, GaussianLikelihood, NextTokenLikelihood
+from bayeslora.models.language import NOT_SCORED
+
+if TYPE_CHECKING:
+    from bayeslora.module import BayesLoRA
+
+logger = logging.getLogger(__name__)
+
+UNLABELLED = -1  # how official test splits say that they have no labels
+_POSITION_TABLES = {"position_embeddings", "wpe", "embed_positions", "positions_embed"}
+_PER_TOKEN = {"attention_mask", "token_type_ids", "position_ids", "answer_mask"}
+_CHUNK = 1000  # rows fetched at a time
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The rows of a data set, and how to put them into batches."""
+
+    rows: list[dict[str, Any]]
+    collate: Collator
+
+    def batches(self, batch_size: int) -> tuple[list[list[dict[str, Any]]], np.ndarray]:
+        """See :func:`bayeslora.data.batches.batches_by_length`."""
+        return batches_by_length(self.rows, batch_size, self.collate.padding)
+
+
+class _Row(NamedTuple):
+    """Where a row lies, and its length."""
+
+    name: str
+    number: int
+    length: int
+
+
+def read_examples(bayes: "BayesLoRA", dataset: Any, name: str = "the data set") -> Examples:
+    """The rows of a data set to predict; labels are optional, but for texts.
+
+    Raises:
+        InputError: naming the first row that the network cannot read, and why.
+    """
+    check_kind(dataset, name)
+    rows = list(_rows(dataset))
+    ends = _check_rows(bayes, rows, name, learns=False)
+    padding: Padding = "right"
+    if len(rows) > 1:
+        padding = find_padding(bayes, *(Placed(f"{name}, row {end.number}", rows[end.number]) for end in ends))
+    return Examples(rows, Collator.for_network(bayes.network, bayes.model.likelihood, padding))
+
+
+def check_to_learn_from(bayes: "BayesLoRA", datasets: Mapping[str, Any], batch_size: int) -> Collator:
+    """Check data sets to learn from, or to evaluate on while learning, and return what puts their rows into batches.
+
+    Args:
+        bayes: What is to learn.
+        datasets: Data sets with labels by their names.
+        batch_size: Examples of a training batch.
+
+    Raises:
+        InputError: naming the first row that cannot be learnt from, or where examples cannot share a batch.
+    """
+    ends: list[_Row] = []
+    for name, dataset in datasets.items():
+        check_kind(dataset, name)
+        ends += _check_rows(bayes, _rows(dataset), name, learns=True)
+    padding: Padding = "right"
+    if bayes.device.type != "meta":
+        chosen = [choose(ends, key=lambda row: row.length) for choose in (min, max)]
+        shortest, longest = (Placed(f"{row.name}, row {row.number}", datasets[row.name][row.number]) for row in chosen)
+        for example in (shortest, longest):  # a failure now is none in the middle of training
+            run_alone(bayes, example)
+        if batch_size > 1:
+            padding = find_padding(bayes, shortest, longest)
+            _check_sharing(bayes, padding)
+    return Collator.for_network(bayes.network, bayes.model.likelihood, padding)
+
+
+def _check_sharing(bayes: "BayesLoRA", padding: Padding) -> None:
+    """Refuse training batches in which examples change each other's outputs."""
+    if padding in ("right", "left"):
+        return
+    pad, size = pad_token(bayes.network), vocabulary_size(bayes.network)
+    if pad is None:
+        mend = "set network.config.pad_token_id to the tokenizer's"
+    elif size is not None and not 0 <= pad < size:
+        mend = (f"its padding token {pad} is outside its {size} tokens, so call "
+                "network.resize_token_embeddings(len(tokenizer)) before BayesLoRA")  # fmt: skip
+    else:
+        mend = "pad all examples to one length when they are encoded"
+    raise InputError(f"what {type(plain(bayes.network)).__name__} says of an example depends on how far its batch is "
+                     f"padded: {mend}, or train with batch_size=1 and gradient_accumulation")  # fmt: skip
+
+
+def check_kind(dataset: Any, name: str = "the data set") -> None:
+    """Refuse what has no numbered rows that are dicts: a table by columns, splits, a stream.
+
+    Raises:
+        InputError: saying what to pass instead.
+    """
+    if isinstance(dataset, Mapping):
+        raise InputError(f"{name} is a mapping of {', '.join(map(str, dataset))}: of several splits pass one, and of "
+                         "columns datasets.Dataset.from_dict(...)")  # fmt: skip
+    if hasattr(dataset, "iloc"):
+        raise InputError(f"{name} is a table of pandas: pass datasets.Dataset.from_pandas(...)")
+    numbered = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+    if not numbered or isinstance(dataset, str | Tensor | IterableDataset):
+        raise InputError(f"{name} is a {type(dataset).__name__}, which has no numbered rows: pass a list of dicts, a "
+                         "datasets.Dataset or the like (list(...) makes one of a stream)")  # fmt: skip
+    if len(dataset) and not isinstance(dataset[0], Mapping):
+        raise InputError(f"{name}, row 0 is a {type(dataset[0]).__name__}: expected a dict from column to value")
+
+
+def _rows(dataset: Any) -> Iterator[Any]:
+    several = getattr(dataset, "__getitems__", None)  # as torch's loaders fetch them
+    for start in range(0, len(dataset), _CHUNK):
+        numbers = list(range(start, min(start + _CHUNK, len(dataset))))
+        yield from several(numbers) if several is not None else (dataset[number] for number in numbers)
+
+
+def _check_rows(bayes: "BayesLoRA", rows: Any, name: str, *, learns: bool) -> tuple[_Row, _Row]:
+    """The shortest row and the longest."""
+    check: _RowCheck | None = None
+    labels: list[float | None] = []
+    lengths: list[int] = []
+    for number, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise InputError(f"{name}, row {number} is a {type(row).__name__}: expected a dict from column to value")
+        check = check or _RowCheck(bayes, row, name, learns=learns)
+        used = check(number, row)
+        lengths.append(length_of(used))
+        labels.append(check.label(number, used))
+    if check is None:
+        raise InputError(f"{name} is empty: nothing to {'learn from' if learns else 'predict'}")
+    if isinstance(bayes.model.likelihood, CategoricalLikelihood) and None not in labels:
+        _check_classes(bayes, np.array(labels), name, learns=learns)
+    ends = int(np.argmin(lengths)), int(np.argmax(lengths))
+    return _Row(name, ends[0], lengths[ends[0]]), _Row(name, ends[1], lengths[ends[1]])
+
+
+class _RowCheck:
+    """Checks rows, one by one, against the network and against the first of them."""
+
+    def __init__(self, bayes: "BayesLoRA", first: Mapping[str, Any], name: str, *, learns: bool):
+        self.name, self.learns = name, learns
+        self.network: Any = plain(bayes.network)
+        self.kind = type(self.network).__name__
+        self.likelihood = bayes.model.likelihood
+        self.columns = columns_read(self.network, self.likelihood)
+        self.first = used_columns(first, self.columns)
+        self.sizes: dict[str, tuple[int, ...]] = {}
+        self.vocabulary = vocabulary_size(self.network)
+        self.positions = None if "position_ids" in first else position_limit(self.network)
+        self.tables = {"token_type_ids": _table_size(self.network, {"token_type_embeddings"}),
+                       "position_ids": _table_size(self.network, _POSITION_TABLES)}  # fmt: skip
+        self.end, self.ends = _end_of_text(self.network), 0
+        ours = CategoricalLikelihood | GaussianLikelihood | NextTokenLikelihood
+        self.takes_options = isinstance(self.likelihood, ChoiceLikelihood) or not isinstance(self.likelihood, ours)
+        self._find_labels(first)
+        self._name_unread(first)
+
+    def _refused(self, number: int, why: str) -> InputError:
+        return InputError(f"{self.name}, row {number}: {why}")
+
+    def _find_labels(self, first: Mapping[str, Any]) -> None:
+        if any(name in first for name in LABELS):
+            return
+        if self.learns:
+            raise InputError(f"{self.name} has no labels: there is no column 'labels' (it has {', '.join(first)}); "
+                             "is it an unlabelled split?")  # fmt: skip
+        if isinstance(self.likelihood, NextTokenLikelihood):
+            raise InputError("the texts have no labels, so no token of theirs is scored: encode them with labels, or "
+                             "let the model write with bayes.generate()")  # fmt: skip
+
+    def _name_unread(self, first: Mapping[str, Any]) -> None:
+        """Say which columns of numbers nobody reads; transformers' Trainer leaves them out too."""
+        unread = [name for name in first.keys() - self.first.keys() - set(LABELS)
+                  if not isinstance(first[name], str | None)]  # fmt: skip
+        if unread:
+            logger.warning("%s: %s does not read the columns %s", self.name, self.kind, ", ".join(sorted(unread)))
+
+    def __call__(self, number: int, row: Mapping[str, Any]) -> dict[str, Any]:
+        """What of a row goes into a batch.
+
+        Raises:
+            InputError: where the network cannot read it.
+        """
+        used = used_columns(row, self.columns)
+        self._check_columns(number, used)
+        lengths: dict[str, list[int]] = {}
+        for name, value in used.items():
+            if name == "labels":
+                continue
+            options = self.takes_options and name in OF_OPTIONS and depth(value) == 2
+            parts = [self._array(number, name, part) for part in (value if options else [value])]
+            lengths[name] = [len(part) if part.ndim else 0 for part in parts]
+            for part in parts:
+                self._check_part(number, name, part)
+            if not options:
+                self._check_size(number, name, parts[0], length_of(used))
+        self._check_lengths(number, lengths)
+        return used
+
+    def _check_columns(self, number: int, used: Mapping[str, Any]) -> None:
+        main = main_input(self.network)
+        if self.columns is not None and main not in used and "inputs_embeds" not in used:
+            raise self._refused(number, f"{self.kind} reads {main!r}, and there is no such column (there are "
+                                        f"{', '.join(used) or 'none that it reads'})")  # fmt: skip
+        if (used.keys() ^ self.first.keys()) - {"labels"}:
+            raise self._refused(number, f"it has {', '.join(used)}, and row 0 has {', '.join(self.first)}: give every "
+                                        "row the same columns")  # fmt: skip
+
+    def _array(self, number: int, name: str, value: Any) -> np.ndarray:
+        try:
+            array = as_array(value)
+        except NOT_NUMBERS:
+            raise self._refused(number, f"{name} must be numbers, got {str(value)[:40]!r}") from None
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise self._refused(number, f"{name} has a value that is NaN or infinite")
+        return array
+
+    def _check_part(self, number: int, name: str, part: np.ndarray) -> None:
+        """A column of an example, or of one option of a choice."""
+        most = self.tables.get(name)
+        if name == "input_ids":
+            self._check_tokens(number, part)
+        elif most is not None and part.size and not 0 <= part.min() <= part.max() < most:
+            raise self._refused(number, f"{name} go from 0 to {most - 1} in this network, got {part.min():g} to "
+                                        f"{part.max():g}: encode with the network's own tokenizer")  # fmt: skip
+        elif name == "input_values" and part.size == 0:
+            raise self._refused(number, "the sound is empty: leave it out")
+        elif name == "attention_mask" and not part.any():
+            raise self._refused(number, "attention_mask is 0 everywhere: leave the example out")
+
+    def _check_tokens(self, number: int, tokens: np.ndarray) -> None:
+        if tokens.ndim != 1:
+            raise self._refused(number, f"input_ids are one list of tokens, got {tokens.ndim} dimensions: encode texts "
+                                        "without return_tensors")  # fmt: skip
+        if len(tokens) == 0:
+            raise self._refused(number, "the text is empty: leave it out, or give it a token")
+        if tokens.dtype.kind == "f":
+            raise self._refused(number, f"tokens are whole numbers, got {tokens[0]:g}")
+        if self.vocabulary is not None and not 0 <= tokens.min() <= tokens.max() < self.vocabulary:
+            outside = tokens[(tokens < 0) | (tokens >= self.vocabulary)]
+            raise self._refused(number, f"token {outside[0]} is outside the network's {self.vocabulary} tokens: encode "
+                                        "with the network's own tokenizer")  # fmt: skip
+        if self.positions is not None and len(tokens) > self.positions:
+            raise self._refused(number, f"it has {len(tokens)} tokens, and the network has {self.positions} positions: "
+                                        f"encode with truncation to max_length={self.positions}")  # fmt: skip
+        if self.end is not None:
+            self._check_ends(number, int((tokens == self.end).sum()))
+
+    def _check_ends(self, number: int, ends: int) -> None:
+        self.ends = self.ends or ends
+        if ends != self.ends or ends == 0:
+            raise self._refused(number, f"{self.kind} reads at the end-of-text token {self.end}: each text needs as "
+                                        f"many as row 0 ({max(self.ends, 1)}), and this one has {ends}")  # fmt: skip
+
+    def _check_size(self, number: int, name: str, array: np.ndarray, length: int) -> None:
+        """That of the first row, but for the length."""
+        varies = array.ndim == 1 or (array.ndim > 1 and len(array) == length)
+        size = array.shape[1:] if varies else array.shape
+        if self.sizes.setdefault(name, size) != size:
+            raise self._refused(number, f"{name} has the shape {array.shape}, unlike that of the rows before: give all "
+                                        "examples one size")  # fmt: skip
+
+    def _check_lengths(self, number: int, lengths: Mapping[str, list[int]]) -> None:
+        """Masks and the like have one entry for each token."""
+        main = lengths.get("input_ids", lengths.get("input_values"))
+        for name in lengths.keys() & _PER_TOKEN if main is not None else ():
+            if lengths[name] != main:
+                raise self._refused(number, f"{name} has {lengths[name]} entries, and the example {main}: one is "
+                                            "needed for each")  # fmt: skip
+
+    def label(self, number: int, used: Mapping[str, Any]) -> float | None:
+        """The label of a row, if it has one and is one number; 0 for other kinds of label.
+
+        Raises:
+            InputError: where it is no label for this likelihood.
+        """
+        label = used.get("labels")
+        if "labels" not in self.first and not self.learns:
+            if label is not None:
+                raise self._refused(number, "it has a label, and row 0 has none: give all of them one, or none")
+            return None
+        try:
+            found = as_array(label)
+        except NOT_NUMBERS:
+            found = np.array(np.nan)
+        if not np.isfinite(found).all():
+            raise self._refused(number, f"every label must be a finite number, got {str(label)[:40]}")
+        if isinstance(self.likelihood, NextTokenLikelihood):
+            self._check_scored(number, found, used.get("input_ids", found))
+        elif isinstance(self.likelihood, CategoricalLikelihood | GaussianLikelihood):
+            if found.size != 1:
+                raise self._refused(number, f"an example has one label, got labels of shape {found.shape}")
+            return found.item()
+        return 0.0
+
+    def _check_scored(self, number: int, labels: np.ndarray, tokens: Any) -> None:
+        """A text has a token to score, and a label for each token."""
+        if labels.ndim != 1 or len(labels) != len(tokens):
+            raise InputError(f"{self.name}: the labels of a text are its tokens, or -100, one for each; text {number} "
+                             f"has {len(tokens)} tokens and labels of shape {labels.shape}")  # fmt: skip
+        scored = labels[labels != NOT_SCORED]
+        if (labels[1:] == NOT_SCORED).all():
+            raise InputError(f"{self.name}: no token of text {number} is scored (its labels are all -100 after the "
+                             "first): is max_length too short for the prompt?")  # fmt: skip
+        if self.vocabulary and not ((scored >= 0) & (scored < self.vocabulary)).all():
+            raise self._refused(number, f"labels of a text are tokens, 0 to {self.vocabulary - 1}, or -100")
+
+
+def _check_classes(bayes: "BayesLoRA", labels: np.ndarray, name: str, *, learns: bool) -> None:
+    chosen = bayes.model.likelihood if isinstance(bayes.model.likelihood, ChoiceLikelihood) else None
+    classes = len(chosen.names) if chosen else getattr(bayes.network.config, "num_labels", labels.max() + 1)
+    if (labels == UNLABELLED).all():
+        if learns:
+            raise InputError(f"{name} is an unlabelled split (every label is -1): use a labelled one")
+        return
+    for row in np.flatnonzero(labels % 1 != 0)[:1]:
+        raise InputError(f"{name}, row {row}: a classifier's labels are whole numbers, found {labels[row]:g}")
+    for row in np.flatnonzero((labels < 0) | (labels >= classes))[:1]:
+        raise InputError(f"{name}, row {row}: label {labels[row]:.0f} is outside the network's {classes} classes "
+                         f"0..{classes - 1}")  # fmt: skip
+
+
+def position_limit(network: nn.Module) -> int | None:
+    """Tokens that a network with a table of positions can read; None where positions are relative or computed."""
+    return _table_size(network, _POSITION_TABLES, whole=False)
+
+
+def _table_size(network: nn.Module, names: set[str], *, whole: bool = True) -> int | None:
+    """Rows of the smallest table of one of these names; only those in use, where not ``whole``."""
+    sizes = []
+    for path, table in plain(network).named_modules():
+        if isinstance(table, nn.Embedding) and names & set(path.split(".")):
+            offset = getattr(table, "offset", 0)  # of OPT and BART, added to each position
+            first = 0 if whole or offset or table.padding_idx is None else table.padding_idx + 1  # RoBERTa's
+            sizes.append(table.num_embeddings - offset - first)
+    return min(sizes, default=None)
+
+
+def _end_of_text(network: Any) -> int | None:
+    """The token at which a classifier with an encoder and a decoder reads, as BART and T5 do."""
+    reads = getattr(network.config, "is_encoder_decoder", False) and hasattr(network, "classification_head")
+    return network.config.eos_token_id if reads else None

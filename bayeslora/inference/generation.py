@@ -1,0 +1,394 @@
+r"""Writing with a posterior, and how uncertain each token is.
+
+A draw of all adapters is one language model. Two ways to write with several:
+
+``mode="draws"``
+    Every draw writes a text of its own: S coherent texts for a prompt, which can be compared or voted on.
+``mode="mixture"``
+    All draws read the same text, and the next token follows the mean of their distributions,
+    :math:`p(w \mid \text{text}) = \tfrac1S \sum_s p_s(w \mid \text{text})`: one text for a prompt.
+
+The entropy of that mean is the total uncertainty of a token, and the mutual information between token and draw, that
+entropy minus the draws' mean entropy, the part the draws disagree about.
+
+Each draw has its own cache of keys and values, the prompt's too: those of a layer depend on the adapters below it, so
+sharing the prompt's among draws would not be exact, and is never done.
+"""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from bayeslora.adapters.layers import check_reached, is_compiled, using_draw
+from bayeslora.data.batches import filling, vocabulary_size
+from bayeslora.data.checks import position_limit, read_examples
+from bayeslora.errors import InputError
+from bayeslora.inference.predict import Draws, evaluating
+from bayeslora.models.language import NOT_SCORED, logits_at
+from bayeslora.models.likelihoods import is_causal
+from bayeslora.tasks.encoding import encode_text
+
+if TYPE_CHECKING:
+    from bayeslora.module import BayesLoRA
+
+_AS_WRITTEN: dict[str, Any] = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+_STOP_WINDOW = 32  # tokens at the end of a text in which a stop is looked for
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Texts written for n prompts: S of each in the mode ``"draws"``, one in the mode ``"mixture"`` and at the mean.
+
+    Attributes:
+        tokens: For each prompt and sample the token ids, with the one that ends the text.
+        texts: The same as text, without what ended it; None without a tokenizer.
+        log_likelihood: Of each text under what wrote it (its draw, the mixture or the mean) at temperature 1, in nats,
+            shape ``(n, S)``.
+        num_tokens: Shape ``(n, S)``.
+        entropy: For each prompt and sample the entropy of each token's distribution, in nats.
+        mutual_information: The same between token and draw; only in the mode ``"mixture"``.
+    """
+
+    tokens: list[list[list[int]]]
+    texts: list[list[str]] | None
+    log_likelihood: np.ndarray
+    num_tokens: np.ndarray
+    entropy: list[list[np.ndarray]] = field(repr=False)
+    mutual_information: list[list[np.ndarray]] | None = field(default=None, repr=False)
+
+    @property
+    def confidence(self) -> np.ndarray:
+        """Geometric mean of the probabilities of a text's tokens, in [0, 1], shape ``(n, S)``."""
+        return np.exp(self.log_likelihood / np.maximum(self.num_tokens, 1))
+
+
+@dataclass(frozen=True)
+class TokenUncertainty:
+    """For each text, one number for each of its scored tokens, in nats.
+
+    Attributes:
+        log_prob: Of the token under the mean of the draws' distributions.
+        entropy: Of that mean.
+        mutual_information: Between the token and the draw, at least 0.
+    """
+
+    log_prob: list[np.ndarray]
+    entropy: list[np.ndarray]
+    mutual_information: list[np.ndarray]
+
+
+def generate(
+    bayes: "BayesLoRA",
+    prompts: Sequence[str] | Sequence[Sequence[int]],
+    *,
+    tokenizer: Any = None,
+    num_samples: int = 8,
+    mode: str = "draws",
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    stops: Sequence[str] = (),
+    seed: int = 0,
+    batch_size: int = 16,
+    progress: bool = True,
+) -> Generation:
+    """Write on from prompts. For anything else that transformers' ``generate`` can do, use it on ``bayes.network``
+    inside :meth:`bayeslora.BayesLoRA.as_draw`.
+
+    Args:
+        bayes: The fitted module over a causal language model.
+        prompts: Texts, or their tokens.
+        tokenizer: Needed for texts, and for ``stops``.
+        num_samples: S draws; 0 is the posterior mean, which writes one text.
+        mode: ``"draws"`` or ``"mixture"``, see the top of this file.
+        max_new_tokens: Tokens of a text at most.
+        temperature: 0 takes the most probable token; else tokens are drawn from the distribution at this temperature.
+        top_p: Drawn only among the most probable tokens that reach this share together.
+        stops: A text ends before the first of these.
+        seed: Decides draws and drawn tokens: draw s is that of ``predict``, and a text does not depend on the others in
+            its batch.
+        batch_size: Rows of a forward pass, prompts times draws.
+        progress: Show a progress bar.
+
+    Raises:
+        InputError: for a network that is no causal language model, or arguments out of range.
+    """
+    _check_causal(bayes)
+    _check_arguments(prompts, tokenizer, num_samples, mode, max_new_tokens, temperature, top_p, stops)
+    tokens = [_prompt_tokens(prompt, tokenizer) for prompt in prompts]
+    _check_prompts(bayes, tokens, max_new_tokens)
+    if bayes.monteclora_config.sample_scaler == 0:  # every draw is the mean
+        num_samples = 0
+    order = np.argsort([-len(prompt) for prompt in tokens], kind="stable")
+    size = max(batch_size // max(num_samples, 1), 1)
+    rule = _Rule(mode == "mixture" and num_samples > 0, max_new_tokens, temperature, top_p, tuple(stops), tokenizer,
+                 _ends(bayes, tokenizer))  # fmt: skip
+    written: dict[int, list[_Text]] = {}
+    with evaluating(bayes):
+        draws = Draws(bayes, num_samples, seed)
+        for start in tqdm(range(0, len(tokens), size), "generate", disable=None if progress else True, leave=False):
+            chosen = order[start : start + size]
+            texts = _write(bayes, [tokens[i] for i in chosen], draws, rule, batch_size, seed, chosen)
+            written |= dict(zip(chosen.tolist(), texts, strict=True))
+    found = [written[index] for index in range(len(tokens))]
+    return Generation(
+        [[text.tokens for text in row] for row in found],
+        [[text.read(rule) for text in row] for row in found] if tokenizer is not None else None,
+        np.array([[text.log_likelihood for text in row] for row in found]),
+        np.array([[len(text.tokens) for text in row] for row in found]),
+        [[np.array(text.entropy) for text in row] for row in found],
+        [[np.array(text.information) for text in row] for row in found] if rule.mixture else None,
+    )
+
+
+def token_uncertainty(
+    bayes: "BayesLoRA",
+    dataset: Any,
+    *,
+    num_samples: int = 16,
+    batch_size: int = 16,
+    seed: int | None = 0,
+) -> TokenUncertainty:
+    """How uncertain the posterior is about each scored token of given texts.
+
+    Args:
+        bayes: The fitted module over a causal language model.
+        dataset: Encoded texts with ``labels``, -100 where a token is not scored.
+        num_samples: Draws; the posterior mean if 0.
+        batch_size: Rows of a forward pass.
+        seed: Decides the draws, as in ``predict``.
+
+    Raises:
+        InputError: for a network that is no causal language model, or texts without labels.
+    """
+    _check_causal(bayes)
+    examples = read_examples(bayes, dataset)
+    batches, order = examples.batches(batch_size)
+    found: list[tuple[np.ndarray, ...]] = []
+    with evaluating(bayes):
+        draws = Draws(bayes, num_samples, seed)
+        for batch in batches:
+            inputs = examples.collate(batch).to(bayes.device)
+            following = inputs.pop("labels")[:, 1:]
+            scored = following != NOT_SCORED
+            positions = torch.nn.functional.pad(scored, (0, 1))
+            mean, entropies, count = torch.zeros(()), torch.zeros(()), max(num_samples, 1)
+            for index in range(count):
+                weights = draws.weights(index, 1) if draws.count else None
+                log_probs = _run_as(bayes, weights, lambda: logits_at(bayes.network, inputs, positions))  # noqa: B023
+                log_probs = log_probs.double().log_softmax(-1)
+                mean = mean + log_probs.exp() / count
+                entropies = entropies + _entropy(log_probs.exp()) / count
+            log_prob = mean.gather(1, following[scored][:, None])[:, 0].log()
+            total = _entropy(mean)
+            parts = [value.cpu().numpy() for value in (log_prob, total, (total - entropies).clamp(min=0))]
+            borders = scored.sum(-1).cumsum(0).cpu().numpy()[:-1]
+            found += zip(*(np.split(part, borders) for part in parts), strict=True)
+    return TokenUncertainty(*([text[kind] for text in (found[i] for i in order)] for kind in range(3)))
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """How to choose tokens, and when to stop."""
+
+    mixture: bool
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    stops: tuple[str, ...]
+    tokenizer: Any
+    ends: frozenset[int]
+
+    def choose(self, log_probs: Tensor, random: "list[np.random.Generator]") -> Tensor:
+        """The next token of each row, from ``(rows, vocabulary)``."""
+        if self.temperature == 0:
+            return log_probs.argmax(-1)
+        probs, order = torch.sort((log_probs / self.temperature).softmax(-1), dim=-1, descending=True, stable=True)
+        cumulative = probs.cumsum(-1)
+        kept = (cumulative - probs < self.top_p).sum(-1, keepdim=True)  # at least one
+        reached = cumulative.gather(1, kept - 1)
+        uniform = torch.tensor([generator.random() for generator in random], device=probs.device, dtype=probs.dtype)
+        place = (cumulative < uniform[:, None] * reached).sum(-1, keepdim=True).minimum(kept - 1)
+        return order.gather(1, place)[:, 0]
+
+    def stops_in(self, tokens: list[int]) -> bool:
+        if not self.stops:
+            return False
+        end = self.tokenizer.decode(tokens[-_STOP_WINDOW:], **_AS_WRITTEN)
+        return any(stop in end for stop in self.stops)
+
+
+class _Text:
+    """One text while it is written."""
+
+    def __init__(self, random: np.random.Generator):
+        self.random = random
+        self.tokens: list[int] = []
+        self.entropy: list[float] = []
+        self.information: list[float] = []
+        self.log_likelihood = 0.0
+        self.is_finished = False
+
+    def add(self, rule: _Rule, token: int, log_prob: float, entropy: float, information: float) -> None:
+        if self.is_finished:
+            return
+        self.tokens.append(token)
+        self.entropy.append(entropy)
+        self.information.append(information)
+        self.log_likelihood += log_prob
+        self.is_finished = token in rule.ends or rule.stops_in(self.tokens)
+
+    def read(self, rule: _Rule) -> str:
+        tokens = self.tokens[:-1] if self.tokens and self.tokens[-1] in rule.ends else self.tokens
+        text = rule.tokenizer.decode(tokens, **_AS_WRITTEN)
+        places = [text.find(stop) for stop in rule.stops if stop in text]
+        return text[: min(places, default=len(text))]
+
+
+def _write(
+    bayes: "BayesLoRA", prompts: list[list[int]], draws: Draws, rule: _Rule, batch_size: int, seed: int, numbers: Any
+) -> list[list[_Text]]:
+    """Texts of each prompt, token by token, all draws side by side."""
+    tokens, mask = _left_padded(prompts, bayes)
+    count, examples = max(draws.count, 1), len(prompts)
+    samples = 1 if rule.mixture else count
+    texts = [[_Text(np.random.default_rng([seed, number, sample])) for sample in range(samples)] for number in numbers]
+    flat = [texts[example][sample] for sample in range(samples) for example in range(examples)]
+    runs = _Runs(bayes, draws, _together(bayes, draws, tokens, mask, batch_size))
+    current, random = tokens.expand(count, -1, -1), [text.random for text in flat]
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    for _ in range(rule.max_new_tokens):
+        log_probs = runs.step(current, mask, positions).double().log_softmax(-1)  # (draws, prompts, vocabulary)
+        entropy = _entropy(log_probs.exp())
+        information = torch.zeros_like(entropy)
+        if rule.mixture:
+            log_probs = (log_probs.logsumexp(0) - np.log(count))[None]
+            total = _entropy(log_probs.exp())
+            information, entropy = (total - entropy.mean(0)).clamp(min=0), total
+        rows = log_probs.flatten(0, 1)
+        chosen = rule.choose(rows, random)
+        picked = rows.gather(1, chosen[:, None])[:, 0]
+        numbers_of_rows = (value.flatten().tolist() for value in (chosen, picked, entropy, information))
+        for text, token, *values in zip(flat, *numbers_of_rows, strict=True):
+            text.add(rule, token, *values)
+        if all(text.is_finished for text in flat):
+            break
+        current = chosen.view(samples, examples, 1).expand(count, -1, -1)
+        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+        positions = positions[:, -1:] + 1
+    return texts
+
+
+class _Runs:
+    """The language models that write, ``together`` draws to a forward pass, each pass with its own cache."""
+
+    def __init__(self, bayes: "BayesLoRA", draws: Draws, together: int):
+        self.bayes, self.draws = bayes, draws
+        self.starts = range(0, max(draws.count, 1), together)
+        self.together = together
+        self.caches: list[Any] = [None] * len(self.starts)
+        forward = inspect.signature(bayes.network.get_base_model().forward).parameters
+        self.options = {"logits_to_keep": 1} if "logits_to_keep" in forward else {}
+
+    def step(self, tokens: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        """Logits after the last token, ``(draws, prompts, vocabulary)``, of ``(draws, prompts, T)`` new tokens."""
+        found = []
+        for run, start in enumerate(self.starts):
+            part = tokens[start : start + self.together]
+            count = len(part)
+            inputs = {"input_ids": part.flatten(0, 1), "attention_mask": mask.repeat(count, 1),
+                      "position_ids": positions.repeat(count, 1), "past_key_values": self.caches[run],
+                      "use_cache": True, **self.options}  # fmt: skip
+            weights = self.draws.weights(start, count) if self.draws.count else None
+            output = _run_as(self.bayes, weights, lambda: self.bayes.network(**inputs))  # noqa: B023
+            self.caches[run] = output.past_key_values
+            found.append(output.logits[:, -1].float().unflatten(0, (count, -1)))
+        return torch.cat(found)
+
+
+def _run_as(bayes: "BayesLoRA", weights: Any, run: Any) -> Any:
+    """What ``run`` returns under these draws; at the mean if None."""
+    if weights is None:
+        return run()
+    with using_draw(bayes.model.groups, weights):
+        output = run()
+    check_reached(bayes.model.groups)
+    return output
+
+
+def _together(bayes: "BayesLoRA", draws: Draws, tokens: Tensor, mask: Tensor, batch_size: int) -> int:
+    """How many draws one forward pass takes."""
+    fitting = min(batch_size // len(tokens), draws.count)
+    if fitting < 2 or is_compiled(bayes.network):
+        return 1
+    return fitting if bayes.rows_are_examples({"input_ids": tokens, "attention_mask": mask}) else 1
+
+
+def _left_padded(prompts: list[list[int]], bayes: "BayesLoRA") -> tuple[Tensor, Tensor]:
+    length = max(map(len, prompts))
+    pad = filling(bayes.network)
+    tokens = torch.tensor([[pad] * (length - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    return tokens.to(bayes.device), mask.to(bayes.device)
+
+
+def _entropy(probs: Tensor) -> Tensor:
+    """In nats, over the last dimension."""
+    return torch.special.entr(probs).sum(-1)
+
+
+def _ends(bayes: "BayesLoRA", tokenizer: Any) -> frozenset[int]:
+    """Tokens that end a text."""
+    base = bayes.network.get_base_model()
+    ends = getattr(getattr(base, "generation_config", None), "eos_token_id", None)
+    ends = getattr(bayes.config, "eos_token_id", None) if ends is None else ends
+    known = ends if isinstance(ends, list) else [ends]
+    return frozenset(end for end in [*known, getattr(tokenizer, "eos_token_id", None)] if end is not None)
+
+
+def _check_prompts(bayes: "BayesLoRA", prompts: list[list[int]], max_new_tokens: int) -> None:
+    size, positions = vocabulary_size(bayes.network), position_limit(bayes.network)
+    for number, prompt in enumerate(prompts):
+        if not all(isinstance(token, int) and 0 <= token < (size or token + 1) for token in prompt):
+            raise InputError(f"prompt {number} is not a list of tokens of the network, whole numbers below {size}: "
+                             "encode it with the network's own tokenizer")  # fmt: skip
+        if positions is not None and len(prompt) + max_new_tokens - 1 > positions:
+            raise InputError(f"prompt {number} has {len(prompt)} tokens, and the network has {positions} positions: "
+                             f"shorten it, or write less than max_new_tokens={max_new_tokens}")  # fmt: skip
+
+
+def _prompt_tokens(prompt: Any, tokenizer: Any) -> list[int]:
+    if not isinstance(prompt, str):
+        return np.asarray(prompt).tolist()
+    return encode_text(tokenizer, prompt, "", max_length=2**30, end=False)["input_ids"]
+
+
+def _check_causal(bayes: "BayesLoRA") -> None:
+    base = bayes.network.get_base_model()
+    if not is_causal(base):
+        raise InputError(f"{type(base).__name__} is no causal language model: load it with AutoModelForCausalLM")
+
+
+def _check_arguments(
+    prompts: Any, tokenizer: Any, num_samples: int, mode: str, max_new_tokens: int, temperature: float, top_p: float,
+    stops: Sequence[str],
+) -> None:  # fmt: skip
+    if isinstance(prompts, str) or len(prompts) == 0 or any(len(prompt) == 0 for prompt in prompts):
+        raise InputError("prompts must be a list of at least one text (or its tokens), none of them empty")
+    if tokenizer is None and (stops or any(isinstance(prompt, str) for prompt in prompts)):
+        raise InputError("prompts as texts, and stops, need tokenizer=")
+    if isinstance(stops, str):
+        raise InputError(f"stops must be a list of texts, got the text {stops!r}")
+    if mode not in ("draws", "mixture"):
+        raise InputError(f"mode must be 'draws' or 'mixture', got {mode!r}")
+    if num_samples < 0 or max_new_tokens < 1:
+        raise InputError(f"num_samples must be 0 (the mean) or more and max_new_tokens at least 1, got {num_samples} "
+                         f"and {max_new_tokens}")  # fmt: skip
+    if not temperature >= 0 or not 0 < top_p <= 1:
+        raise InputError(f"temperature must be 0 or more and top_p in (0, 1], got {temperature} and {top_p}")

@@ -1,0 +1,62 @@
+"""Draws of the posterior as ordinary LoRA adapters, for whatever loads PEFT adapters."""
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bayeslora.errors import InputError
+from bayeslora.inference.predict import sample_sites
+from bayeslora.storage.checkpoint import write_peft_files
+from bayeslora.storage.run_folder import write_json
+
+if TYPE_CHECKING:
+    from bayeslora.module import BayesLoRA
+
+MEAN_FOLDER = "mean"
+INDEX_FILE = "draws.json"
+
+
+def export_draws(bayes: "BayesLoRA", folder: str | Path, num_draws: int, *, seed: int = 0) -> list[Path]:
+    """Write draws as PEFT adapters, ``folder/draw-000``, ``draw-001``, ..., and the posterior mean, ``folder/mean``.
+
+    Each folder holds PEFT's two files and opens with ``peft.PeftModel.from_pretrained``, or in any server that loads
+    PEFT adapters: averaging the draws' probabilities is then the posterior predictive. ``folder/draws.json`` names
+    them. The folder appears complete or not at all.
+
+    Args:
+        bayes: The fitted module.
+        folder: A new or empty folder.
+        num_draws: How many.
+        seed: Draw s is that of :meth:`bayeslora.BayesLoRA.predict` with this seed.
+
+    Returns:
+        The draws' folders.
+
+    Raises:
+        InputError: for a folder that holds something, fewer than one draw, or plain LoRA (ε = 0).
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} exists and holds something: choose another folder")
+    if bayes.monteclora_config.sample_scaler == 0:
+        raise InputError("sample_scaler=0 is plain LoRA: it has no draws; save_pretrained writes its one adapter")
+    names = [f"draw-{index:03}" for index in range(num_draws)]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+        new = Path(scratch) / "new"
+        (new / MEAN_FOLDER).mkdir(parents=True)
+        write_peft_files(bayes, new / MEAN_FOLDER)
+        for name, sites in zip(names, sample_sites(bayes, num_draws, seed), strict=True):
+            drawn = bayes.model.weights(sites)
+            matrices = {
+                adapter.name: matrix.mT
+                for group in bayes.model.groups
+                for adapter, matrix in zip(group.adapters, drawn[group.name], strict=True)
+            }
+            (new / name).mkdir()
+            write_peft_files(bayes, new / name, lora_A=matrices)
+        write_json(new / INDEX_FILE, {"seed": seed, "mean": MEAN_FOLDER, "draws": names})
+        if folder.exists():
+            folder.rmdir()
+        new.rename(folder)
+    return [folder / name for name in names]

@@ -1,0 +1,122 @@
+"""compare(): point-estimate LoRA against MonteCLoRA, from the same initialisation at equal budget."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from bayeslora.analysis import to_markdown
+from bayeslora.analysis.tables.study import METRICS
+from bayeslora.config import MonteCLoRAConfig
+from bayeslora.errors import InputError
+from bayeslora.study.predictions import read_predictions
+from bayeslora.study.runner import SETTINGS_FILE, run_study
+from bayeslora.study.spec import LORA_WORDS, Cell, Study
+from bayeslora.study.summary import headline
+from bayeslora.tasks.load import Task
+
+__all__ = ["SETTINGS_FILE", "Comparison", "compare", "two_methods"]
+
+TABLE_FILE = "comparison.md"
+METHODS = ("LoRA", "MonteCLoRA")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """``rows``, one per (method, split, seed) with its metrics; ``table`` over seeds; where the ``runs`` lie."""
+
+    rows: list[dict[str, Any]]
+    table: pd.DataFrame
+    runs: dict[tuple[str, int], Path]
+
+    def to_markdown(self) -> str:
+        return to_markdown(self.table)
+
+    def predictions(self, split: str, seed: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Probabilities (n, C) and labels (n,) of every method on one split, as :func:`plot_calibration` takes them."""
+        found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        for (_, run_seed), run in self.runs.items():
+            if run_seed == seed:
+                found |= read_predictions(run, split)
+        return found
+
+
+def compare(
+    model: str | Path,
+    task: Task,
+    config: MonteCLoRAConfig | None = None,
+    *,
+    output_dir: str | Path,
+    seeds: Sequence[int] = (0,),
+    train_examples: int | None = None,
+    test_examples: int | None = None,
+    test_split: str = "test",
+    num_samples: int = 16,
+    max_length: int = 64,
+    progress: bool = True,
+    batch_size: int = 16,
+    learning_rate: float = 1e-3,
+    **training: Any,
+) -> Comparison:
+    """Train both methods on the same examples in the same order, and score them on the test set and its shifts.
+
+    It is a small :class:`bayeslora.study.Study`, with LoRA from PEFT; with a labelled validation split, LoRA after
+    temperature scaling is scored too.
+
+    Args:
+        model: A folder, a hub name, or ``"demo"``.
+        task: From :func:`bayeslora.load_task`; classification.
+        config: MonteCLoRA's hyperparameters, the preset ``"calibrated"`` if ``None``; its adapter is LoRA's too.
+        output_dir: A study's folder, with one run folder per method and seed, and ``comparison.md``. Calling again with
+            the same settings continues: finished runs are read, not repeated.
+        seeds: One pair of runs each.
+        train_examples, test_examples: Random subsets of these sizes; everything when ``None``.
+        test_split: The split to score on besides ``task.shift_splits``; ``validation`` where it is unlabelled.
+        num_samples: Draws of the posterior predictive.
+        max_length: Tokens per example.
+        progress: Say what runs.
+        batch_size, learning_rate: As in :func:`bayeslora.fit`.
+        training: Further words of :func:`bayeslora.fit`: ``epochs`` (3), ``warmup``, ...
+
+    Raises:
+        InputError: for a regression task, ``mode="post_hoc"``, an ``output_dir`` that holds other settings or something
+            else, and where a run fails.
+    """
+    config = config or MonteCLoRAConfig.preset("calibrated")
+    if config.mode == "post_hoc":
+        raise InputError("compare starts both methods from scratch, but mode='post_hoc' needs a trained LoRA")
+    if task.kind not in ("classification", "choice"):
+        raise InputError(f"a comparison scores class probabilities; task {task.name!r} is of kind {task.kind}")
+    study = Study.from_dict({
+        "model": str(model), "tasks": [task.recipe], **two_methods(config, task, test_split), "seeds": list(seeds),
+        "learning_rates": [learning_rate], "batch_sizes": [batch_size], "train_examples": train_examples,
+        "test_examples": test_examples, "test_split": test_split, "num_samples": num_samples, "max_length": max_length,
+        "training": {"epochs": 3, **training}, "keep_adapters": True,
+    })  # fmt: skip
+    result = run_study(study, output_dir, isolate=False, progress=progress)
+    if len(result.failures):
+        raise InputError(f"a run of the comparison failed: {result.failures['error'].iloc[0]}")
+    table = headline(result.results)
+    output_dir = Path(output_dir)
+    (output_dir / TABLE_FILE).write_text(to_markdown(table) + "\n", encoding="utf-8")
+    tested = result.results[result.results["split"].isin(table.index.get_level_values("split"))]
+    rows = tested[["method", "split", "seed", *METRICS]]
+    setting = study.learning_rates[0], study.batch_sizes[0], study.ranks[0]
+    runs = {(method, seed): output_dir / Cell(task.name, method, *setting, seed).folder
+            for seed in seeds for method in METHODS}  # fmt: skip
+    return Comparison(rows.to_dict("records"), table, runs)
+
+
+def two_methods(config: MonteCLoRAConfig, task: Task, test_split: str) -> dict[str, Any]:
+    """The words of a study of LoRA, its temperature where there are labels for one, and MonteCLoRA as configured."""
+    values, defaults = config.to_dict(), MonteCLoRAConfig.preset("constant").to_dict()
+    changed = {word: value for word, value in values.items() if value != defaults[word] and word != "r"}
+    own = {word: value for word, value in changed.items() if word not in LORA_WORDS}
+    ours = {"name": "monteclora", "label": METHODS[1], "preset": "constant", "predictions": ["mean", "draws"], **own}
+    labelled = {split for split in (test_split, "validation") if split in task.splits and task.is_labelled(split)}
+    temperature = ["temperature"] if test_split != "validation" and labelled == {test_split, "validation"} else []
+    return {"methods": ["lora", *temperature, ours], "ranks": [config.r],
+            "lora": {word: value for word, value in changed.items() if word in LORA_WORDS}}  # fmt: skip

@@ -1,0 +1,1 @@
+"""What a study can compare, one file a family."""

@@ -1,0 +1,251 @@
+"""What a method is, and how a study finds it by name.
+
+A method is one small frozen dataclass; its fields are its options. Those that train subclass :class:`TrainedMethod`,
+those that make more of a finished training :class:`PostHocMethod`, and those that combine the trainings of several
+seeds :class:`AcrossSeeds`. Register one of your own with :func:`register`, or name it in a study as
+``my_module:MyMethod``.
+"""
+
+import dataclasses
+import difflib
+import math
+import types
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from reprlib import repr as shown
+from typing import TYPE_CHECKING, Any, ClassVar, get_args
+
+import numpy as np
+
+from bayeslora.errors import InputError
+from bayeslora.study.spec import MethodSpec, Study, check_folders, suggest
+
+if TYPE_CHECKING:
+    from bayeslora.study.bench import Bench
+
+METHODS: dict[str, type["Method"]] = {}
+KINDS = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text"}
+FAMILIES = ("peft", "monteclora", "post_hoc")
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """Predictive probabilities ``probs`` (n, C), ``labels`` (n,), the mutual information between label and draw (n,)
+    where there are draws, and the ``seconds`` it took."""
+
+    probs: np.ndarray
+    labels: np.ndarray
+    mutual_information: np.ndarray | None = None
+    seconds: float = 0.0
+
+
+Predictor = Callable[[str], Predicted]  # of a split
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training hands over.
+
+    Attributes:
+        network: The trained network, in evaluation mode.
+        steps: Steps of the optimizer.
+        seconds: What training took, evaluations for the curve included.
+        curve: ``{"step", "loss", "accuracy"}`` on validation examples, along training.
+        checkpoints: Values of the trained parameters at some steps, for methods that asked for them.
+        facts: Further numbers for the table.
+        bayes: The :class:`bayeslora.BayesLoRA` around the network, where there is one.
+    """
+
+    network: Any
+    steps: int
+    seconds: float
+    curve: list[dict[str, float]] = field(default_factory=list)
+    checkpoints: Sequence[Mapping[str, Any]] = ()
+    facts: Mapping[str, float] = field(default_factory=dict)
+    bayes: Any = None
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """``label`` is what tables call the method; a title and its options unless given."""
+
+    label: str = ""
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        for one in dataclasses.fields(self):
+            value = getattr(self, one.name)
+            if not _fits(value, one.type):
+                kind = getattr(one.type, "__name__", str(one.type))
+                raise InputError(f"method {self.name!r}: {one.name} takes {KINDS.get(kind, kind)}, got {shown(value)}")
+        if not self.label:
+            object.__setattr__(self, "label", self.default_label())
+
+    def default_label(self) -> str:
+        """The title, and the options that are not the default."""
+        changed = [f"{f.name}={value}" for f in dataclasses.fields(self)
+                   if f.name not in ("label", "base") and (value := getattr(self, f.name)) != f.default]  # fmt: skip
+        return f"{self.title} ({', '.join(changed)})" if changed else self.title
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> "Method":
+        """The method with these options, as a study names them."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        for word in options:
+            if word not in known:
+                raise InputError(f"method {cls.name!r} has no option {word!r}; {suggest(str(word), known)}")
+        values: dict[str, Any] = {w: tuple(v) if isinstance(v, list) else v for w, v in options.items()}
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class TrainedMethod(Method):
+    """A method that trains; its rate is the grid's times ``learning_rate_scale``."""
+
+    learning_rate_scale: float = 1.0
+
+    @abstractmethod
+    def train(self, bench: "Bench") -> Trained:
+        """Train on ``bench.train``, from ``bench.network()``, within the study's budget."""
+
+    @abstractmethod
+    def predictors(self, trained: Trained, bench: "Bench") -> Iterator[tuple[str, Predictor]]:
+        """The ways to predict, each with its label; the first is what post-hoc methods build on."""
+
+    def save(self, trained: Trained, bench: "Bench") -> None:
+        """Keep what was trained in ``bench.folder``."""
+        trained.network.save_pretrained(bench.folder / "adapter")
+
+
+@dataclass(frozen=True)
+class PostHocMethod(Method):
+    """A method that takes a finished training of ``base`` (a method's name or label) and predicts otherwise."""
+
+    base: str = "lora"
+
+    @abstractmethod
+    def predictors(self, trained: Trained, bench: "Bench", predict: Predictor) -> Iterator[tuple[str, Predictor]]:
+        """The ways to predict; ``predict`` is the base's own. ``trained.network`` must be left as it was."""
+
+    def checkpoints(self) -> int:
+        """How many checkpoints of the training it needs."""
+        return 0
+
+
+@dataclass(frozen=True)
+class AcrossSeeds(Method):
+    """A method that combines the predictions of ``base`` over the study's seeds."""
+
+    base: str = "lora"
+
+    @abstractmethod
+    def combine(self, probs: np.ndarray) -> np.ndarray:
+        """From (seeds, n, C) to (n, C)."""
+
+
+def register(cls: type[Method]) -> type[Method]:
+    """Make a method known by its ``name``."""
+    METHODS[cls.name] = cls
+    return cls
+
+
+def make_method(spec: MethodSpec) -> Method:
+    """The method that a study asks for.
+
+    Raises:
+        InputError: for a name that nothing has, and options that the method does not take.
+    """
+    cls = _import(spec.name) if ":" in spec.name else all_methods().get(spec.name)
+    if cls is None:
+        raise InputError(f"no method {spec.name!r}; {suggest(spec.name, sorted(METHODS))}, or module:Class")
+    try:
+        return cls.from_options(spec.options)
+    except TypeError as error:
+        raise InputError(f"method {spec.name!r}: {error}") from error
+
+
+def all_methods() -> dict[str, type[Method]]:
+    """Every registered method by its name."""
+    for family in FAMILIES:
+        import_module(f"bayeslora.study.methods.{family}")
+    return METHODS
+
+
+@dataclass(frozen=True)
+class Lineup:
+    """A study's methods: those that ``train``, and by the label of each, what builds on it."""
+
+    trained: dict[str, TrainedMethod]
+    post_hoc: dict[str, list[PostHocMethod]]
+    across: dict[str, list[AcrossSeeds]]
+    specs: dict[str, list[MethodSpec]]
+
+    @classmethod
+    def of(cls, study: Study) -> "Lineup":
+        """Build every method and find what each is based on.
+
+        Raises:
+            InputError: for an unknown method or option, two of one label, a base that the study does not train.
+        """
+        made = [(spec, make_method(spec)) for spec in study.methods]
+        labels = [method.label for _, method in made]
+        for label in labels:
+            if labels.count(label) > 1:
+                raise InputError(f"two methods are called {label!r}: give one of them another label")
+        if "labels" in labels:
+            raise InputError("no method can be called 'labels': labels lie beside predictions; give it another label")
+        trained = {method.label: method for _, method in made if isinstance(method, TrainedMethod)}
+        check_folders(study, list(trained))
+        lineup = cls(trained, {label: [] for label in trained}, {label: [] for label in trained},
+                     {label: [] for label in trained})  # fmt: skip
+        for spec, method in made:
+            if isinstance(method, TrainedMethod):
+                lineup.specs[method.label].append(spec)
+            elif isinstance(method, PostHocMethod):
+                lineup.post_hoc[lineup.base(method)].append(method)
+                lineup.specs[lineup.base(method)].append(spec)
+            elif isinstance(method, AcrossSeeds):
+                lineup.across[lineup.base(method)].append(method)
+        if not trained:
+            raise InputError("the study trains nothing: name at least one method such as lora or monteclora")
+        return lineup
+
+    def base(self, method: PostHocMethod | AcrossSeeds) -> str:
+        """The label of the trained method that ``method`` builds on."""
+        if method.base in self.trained:
+            return method.base
+        named = [label for label, trained in self.trained.items() if trained.name == method.base]
+        if not named:
+            raise InputError(f"{method.label!r} builds on {method.base!r}, which the study does not train: add it")
+        if len(named) > 1:
+            raise InputError(f"{method.label!r} builds on {method.base!r}, of which the study trains {len(named)}: "
+                             f"give base the label of one ({', '.join(named)})")  # fmt: skip
+        return named[0]
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether an option's value is of its field's type, where that is one a study file can write."""
+    if isinstance(kind, types.UnionType):
+        return any(_fits(value, one) for one in get_args(kind))
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, kind) if kind in (bool, str, types.NoneType) else True
+
+
+def _import(path: str) -> type[Method]:
+    module, _, name = path.partition(":")
+    try:
+        found = getattr(import_module(module), name, None)
+    except ImportError as error:
+        raise InputError(f"method {path!r}: cannot import {module}: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, Method)):
+        close = difflib.get_close_matches(name, dir(import_module(module)), n=1)
+        raise InputError(f"method {path!r}: {module} has no method class {name!r}"
+                         + (f"; did you mean {close[0]!r}?" if close else ""))  # fmt: skip
+    return found

@@ -1,0 +1,290 @@
+"""Choices between texts, for causal language models: the official data sets, and what is asked of them.
+
+====================  =========================================  =======================================================
+task                  read                                       scored
+====================  =========================================  =======================================================
+piqa                  ``Question: GOAL``, ``Answer:``            each solution
+siqa                  ``Q: CONTEXT QUESTION``, ``A:``            each answer
+winogrande            the sentence up to the blank, filled       the rest of the sentence
+arc_easy,             ``Question: QUESTION``, ``Answer:``        each choice
+arc_challenge
+openbookqa            the stem                                   each choice
+boolq_question_only   ``Question: QUESTION?``, ``Answer:``       ``no`` and ``yes``; the passage is not shown
+====================  =========================================  =======================================================
+
+These are the prompts of EleutherAI's evaluation harness, without examples before them. ``style="letters"`` lists the
+options after the question instead, and scores their letters.
+
+References:
+    Bisk et al. (2020), *PIQA*; Sap et al. (2019), *Social IQA*; Sakaguchi et al. (2020), *WinoGrande*; Clark et al.
+    (2018), *Think you have Solved Question Answering? Try ARC*; Mihaylov et al. (2018), *OpenBookQA*; Clark et al.
+    (2019), *BoolQ*.
+"""
+
+import dataclasses
+import string
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bayeslora.errors import InputError
+from bayeslora.tasks.encoding import chat, encode_letters, encode_options
+from bayeslora.tasks.labels import UNLABELLED
+from bayeslora.tasks.load import Task, arrange, given_path
+from bayeslora.tasks.network import load_network
+from bayeslora.tasks.reading import read_hub, read_local
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from bayeslora.models import ChoiceLikelihood
+
+Row = Mapping[str, Any]
+_ROWS_AT_ONCE = 200
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question: what is asked, what is read before each option, the options, and the right one (-1: unknown).
+
+    ``listed`` is what the letters stand for, where that is not the options themselves.
+    """
+
+    question: str
+    prompts: list[str]
+    options: list[str]
+    label: int
+    listed: list[str] | None = None
+
+
+@dataclass(frozen=True)
+class NamedChoice:
+    """What is known of a task before its data is read; ``columns`` are those that ``read`` needs, labels aside."""
+
+    repository: str
+    hub_config: str | None
+    columns: tuple[str, ...]
+    read: Callable[[Row], Question]
+
+
+def _one_prompt(question: str, prompt: str, options: list[str], label: int) -> Question:
+    return Question(question, [prompt] * len(options), options, label)
+
+
+def _numbered(value: Any, names: list[str]) -> int:
+    """Position of a label among its names; -1 for none."""
+    text = "" if value is None else str(value).strip()
+    if text in ("", "-1"):
+        return UNLABELLED
+    if text not in names:
+        raise InputError(f"the label {value!r} is none of {', '.join(names)}")
+    return names.index(text)
+
+
+def _piqa(row: Row) -> Question:
+    goal = row["goal"]
+    label = _numbered(row.get("label"), ["0", "1"])
+    return _one_prompt(goal, f"Question: {goal}\nAnswer:", [row["sol1"], row["sol2"]], label)
+
+
+def _siqa(row: Row) -> Question:
+    question = f"{row['context']} {row['question']}"
+    options = [row["answerA"], row["answerB"], row["answerC"]]
+    return _one_prompt(question, f"Q: {question}\nA:", options, _numbered(row.get("label"), ["1", "2", "3"]))
+
+
+def _winogrande(row: Row) -> Question:
+    sentence, fillings = row["sentence"], [row["option1"], row["option2"]]
+    before, blank, after = sentence.partition("_")
+    if not blank:
+        raise InputError(f"the sentence {sentence!r:.80} has no blank (_)")
+    label = _numbered(row.get("answer"), ["1", "2"])
+    return Question(sentence, [before + filling for filling in fillings], [after.strip()] * 2, label, fillings)
+
+
+def _choices(row: Row, question: str, prompt: str) -> Question:
+    choices = row["choices"]
+    names = [str(name).strip() for name in choices["label"]]
+    return _one_prompt(question, prompt, list(choices["text"]), _numbered(row.get("answerKey"), names))
+
+
+def _arc(row: Row) -> Question:
+    return _choices(row, row["question"], f"Question: {row['question']}\nAnswer:")
+
+
+def _openbookqa(row: Row) -> Question:
+    return _choices(row, row["question_stem"], row["question_stem"])
+
+
+def _boolq(row: Row) -> Question:
+    question = row["question"]
+    value = row.get("label") if row.get("answer") is None else row["answer"]
+    label = _numbered(int(value) if isinstance(value, bool) else value, ["0", "1"])
+    return _one_prompt(question, f"Question: {question}?\nAnswer:", ["no", "yes"], label)
+
+
+_ARC = ("question", "choices")
+# of PIQA and Social IQA the copies that the evaluation harness reads: the authors' own need code of theirs to be loaded
+CHOICE_TASKS = {
+    "piqa": NamedChoice("baber/piqa", None, ("goal", "sol1", "sol2"), _piqa),
+    "siqa": NamedChoice("lighteval/siqa", None, ("context", "question", "answerA", "answerB", "answerC"), _siqa),
+    "winogrande": NamedChoice(
+        "allenai/winogrande", "winogrande_xl", ("sentence", "option1", "option2"), _winogrande
+    ),
+    "arc_easy": NamedChoice("allenai/ai2_arc", "ARC-Easy", _ARC, _arc),
+    "arc_challenge": NamedChoice("allenai/ai2_arc", "ARC-Challenge", _ARC, _arc),
+    "openbookqa": NamedChoice("allenai/openbookqa", "main", ("question_stem", "choices"), _openbookqa),
+    "boolq_question_only": NamedChoice("google/boolq", None, ("question",), _boolq),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ChoicePrompting:
+    """How a choice is put to a language model.
+
+    Args:
+        style: ``"options"``: every option is read after the prompt, and its text scored; ``"letters"``: the prompt
+            lists the options, and their letters are scored, one forward pass an example.
+        normalization: Of an option's log-likelihood, see :class:`bayeslora.models.ChoiceLikelihood`; letters need
+            none.
+        chat: Put the prompt into the tokenizer's chat template.
+
+    Raises:
+        InputError: for an unknown style.
+    """
+
+    style: str = "options"
+    normalization: str = "tokens"
+    chat: bool = False
+
+    def __post_init__(self) -> None:
+        if self.style not in ("options", "letters"):
+            raise InputError(f"style must be 'options' or 'letters', got {self.style!r}")
+
+
+def load_choice_task(name: str, data_dir: str | Path | None, prompting: Mapping[str, Any] | None) -> "ChoiceTask":
+    """Read one of :data:`CHOICE_TASKS`; see :func:`bayeslora.load_task`.
+
+    Raises:
+        InputError: anything amiss with the files, the columns, the labels or the prompting.
+    """
+    known = CHOICE_TASKS[name]
+    how = read_prompting(ChoicePrompting, prompting)
+    splits = read_hub(name, known.repository, known.hub_config) if data_dir is None else read_local(name, data_dir, ())
+    read = {split: _read_split(f"task {name!r}, split {split!r}", known, data) for split, data in splits.items()}
+    most = max(len(options) for data in read.values() for options in data["options"][:])
+    from datasets import DatasetDict
+
+    task = ChoiceTask(
+        name=name,
+        data=DatasetDict(arrange(read)),
+        text_columns=("question",),
+        label_column="label",
+        label_names=tuple(string.ascii_uppercase[:most]),
+        metrics=("accuracy",),
+        data_dir=given_path(data_dir),
+        prompting=how,
+    )
+    task.likelihood()  # a mistake in the normalization is found here
+    return task
+
+
+def _read_split(where: str, known: NamedChoice, data: "Dataset") -> "Dataset":
+    from datasets import Dataset
+
+    missing = [column for column in known.columns if column not in data.column_names]
+    if missing:
+        raise InputError(f"{where}: no column {missing[0]!r}; expected {', '.join(known.columns)}, and the columns are "
+                         f"{', '.join(data.column_names)}")  # fmt: skip
+    if not data.num_rows:
+        raise InputError(f"{where}: the data set is empty; expected at least one example")
+    questions = []
+    for number, row in enumerate(data):
+        try:
+            questions.append(dataclasses.asdict(known.read(row)))
+        except (InputError, TypeError, KeyError, AttributeError) as error:
+            raise InputError(f"{where}: row {number} is not as expected: {error}") from error
+    return Dataset.from_list([{**q, "listed": q["listed"] or q["options"]} for q in questions])
+
+
+@dataclass(frozen=True, eq=False)
+class ChoiceTask(Task):
+    """A :class:`bayeslora.tasks.load.Task` whose classes are texts, to be scored by a causal language model.
+
+    ``data`` has the columns ``question``, ``prompts``, ``options``, ``listed`` (a list of each) and ``label``. The
+    classes are called A, B, ...; an example may have fewer options than there are classes.
+    """
+
+    prompting: ChoicePrompting = ChoicePrompting()
+
+    @property
+    def kind(self) -> str:
+        return "choice"
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        return {"name": self.name, "data_dir": self.data_dir, "prompting": dataclasses.asdict(self.prompting)}
+
+    def likelihood(self) -> "ChoiceLikelihood":
+        from bayeslora.models import ChoiceLikelihood
+
+        return ChoiceLikelihood(self.label_names, self.prompting.normalization)  # type: ignore[arg-type]
+
+    def encode(
+        self,
+        tokenizer: Any,
+        split: str,
+        *,
+        max_length: int = 128,
+        limit: int | None = None,
+        seed: int = 0,
+        labelled: bool | None = None,
+    ) -> "Dataset":
+        """Prompts and options of one split as tokens, and ``labels``.
+
+        Arguments as :meth:`bayeslora.tasks.load.Task.encode`. A prompt that is too long loses its beginning. See
+        :mod:`bayeslora.tasks.encoding` for what comes out.
+        """
+        wanted = self.is_labelled(split) if labelled is None else labelled
+        data = self.split(split, labelled=wanted, limit=limit, seed=seed)
+        from datasets import Dataset, concatenate_datasets
+
+        parts = []
+        for start in range(0, data.num_rows, _ROWS_AT_ONCE):
+            rows = data.select(range(start, min(start + _ROWS_AT_ONCE, data.num_rows)))
+            encoded = [self._encode(tokenizer, row, max_length) for row in rows]
+            parts.append(Dataset.from_list([
+                {**example, "labels": row["label"]} if wanted else example
+                for example, row in zip(encoded, rows, strict=True)
+            ]))  # fmt: skip
+        return concatenate_datasets(parts)
+
+    def _encode(self, tokenizer: Any, row: Row, max_length: int) -> dict[str, Any]:
+        if self.prompting.style == "letters":
+            lines = [f"{letter}. {text}" for letter, text in zip(string.ascii_uppercase, row["listed"], strict=False)]
+            prompt = "\n".join([f"Question: {row['question']}", *lines])
+            prompt = chat(tokenizer, prompt)[0] if self.prompting.chat else f"{prompt}\nAnswer:"
+            return encode_letters(tokenizer, prompt, len(lines), max_length=max_length)
+        prompts, options = list(row["prompts"]), [f" {option}" for option in row["options"]]
+        if self.prompting.chat:
+            prompts, options = [chat(tokenizer, prompt)[0] for prompt in prompts], list(row["options"])
+        return encode_options(tokenizer, prompts, options, max_length=max_length)
+
+    def load_network(self, path: str | Path, **kwargs: Any) -> tuple[Any, Any]:
+        """A causal language model and its tokenizer; see :func:`bayeslora.tasks.network.load_network`."""
+        return load_network(path, None, **kwargs)
+
+    def with_out_of_scope(self, other: Task, split: str = "test") -> Task:
+        raise InputError(f"task {self.name!r} chooses between texts: texts of another task have none to choose from")
+
+
+def read_prompting(kind: type, given: Mapping[str, Any] | None) -> Any:
+    """The options of a task's prompting, from words."""
+    defaults = {f.name: f.default for f in dataclasses.fields(kind)}
+    for word, value in (given or {}).items():
+        if word not in defaults:
+            raise InputError(f"prompting has no {word!r}; there are {', '.join(defaults)}")
+        if type(value) is not type(defaults[word]):
+            raise InputError(f"prompting: {word} must be of the kind of {defaults[word]!r}, got {value!r}")
+    return kind(**(given or {}))

@@ -1,0 +1,1 @@
+"""Fitting, on transformers' Trainer and TRL's."""

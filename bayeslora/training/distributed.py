@@ -1,0 +1,121 @@
+"""Several processes that fit one posterior: noise of its own for each, and what one does for all."""
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import torch
+from torch import distributed
+
+from bayeslora.adapters.layers import AdapterGroup
+from bayeslora.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+
+def launched_processes() -> int:
+    """How many processes a launcher says there will be, before they have met."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def world_size() -> int:
+    """Number of processes that have met; 1 where nothing was launched."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def rank() -> int:
+    """Index of this process; 0 where nothing was launched."""
+    return distributed.get_rank() if world_size() > 1 else 0
+
+
+@contextmanager
+def own_noise(device: torch.device) -> Iterator[None]:
+    """Inside, random numbers are this rank's own; outside, the generators of all ranks stay in step.
+
+    Training loops seed every rank alike, so that all shuffle the data alike; noise and dropout would then be the same
+    on every rank too. Here one number from the common CPU generator and the rank seed the block. Nothing else is
+    remembered: who restores the common generator restores every rank's noise. A single process is left as it is.
+    """
+    if world_size() == 1:
+        yield
+        return
+    common = int(torch.randint(2**62, ()))
+    seed = int(np.random.SeedSequence([common, rank()]).generate_state(1, np.uint64)[0] >> 1)
+    accelerators = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(accelerators, device_type=device.type if accelerators else None):
+        torch.default_generator.manual_seed(seed)
+        if accelerators:
+            torch.get_device_module(device).manual_seed_all(seed)
+        yield
+
+
+def on_main_process(action: Callable[[], Result]) -> Result:
+    """Run ``action`` on rank 0 alone; every rank waits for it, and gets its result or raises its error."""
+    if world_size() == 1:
+        return action()
+    outcome: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            outcome[0] = action()
+        except Exception as error:
+            known = isinstance(error, InputError)
+            outcome[1] = error if known else RuntimeError(f"the main process failed: {error!r}")
+            distributed.broadcast_object_list(outcome)
+            raise
+    distributed.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def refuse_sharded(groups: tuple[AdapterGroup, ...]) -> None:
+    """Every lora_A must be whole when a step begins: a draw is made for all of them before the network runs.
+
+    Raises:
+        InputError: for layers that were sharded one by one, as FSDP's automatic wrapping does.
+    """
+    if world_size() == 1:
+        return
+    from torch.distributed.tensor import DTensor
+
+    for adapter in (adapter for group in groups for adapter in group.adapters):
+        weight = adapter.lora_A.weight
+        if isinstance(weight, DTensor) or weight.shape != (adapter.rank, adapter.columns):
+            raise InputError(
+                f"the lora_A of {adapter.name!r} is sharded, and a draw is made of whole matrices before any layer "
+                "runs: use DistributedDataParallel, or wrap BayesLoRA in FSDP as one unit, not layer by layer"
+            )
+
+
+def check_parallelism(arguments: "TrainingArguments") -> None:
+    """One process per device and whole copies of the module, as DistributedDataParallel has them.
+
+    Raises:
+        InputError: for FSDP, DeepSpeed and tensor parallelism, asked for in ``arguments`` or by ``accelerate launch``.
+    """
+    asked = {
+        "FSDP": arguments.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true",
+        "DeepSpeed": arguments.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true",
+        "parallelism_config": arguments.parallelism_config,
+    }
+    for name, used in asked.items():
+        if used:
+            raise InputError(
+                f"fit trains whole copies of the module and does not support {name}: launch it with torchrun or "
+                "accelerate launch --multi_gpu, and without that option"
+            )
+    if arguments.world_size != world_size():
+        raise InputError(
+            f"{world_size()} processes were launched, but each would train on its own: pass use_cpu=True if they are "
+            "to run on CPUs"
+        )
+    if arguments.n_gpu > 1:  # Trainer would use threads, whose copies of the module share one draw
+        logger.warning("using one of %d GPUs: torchrun --nproc-per-node %d uses all", *(2 * [arguments.n_gpu]))
+        arguments._n_gpu = 1

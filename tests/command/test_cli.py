@@ -1,0 +1,343 @@
+"""The command line as a user meets it: exit codes, one-line errors, and a whole run on a tiny network."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from transformers import BertTokenizerFast
+
+from bayeslora.command.main import build_parser, main
+from tests.conftest import VOCABULARY, tiny_network
+
+COMMANDS = ("demo", "fit", "evaluate", "predict", "diagnose", "compare", "report")
+WORDS = ("good", "bad", "film", "plot", "the", "a", "is", "was", "fine", "dull", "very", "not")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A tiny BERT with a tokenizer of twelve words, saved as transformers saves it."""
+    folder = tmp_path_factory.mktemp("model")
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    filler = [f"w{i}" for i in range(VOCABULARY - len(specials) - len(WORDS))]
+    (folder / "vocab.txt").write_text("\n".join([*specials, *WORDS, *filler]), encoding="utf-8")
+    BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
+    tiny_network().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Two-word reviews, positive where they say good or fine."""
+    folder = tmp_path_factory.mktemp("data") / "reviews"
+    folder.mkdir()
+    rows = [(f"the {noun} is {word}", int(word in ("good", "fine")))
+            for noun in ("film", "plot") for word in ("good", "fine", "bad", "dull")]  # fmt: skip
+    for split, repeats in (("train", 4), ("validation", 1), ("test", 2)):
+        lines = ["text,label", *(f"{text},{label}" for text, label in rows * repeats)]
+        (folder / f"{split}.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / "unlabelled.csv").write_text("text,label\na film,-1\na plot,-1\n", encoding="utf-8")
+    return folder
+
+
+def data_options(model, data):
+    return ["--model", str(model), "--task", "reviews", "--data-dir", str(data), "--text-columns", "text"]
+
+
+SMALL = ["--rank", "2", "--target-modules", "query", "value", "--max-length", "16", "--batch-size", "8"]
+
+
+@pytest.fixture(scope="module")
+def run(model, data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "reviews"
+    assert main(["fit", *data_options(model, data), "--output", str(folder), "--epochs", "2", *SMALL]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_teaches(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert f"bayeslora {command}" in text
+    undocumented = [a.option_strings for a in _options(command) if a.help is None and a.option_strings]
+    assert len(undocumented) <= 8  # plain words such as --epochs explain themselves
+
+
+def _options(command):
+    commands = next(a for a in build_parser()._actions if a.choices and command in a.choices)
+    return commands.choices[command]._actions
+
+
+def test_top_level_help_has_examples_of_every_command(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    for command in COMMANDS:
+        assert f"bayeslora {command}" in text
+
+
+def test_help_and_analysis_do_not_import_torch():
+    code = (
+        "import sys, bayeslora.analysis; from bayeslora.command.main import build_parser; build_parser(); "
+        "print('torch' in sys.modules)"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.strip() == "False"
+
+
+def test_fit_writes_a_run(run):
+    record = json.loads((run / "run.json").read_text())
+    assert record["finished"] is True
+    assert record["task"]["name"] == "reviews"
+    assert (run / "adapter" / "posterior.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("labels", "words", "schedule", "scale"),
+    [(("0", "1"), [], "entropy", 0.25), (("0", "1"), ["--preset", "constant"], "constant", 0.1),
+     (("0", "1"), ["--sample-scaler", "0.5"], "entropy", 0.5), (("0.25", "1.75"), [], "constant", 0.1)],
+    ids=["classes", "classes_constant", "classes_scaled", "numbers"],
+)  # fmt: skip
+def test_the_default_preset_is_the_one_for_the_labels(model, tmp_path, labels, words, schedule, scale):
+    if "." in labels[0]:
+        model = shutil.copytree(model, tmp_path / "one_output")
+        tiny_network(num_labels=1).save_pretrained(model)
+    rows = "".join(f"the film is {word},{label}\n" for word, label in zip(("good", "bad"), labels, strict=True))
+    (tmp_path / "train.csv").write_text("text,label\n" + rows * 4)
+    options = data_options(model, tmp_path)
+    assert main(["fit", *options, "--output", str(tmp_path / "run"), "--max-steps", "1", *SMALL, *words]) == 0
+    config = json.loads((tmp_path / "run" / "adapter" / "bayeslora.json").read_text())["config"]
+    assert (config["noise_schedule"], config["sample_scaler"]) == (schedule, scale)
+
+
+def test_post_hoc_starts_from_a_trained_lora(run, model, data, tmp_path, capsys):
+    from safetensors.torch import load_file
+
+    post_hoc = ["fit", *data_options(model, data), "--mode", "post_hoc", "--max-steps", "2", *SMALL]
+    assert main([*post_hoc, "--output", str(tmp_path / "without")]) == 2
+    assert "--adapter" in capsys.readouterr().err
+    assert main([*post_hoc, "--output", str(tmp_path / "o"), "--adapter", str(run / "adapter")]) == 0
+    before, after = (load_file(f / "adapter" / "adapter_model.safetensors") for f in (run, tmp_path / "o"))
+    assert all((after[name] == before[name]).all() for name in before)
+    before, after = (load_file(f / "adapter" / "posterior.safetensors") for f in (run, tmp_path / "o"))
+    assert any((after[name] != before[name]).any() for name in before)
+
+
+def test_evaluate_prints_one_json_object(run, capsys):
+    assert main(["evaluate", str(run), "--num-samples", "3", "--json"]) == 0
+    out = capsys.readouterr().out
+    scores = json.loads(out)
+    assert out.count("\n") == 1
+    assert scores["split"] == "test"
+    assert scores["examples"] == 16
+    assert 0 <= scores["accuracy"] <= 1
+    assert {"nll", "ece", "brier"} <= set(scores)
+    assert main(["evaluate", str(run), "--num-samples", "3", "--json", "--batch-size", "3"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["nll"] == pytest.approx(scores["nll"], rel=1e-5)
+    assert main(["evaluate", str(run), "--num-samples", "3", "--json", "--antithetic"]) == 0
+    pairs = json.loads(capsys.readouterr().out)
+    assert pairs["nll"] != scores["nll"]
+
+
+def test_evaluate_for_people(run, capsys):
+    assert main(["evaluate", str(run), "--split", "validation", "--num-samples", "0"]) == 0
+    assert re.search(r"^nll +\d\.\d{4}$", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_predict_texts(run, capsys):
+    assert main(["predict", str(run), "--text", "the film is good", "a dull plot", "--num-samples", "4"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["text"] for line in lines] == ["the film is good", "a dull plot"]
+    for line in lines:
+        assert sum(line["probs"].values()) == pytest.approx(1, abs=1e-5)
+        assert line["label"] == max(line["probs"], key=line["probs"].get)
+        assert line["mutual_information"] <= line["entropy"] + 1e-6
+
+
+def test_predict_an_unlabelled_split(run, capsys):
+    assert main(["predict", str(run), "--split", "unlabelled", "--num-samples", "2"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_diagnose_for_people_and_programs(run, capsys):
+    command = ["diagnose", str(run), "--restarts", str(run), "--num-samples", "25", "--steps", "3"]
+    assert main(command) == 0
+    text = capsys.readouterr().out
+    assert main([*command, "--json"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1
+    found = {one["name"]: one for one in json.loads(out)}
+    assert {"pareto_k", "restart_r_hat", "data_drivenness", "amortization_gap"} <= set(found)
+    assert found["restart_r_hat"]["value"] == pytest.approx(1, abs=0.05)  # a run agrees with itself
+    for name, one in found.items():
+        assert re.search(rf"^{name} +\S+ +{one['verdict']} +{re.escape(one['advice'])}$", text, re.MULTILINE)
+
+
+def test_compare_continues_and_refuses_other_settings(model, data, tmp_path, capsys):
+    command = ["compare", *data_options(model, data), "--output", str(tmp_path / "c"), "--in-process",
+               "--num-samples", "2", "--max-steps", "3", *SMALL]  # fmt: skip
+    assert main([*command, "--seeds", "0"]) == 0
+    capsys.readouterr()
+    runs = tmp_path / "c" / "reviews-lr0.001-batch8-rank2"
+    scores = runs / "lora-seed0" / "scores.json"
+    before = scores.stat().st_mtime_ns
+    assert main([*command, "--seeds", "0", "1"]) == 0
+    table = capsys.readouterr().out
+    assert scores.stat().st_mtime_ns == before
+    assert re.search(r"^\| test +\| LoRA \+ temperature\* +\| +2 \|", table, re.MULTILINE)
+    assert re.search(r"^\| test +\| MonteCLoRA, 2 draws +\| +2 \|", table, re.MULTILINE)
+    assert "validation" not in table
+    assert main([*command, "--max-length", "12"]) == 2
+    assert "another max_length (16)" in capsys.readouterr().err
+    page = tmp_path / "report.html"
+    report = ["report", str(tmp_path / "c"), "--output", str(page), "--num-samples", "2", "--no-diagnostics"]
+    assert main(report) == 0  # compare with flags keeps what was trained
+    text = page.read_text(encoding="utf-8")
+    assert all(f"{method}-seed{seed}" in text for method in ("lora", "monteclora") for seed in (0, 1))
+
+
+def test_compare_from_a_study_file(model, data, tmp_path, capsys):
+    study = tmp_path / "study.yaml"
+    study.write_text(
+        f"model: {model}\ntasks: [{{name: reviews, text_columns: text}}]\n"
+        "methods: [lora, temperature]\n"
+        "learning_rates: [1e-3, 1e-2]\nranks: [2]\nbatch_sizes: [8]\nmax_length: 16\ntraining: {max_steps: 2}\n",
+        encoding="utf-8",
+    )
+    command = ["compare", str(study), "--in-process", "--data-dir", str(data), "--output", str(tmp_path / "c")]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert "each at the setting with its lowest mean NLL on validation" in out
+    assert "accuracy (%) spread" in out
+    assert main([*command, "--learning-rate", "1e-2"]) == 2
+    assert "--learning-rate does nothing beside a study file: change" in capsys.readouterr().err
+    study.write_text(study.read_text() + "learning_rate: [1]\n", encoding="utf-8")
+    assert main(command) == 2
+    assert "did you mean 'learning_rates'" in capsys.readouterr().err
+    assert main(["compare", "--output", str(tmp_path / "d")]) == 2
+    assert "needs a study file, or --model and --task" in capsys.readouterr().err
+
+
+def test_both_methods_start_from_the_same_initialisation(model, data):
+    import torch
+    from transformers import set_seed
+
+    from bayeslora import BayesLoRA, MonteCLoRAConfig, load_task
+
+    task = load_task("reviews", data, text_columns="text")
+    states = []
+    for scaler in (0.0, 0.05):
+        set_seed(3)
+        network, _ = task.load_network(model)
+        bayes = BayesLoRA(network, MonteCLoRAConfig(r=2, sample_scaler=scaler))
+        states.append(bayes.network.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[1])
+
+
+class TestMistakes:
+    """Exit code 2, one line on standard error, no traceback, and a word about what to do."""
+
+    def fails(self, capsys, *arguments):
+        assert main(list(map(str, arguments))) == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert "Traceback" not in captured.err
+        lines = [line for line in captured.err.splitlines() if line.startswith("bayeslora: ")]
+        assert len(lines) == 1
+        return lines[0]
+
+    def fit(self, model, data, output, *more):
+        return ["fit", *data_options(model, data), "--output", output, "--max-steps", "1", *SMALL, *more]
+
+    def test_target_module(self, capsys, model, data, tmp_path):
+        message = self.fails(capsys, *self.fit(model, data, tmp_path / "o", "--target-modules", "querry"))
+        assert "closest names: query" in message
+        assert not (tmp_path / "o").exists()
+
+    @pytest.mark.parametrize(
+        ("option", "value", "named"),
+        [("--rank", 0, "r (the rank"), ("--num-components", 0, "num_components"),
+         ("--sample-scaler", -1, "sample_scaler"), ("--kl-weight", -1, "kl_weight"), ("--guide", "x", "guide"),
+         ("--batch-size", 0, "batch_size"), ("--label-column", "stars", "stars")],
+    )  # fmt: skip
+    def test_values(self, capsys, model, data, tmp_path, option, value, named):
+        assert named in self.fails(capsys, *self.fit(model, data, tmp_path / "o", option, value))
+
+    def test_unknown_task(self, capsys, model):
+        message = self.fails(capsys, "fit", "--model", model, "--task", "mrcp", "--output", "o")
+        assert "mrpc" in message
+
+    def test_compare_cannot_start_post_hoc(self, capsys, model, data, tmp_path):
+        command = ["compare", *data_options(model, data), "--output", tmp_path / "o", "--mode", "post_hoc", *SMALL]
+        assert "trained LoRA" in self.fails(capsys, *command)
+
+    def test_missing_model(self, capsys, data, tmp_path):
+        assert "nowhere" in self.fails(capsys, *self.fit(tmp_path / "nowhere", data, tmp_path / "o"))
+
+    def test_existing_run(self, capsys, model, data, run):
+        assert "--resume" in self.fails(capsys, *self.fit(model, data, run))
+
+    def test_folder_with_something_else(self, capsys, model, data, tmp_path):
+        (tmp_path / "thesis.tex").write_text("precious")
+        assert "something else" in self.fails(capsys, *self.fit(model, data, tmp_path))
+        assert (tmp_path / "thesis.tex").read_text() == "precious"
+
+    def test_not_a_run(self, capsys, tmp_path):
+        assert "run.json" in self.fails(capsys, "evaluate", tmp_path)
+
+    def test_unlabelled_split(self, capsys, run):
+        assert "no labels" in self.fails(capsys, "evaluate", run, "--split", "unlabelled")
+
+    def test_missing_split(self, capsys, run):
+        assert "'nosuch'" in self.fails(capsys, "evaluate", run, "--split", "nosuch")
+
+    def test_negative_draws(self, capsys, run):
+        assert "num_samples" in self.fails(capsys, "predict", run, "--text", "a film", "--num-samples", -1)
+
+    def test_pair_for_a_single_text_task(self, capsys, run):
+        message = self.fails(capsys, "predict", run, "--text", "a film", "--text-pair", "a plot")
+        assert "single texts" in message
+
+    def test_damaged_adapter(self, capsys, run, tmp_path):
+        import shutil
+
+        copy = tmp_path / "run"
+        shutil.copytree(run, copy)
+        weights = copy / "adapter" / "adapter_model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-10])
+        assert "truncated" in self.fails(capsys, "evaluate", copy)
+
+
+def test_report_of_a_run_beside_a_point_estimate(run, model, data, tmp_path, capsys):
+    lora = tmp_path / "lora"
+    options = ["--output", str(lora), "--epochs", "1", "--sample-scaler", "0", *SMALL]
+    assert main(["fit", *data_options(model, data), *options]) == 0
+    page = tmp_path / "pages" / "report.html"
+    words = ["report", str(lora), str(run), "--output", str(page), "--num-samples", "3", "--max-examples", "8"]
+    assert main(words) == 0
+    assert str(page) in capsys.readouterr().out
+    text = page.read_text(encoding="utf-8")
+    assert "the film is" in text
+    assert f"bayeslora fit --model {model}" in text
+    assert f"bayeslora {' '.join(words)}" in text
+    assert "LoRA (sample_scaler 0)" in text
+    assert "MonteCLoRA, 3 draws" in text
+    assert "data_drivenness" in text
+    assert not list(page.parent.glob(".*"))
+
+
+def test_report_names_what_is_wrong_and_keeps_the_page_there_was(run, tmp_path, capsys):
+    page = tmp_path / "report.html"
+    page.write_text("before", encoding="utf-8")
+    assert main(["report", str(tmp_path / "missing"), "--output", str(page)]) == 2
+    assert "not a run folder" in capsys.readouterr().err
+    assert main(["report", str(run), str(run), "--output", str(page)]) == 2
+    assert "given twice" in capsys.readouterr().err
+    assert main(["report", str(run), "--split", "nowhere", "--output", str(page)]) == 2
+    assert "no split 'nowhere'" in capsys.readouterr().err
+    assert page.read_text(encoding="utf-8") == "before"

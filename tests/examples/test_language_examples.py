@@ -1,0 +1,39 @@
+"""The examples of language models on a tiny one."""
+
+import math
+
+import pytest
+
+from tests.examples.test_examples import example
+from tests.language import tiny_language_model, tiny_tokenizer
+from tests.tasks.test_language_tasks import OFFICIAL, write
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A model, and data in the official layouts."""
+    tiny_language_model().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    for split in ("train", "validation", "test"):
+        for name in ("arc_easy", "openbookqa"):
+            write(tmp_path, name, split, [OFFICIAL[name][0]] * 6)
+        write(tmp_path, "gsm8k", split, [{"question": "where is the cat?", "answer": "up\n#### 1"}] * 6)
+    return tmp_path
+
+
+def test_llama_commonsense(place, capsys):
+    sizes = {"train_examples": 4, "test_examples": 4, "validation_examples": 4, "num_samples": 2}
+    example("llama_commonsense").main(str(place), str(place / "out"), model=str(place / "model"), seeds=(0,), **sizes)
+    printed = capsys.readouterr().out
+    assert printed.count("| LoRA + temperature*") == printed.count("| MonteCLoRA, 2 draws + temperature*") == 2
+    assert printed.index("arc_easy\n") < printed.index("openbookqa\n")
+
+
+def test_gsm8k(place, capsys):
+    sizes = {"training": 8, "testing": 4, "questions": 2, "num_samples": 2}
+    found = example("gsm8k").main(str(place), str(place / "out"), model=str(place / "model"), **sizes)
+    assert set(found) == {"LoRA", "MonteCLoRA"}
+    assert all(math.isfinite(value) for numbers in found.values() for value in numbers.values())
+    assert found["LoRA"]["mutual information"] == 0  # of one model with itself
+    assert found["MonteCLoRA"]["mutual information"] > 0
+    assert "nats a token" in capsys.readouterr().out

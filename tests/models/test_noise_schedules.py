@@ -1,0 +1,195 @@
+"""Schedules of ε: closed forms, the same ε in prior and posterior, and runs that go on exactly."""
+
+import math
+
+import pytest
+import torch
+
+from bayeslora import BayesLoRA, InputError, MonteCLoRAConfig
+from bayeslora.config import NOISE_SCHEDULES
+from bayeslora.guides import GaussianGuide
+from bayeslora.noise_schedules import SCHEDULES
+from tests.conftest import tiny_batch, tiny_dataset, tiny_network
+from tests.training.test_training import At, equal, interrupt, new, run, state
+
+CHANGING = [name for name in NOISE_SCHEDULES if name != "constant"]
+
+
+def module(schedule, **options):
+    options = {"r": 2, "num_components": 3, "sample_scaler": 0.5} | options
+    bayes = BayesLoRA(tiny_network(), MonteCLoRAConfig(noise_schedule=schedule, **options))
+    for name, parameter in bayes.network.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return bayes
+
+
+def spread(bayes, **options):
+    return torch.as_tensor(bayes.posterior_draws(num_samples=4, seed=1, **options).noise_scale)
+
+
+def test_each_name_has_a_schedule():
+    assert set(SCHEDULES) == set(NOISE_SCHEDULES)
+
+
+def test_a_constant_one_adds_nothing():
+    assert not [name for name in module("constant").state_dict() if "noise_factor" in name]
+
+
+@pytest.mark.parametrize("options", [{"guide": "amortized"}, {"guide": "mean_field"}, {"guide": "gaussian"},
+                                     {"components": "explicit"}, {"mixture": "sparse"}], ids=str)  # fmt: skip
+def test_factors_multiply_every_adapters_noise(options):
+    bayes = module("per_layer", **options)
+    before, logged = spread(bayes), logged_variance(bayes)
+    factors = torch.linspace(0.25, 2.0, len(bayes.adapter_names))
+    bayes.noise_schedule.set(factors)
+    assert torch.equal(bayes.noise_schedule.get(), factors)
+    torch.testing.assert_close(spread(bayes), before * factors)
+    if logged is not None:
+        torch.testing.assert_close(logged_variance(bayes), logged * factors**2)
+    torch.testing.assert_close(prior_spread(bayes), prior_spread(bayes, torch.ones(())) * factors)
+
+
+def logged_variance(bayes):
+    """Of every adapter; the sparse mixture has no formula."""
+    variances = [bayes.guide.noise_variance(group) for group in bayes.model.groups]
+    return None if variances[0] is None else torch.cat(variances)
+
+
+def prior_spread(bayes, factors=None):
+    before = bayes.noise_schedule.get()
+    bayes.noise_schedule.set(before if factors is None else factors)
+    found = torch.as_tensor(bayes.prior_draws(num_samples=4, seed=1).noise_scale)
+    bayes.noise_schedule.set(before)
+    return found
+
+
+@pytest.mark.parametrize("guide", ["mean_field", "gaussian"])
+def test_the_kl_does_not_depend_on_it(guide):
+    """In closed form, and where it is estimated at the draw from the two densities."""
+    bayes = module("per_layer", guide=guide, noise="shared").train()
+    found = []
+    for factors in (1.0, torch.linspace(0.25, 2.0, len(bayes.adapter_names))):
+        for exact in (True, False):
+            bayes.elbo.exact = exact
+            bayes.noise_schedule.set(factors)
+            torch.manual_seed(3)
+            bayes(**tiny_batch())
+            found.append(bayes.elbo.parts.to_floats()["kl"])
+    assert found[2:] == pytest.approx(found[:2], rel=1e-5)
+
+
+def test_pyro_runs_the_same_program():
+    bayes = module("per_layer", noise="shared").train()
+    bayes.network.eval()  # all randomness is the noise
+    bayes.noise_schedule.set(torch.linspace(0.25, 2.0, len(bayes.adapter_names)))
+    torch.manual_seed(5)
+    direct = bayes(**tiny_batch()).loss
+    torch.manual_seed(5)
+    under_pyro = bayes.elbo.differentiable_loss(bayes.model.joint, bayes.guide.forward, **tiny_batch())
+    torch.testing.assert_close(direct, under_pyro, rtol=1e-6, atol=0)
+
+
+def test_cosine_rises_over_the_first_half():
+    schedule = module("cosine").noise_schedule
+    expected = {0.0: 1e-3, 0.125: (1 - math.sqrt(0.5)) / 2, 0.25: 0.5, 0.5: 1.0, 0.9: 1.0}
+    for progress, factor in expected.items():
+        schedule.begin_step(progress)
+        assert schedule.get().tolist() == pytest.approx([factor] * len(schedule.get()))
+
+
+def test_entropy_follows_certainty():
+    schedule = module("entropy").noise_schedule
+    assert schedule.get().tolist() == pytest.approx([1e-3] * len(schedule.get()))
+    probs = torch.tensor([[0.9, 0.1], [0.5, 0.5]])
+    certainty = 1 - (-(probs * probs.log()).sum() / 2 / math.log(2)).item()
+    schedule.see_logits(probs.log() + 7)
+    assert schedule.get()[0] == pytest.approx(0.95 * 1e-3 + 0.05 * certainty)
+    for _ in range(400):
+        schedule.see_logits(torch.tensor([[80.0, -80.0]]))
+    assert schedule.get().min() == pytest.approx(1.0)
+    for _ in range(400):
+        schedule.see_logits(torch.zeros(3, 2))
+    assert schedule.get().max() == pytest.approx(1e-3, rel=1e-4)
+
+
+def test_per_layer_is_the_fisher_informations():
+    """Gradients of a constant size each: the factors become their inverses over the geometric mean."""
+    bayes = module("per_layer")
+    weights = [adapter.lora_A.weight for group in bayes.model.groups for adapter in group.adapters]
+    sizes = torch.linspace(0.5, 2.0, len(weights))
+    bayes.noise_schedule.see_gradients()  # there are none
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight)
+    bayes.noise_schedule.see_gradients()  # B is zero
+    assert torch.equal(bayes.noise_schedule.get(), torch.ones(len(weights)))
+    for weight, size in zip(weights, sizes, strict=True):
+        weight.grad = size * torch.randn_like(weight).sign()
+    expected = (sizes.log().mean() - sizes.log()).exp()
+    bayes.noise_schedule.see_gradients()
+    torch.testing.assert_close(bayes.noise_schedule.get(), expected**0.05)
+    for _ in range(400):
+        bayes.noise_schedule.see_gradients()
+    torch.testing.assert_close(bayes.noise_schedule.get(), expected, rtol=1e-4, atol=0)
+
+
+class TestFit:
+    @pytest.mark.parametrize("schedule", CHANGING)
+    def test_it_moves_and_is_saved(self, schedule, tmp_path):
+        bayes = new(noise_schedule=schedule)
+        for name, parameter in bayes.network.named_parameters():
+            if "classifier" in name and "lora" not in name:
+                parameter.data.mul_(50.0)  # a head that is sure of something
+        run(tmp_path / "run", bayes, epochs=2)
+        factors = bayes.noise_schedule.get()
+        start = new(noise_schedule=schedule).noise_schedule.get()
+        assert torch.equal(factors, start) == (schedule == "cosine")  # which ends at 1
+        again = BayesLoRA.from_pretrained(tmp_path / "run" / "adapter", tiny_network(layers=1))
+        assert torch.equal(again.noise_schedule.get(), factors)
+        assert torch.equal(spread(again), spread(bayes))
+
+    @pytest.mark.parametrize("schedule", CHANGING)
+    def test_resumed_it_is_the_run_that_never_stopped(self, schedule, tmp_path):
+        options = {"epochs": 2, "evaluations": 4, "evaluate": tiny_dataset(8, seed=1)}
+        whole = new(noise_schedule=schedule)
+        run(tmp_path / "whole", whole, **options)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "cut", new(noise_schedule=schedule), callbacks=[At(8, interrupt)], **options)
+        resumed = new(5, noise_schedule=schedule)
+        run(tmp_path / "cut", resumed, resume=True, **options)
+        assert equal(state(resumed), state(whole))
+
+
+def test_cosine_starts_nearly_as_plain_lora():
+    for schedule in ("constant", "cosine"):
+        bayes = module(schedule).train()
+        bayes.network.eval()
+        bayes.noise_schedule.begin_step(0.0)
+        with bayes.without_sampling():
+            mean = bayes(**tiny_batch()).logits
+        away = (bayes(**tiny_batch()).logits - mean).norm() / mean.norm()
+        assert (away < 1e-2) == (schedule == "cosine")
+
+
+class TestRefused:
+    def test_unknown(self):
+        with pytest.raises(InputError, match="noise_schedule must be one of constant, cosine"):
+            MonteCLoRAConfig(noise_schedule="linear")
+
+    def test_guides_that_do_not_follow(self):
+        from pyro.infer.autoguide import AutoNormal
+
+        class Fixed(GaussianGuide):
+            follows_noise_schedule = False
+
+        for guide in (AutoNormal, Fixed):
+            with pytest.raises(InputError, match=f"a {guide.__name__} does not follow"):
+                BayesLoRA(tiny_network(), MonteCLoRAConfig(noise_schedule="cosine"), guide=guide)
+
+    def test_entropy_of_a_regression(self):
+        with pytest.raises(InputError, match="this network has none"):
+            BayesLoRA(tiny_network(num_labels=1), MonteCLoRAConfig(noise_schedule="entropy"))
+
+    def test_gradients_of_a_frozen_mean(self):
+        with pytest.raises(InputError, match="post_hoc' freezes"):
+            BayesLoRA(tiny_network(), MonteCLoRAConfig(noise_schedule="per_layer", mode="post_hoc"))
