@@ -17,7 +17,7 @@ from transformers import set_seed
 
 from bayeslora import BayesLoRA, MonteCLoRAConfig, fit, load_task
 from bayeslora.analysis import detection_scores
-from bayeslora.tasks.load import Task
+from bayeslora.tasks.base import Task
 
 # the task, training examples, and the split of its own and of foreign inputs; ag_news is added to sst2
 SETTINGS = {

@@ -1,9 +1,10 @@
 """What is assumed: priors over the adapters, and likelihoods of the labels."""
 
 from bayeslora.models.language import ChoiceLikelihood, NextTokenLikelihood
-from bayeslora.models.likelihoods import CategoricalLikelihood, GaussianLikelihood, Likelihood, likelihood_for
+from bayeslora.models.likelihoods import CategoricalLikelihood, GaussianLikelihood, Likelihood
 from bayeslora.models.low_rank_regression import LowRankRegression, low_rank_regression
 from bayeslora.models.monteclora import MonteCLoRA
+from bayeslora.models.selection import likelihood_for
 
 __all__ = [
     "CategoricalLikelihood",

@@ -29,7 +29,8 @@ from bayeslora.adapters.layers import AdapterGroup, adapt, find_groups, leaves_f
 from bayeslora.config import MonteCLoRAConfig
 from bayeslora.distributions import CollapsedMixture, MixtureWeights, WishartCholesky, active_weights
 from bayeslora.errors import InputError
-from bayeslora.models.likelihoods import Likelihood, likelihood_for, network_outputs
+from bayeslora.models.likelihoods import Likelihood, network_outputs
+from bayeslora.models.selection import likelihood_for
 from bayeslora.parameter_store import claim_names
 
 

@@ -11,7 +11,8 @@ from typing import ClassVar
 import numpy as np
 
 from bayeslora.errors import InputError
-from bayeslora.study.methods.base import Predicted, Trained, TrainedMethod
+from bayeslora.study.methods.base import TrainedMethod
+from bayeslora.study.outcome import Predicted, Trained
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from bayeslora.config import MonteCLoRAConfig
     from bayeslora.inference.predict import Prediction
     from bayeslora.module import BayesLoRA
-    from bayeslora.tasks.load import Task
+    from bayeslora.tasks.base import Task
 
 EXAMPLES = """\
 examples:
@@ -707,7 +707,7 @@ def _score(task: "Task", prediction: "Prediction") -> dict[str, float]:
 
 
 def _encode_texts(tokenizer: Any, task: "Task", texts: list[str], pairs: list[str] | None, max_length: int) -> list:
-    from bayeslora.tasks.load import require_room
+    from bayeslora.tasks.base import require_room
 
     if task.kind in ("choice", "text"):
         raise InputError(f"task {task.name!r} is one of kind {task.kind}: --text is for classifiers, use --split")

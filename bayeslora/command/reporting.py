@@ -16,7 +16,8 @@ from bayeslora.module import BayesLoRA
 from bayeslora.storage.run_folder import ADAPTER_FOLDER, RUN_FILE
 from bayeslora.storage.untrusted import read_run
 from bayeslora.study.compare import SETTINGS_FILE
-from bayeslora.tasks.load import Task, load_task
+from bayeslora.tasks.base import Task
+from bayeslora.tasks.load import load_task
 
 if TYPE_CHECKING:
     from bayeslora.inference.predict import Prediction

@@ -17,6 +17,7 @@ from bayeslora.data.batches import Batch, Collator, pad_token
 from bayeslora.data.checks import read_examples
 from bayeslora.errors import InputError
 from bayeslora.inference.prefix import MAX_KEPT_BYTES, Prefix
+from bayeslora.models import GaussianLikelihood, Likelihood, NextTokenLikelihood
 from bayeslora.recorder import Recorder
 
 if TYPE_CHECKING:
@@ -147,8 +148,6 @@ def predict(
             of draws, ``antithetic`` with a guide that does not promise symmetry (``symmetric_rows``), or a layer that a
             draw does not reach.
     """
-    from bayeslora.models import NextTokenLikelihood
-
     if num_samples < 0:
         raise InputError(f"num_samples must be 0 (the mean network) or more, got {num_samples}")
     if batch_size < 1:
@@ -266,8 +265,6 @@ class Draws:
 
 
 def _summarize(bayes: "BayesLoRA", logits: np.ndarray, labels: np.ndarray | None, keep: bool) -> Prediction:
-    from bayeslora.models import GaussianLikelihood, Likelihood, NextTokenLikelihood
-
     likelihood = bayes.model.likelihood
     if isinstance(likelihood, NextTokenLikelihood):
         return Prediction(None, text_log_likelihood=logits[..., 0].astype(np.float64), num_tokens=logits[0, :, 1])

@@ -18,9 +18,9 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from bayeslora.data.batches import Collator, batches_by_length
 from bayeslora.errors import InputError, TrainingDivergedError
 from bayeslora.models.likelihoods import network_outputs
-from bayeslora.study.methods.base import Method, Predicted, Trained
+from bayeslora.study.outcome import Predicted, Trained
 from bayeslora.study.spec import Cell, Study
-from bayeslora.tasks.load import Task
+from bayeslora.tasks.base import Task
 from bayeslora.training.fit import run_record, trained_parameters, trainer_settings
 from bayeslora.training.monitor import BriefProgress
 
@@ -126,9 +126,9 @@ class Bench:
     def curve_data(self) -> list[dict[str, Any]] | None:
         return self.tuning_data() if self.study.curve_points and self.has_validation else None
 
-    def on_top(self, method: Method) -> str:
-        """What the predictions of a post-hoc method of this cell are called."""
-        return f"{self.cell.method} + {method.label}"
+    def on_top(self, label: str) -> str:
+        """What the predictions of a post-hoc method of this cell are called, from its label."""
+        return f"{self.cell.method} + {label}"
 
     @property
     def metadata(self) -> dict[str, Any]:

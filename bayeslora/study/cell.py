@@ -18,7 +18,8 @@ from bayeslora.storage.checkpoint import version_info
 from bayeslora.storage.run_folder import lock_folder, reporting_full_disk, write_json
 from bayeslora.storage.untrusted import MAX_RUN_BYTES, read_json
 from bayeslora.study.bench import Bench
-from bayeslora.study.methods.base import Lineup, Predictor, Trained
+from bayeslora.study.methods.base import Lineup
+from bayeslora.study.outcome import Predictor, Trained
 from bayeslora.study.predictions import PREDICTIONS_FILE, is_damaged, write_predictions
 from bayeslora.study.spec import Cell, Study, differing
 
@@ -149,7 +150,7 @@ def _predictors(
             for label, predict, seconds in _timed(method.predictors(trained, bench, own[0])):
                 yield label, "post-hoc", predict, seconds
         except Exception as error:
-            failures.append({"method": bench.on_top(method), "error": f"{type(error).__name__}: {error}"})
+            failures.append({"method": bench.on_top(method.label), "error": f"{type(error).__name__}: {error}"})
 
 
 def _timed(predictors: Iterator[tuple[str, Predictor]]) -> Iterator[tuple[str, Predictor, float]]:

@@ -16,7 +16,7 @@ from bayeslora.study.predictions import read_predictions
 from bayeslora.study.runner import SETTINGS_FILE, run_study
 from bayeslora.study.spec import LORA_WORDS, Cell, Study
 from bayeslora.study.summary import headline
-from bayeslora.tasks.load import Task
+from bayeslora.tasks.base import Task
 
 __all__ = ["SETTINGS_FILE", "Comparison", "compare", "two_methods"]
 

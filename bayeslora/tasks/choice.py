@@ -29,9 +29,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bayeslora.errors import InputError
+from bayeslora.tasks.base import Task, arrange, given_path
 from bayeslora.tasks.encoding import chat, encode_letters, encode_options
 from bayeslora.tasks.labels import UNLABELLED
-from bayeslora.tasks.load import Task, arrange, given_path
 from bayeslora.tasks.network import load_network
 from bayeslora.tasks.reading import read_hub, read_local
 
@@ -210,7 +210,7 @@ def _read_split(where: str, known: NamedChoice, data: "Dataset") -> "Dataset":
 
 @dataclass(frozen=True, eq=False)
 class ChoiceTask(Task):
-    """A :class:`bayeslora.tasks.load.Task` whose classes are texts, to be scored by a causal language model.
+    """A :class:`bayeslora.tasks.base.Task` whose classes are texts, to be scored by a causal language model.
 
     ``data`` has the columns ``question``, ``prompts``, ``options``, ``listed`` (a list of each) and ``label``. The
     classes are called A, B, ...; an example may have fewer options than there are classes.
@@ -243,7 +243,7 @@ class ChoiceTask(Task):
     ) -> "Dataset":
         """Prompts and options of one split as tokens, and ``labels``.
 
-        Arguments as :meth:`bayeslora.tasks.load.Task.encode`. A prompt that is too long loses its beginning. See
+        Arguments as :meth:`bayeslora.tasks.base.Task.encode`. A prompt that is too long loses its beginning. See
         :mod:`bayeslora.tasks.encoding` for what comes out.
         """
         wanted = self.is_labelled(split) if labelled is None else labelled

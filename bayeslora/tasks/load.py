@@ -12,26 +12,24 @@ References:
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import ArrayLike
-
 from bayeslora.errors import InputError
-from bayeslora.tasks.labels import is_labelled, prepare_labels
-from bayeslora.tasks.metrics import REGRESSION_METRICS, score
-from bayeslora.tasks.network import load_network
-from bayeslora.tasks.out_of_scope import borrow, separate
+from bayeslora.tasks.base import Task, arrange, given_path
+from bayeslora.tasks.choice import CHOICE_TASKS, load_choice_task
+from bayeslora.tasks.labels import prepare_labels
+from bayeslora.tasks.metrics import REGRESSION_METRICS
+from bayeslora.tasks.out_of_scope import separate
 from bayeslora.tasks.reading import check_texts, read_hub, read_local
 from bayeslora.tasks.sentiment import SHIFTED_DOMAINS, read_sentiment
+from bayeslora.tasks.text import TEXT_TASKS, load_text_task
 
 if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict
+    from datasets import Dataset
 
 _GLUE, _SUPERGLUE = "nyu-mll/glue", "aps/super_glue"
-_ROWS_AT_ONCE = 1000
 
 
 @dataclass(frozen=True)
@@ -78,9 +76,6 @@ NAMED_TASKS = {
     ),
 }
 
-# MNLI's matched splits come from the training genres: they are the ordinary ones
-_RENAMED = {"validation_matched": "validation", "test_matched": "test"}
-
 
 def load_task(
     name: str,
@@ -119,9 +114,6 @@ def load_task(
         >>> task.splits, task.label_names  # doctest: +SKIP
         (('train',), ('bad', 'good'))
     """
-    from bayeslora.tasks.choice import CHOICE_TASKS, load_choice_task
-    from bayeslora.tasks.text import TEXT_TASKS, load_text_task
-
     if name in CHOICE_TASKS or name in TEXT_TASKS:
         if text_columns or label_column or label_names:
             raise InputError(f"task {name!r} has columns and labels of its own: leave text_columns, label_column and "
@@ -156,216 +148,10 @@ def load_task(
     )
 
 
-@dataclass(frozen=True, eq=False)
-class Task:
-    """Data sets by split, and what is in their columns. Made by :func:`load_task`.
-
-    Attributes:
-        name: The task's name.
-        data: ``datasets.DatasetDict``; labels are integers 0..C-1, or floats for regression.
-        text_columns: One to three columns of text, see :func:`load_task`.
-        label_column: The column of labels; unlabelled splits lack it or hold -1 only.
-        label_names: Names of the classes by index; empty for regression.
-        metrics: What :meth:`score` computes.
-        shift_splits: Labelled splits from another distribution than the training split.
-        out_of_scope_splits: Unlabelled splits whose examples belong to no class.
-        data_dir: Where the data came from; None for the hub.
-    """
-
-    name: str
-    data: "DatasetDict"
-    text_columns: tuple[str, ...]
-    label_column: str
-    label_names: tuple[str, ...]
-    metrics: tuple[str, ...]
-    shift_splits: tuple[str, ...] = ()
-    out_of_scope_splits: tuple[str, ...] = ()
-    data_dir: str | None = None
-
-    @property
-    def recipe(self) -> dict[str, Any]:
-        """What :func:`load_task` needs to make this task again, classes included, ready for JSON."""
-        return {
-            "name": self.name,
-            "data_dir": self.data_dir,
-            "text_columns": list(self.text_columns),
-            "label_column": self.label_column,
-            "label_names": list(self.label_names) or None,
-        }
-
-    @property
-    def kind(self) -> str:
-        """``"classification"``, ``"regression"``, ``"choice"`` or ``"text"``."""
-        return "classification" if self.label_names else "regression"
-
-    @property
-    def is_regression(self) -> bool:
-        """Whether labels are numbers rather than classes."""
-        return self.kind == "regression"
-
-    def likelihood(self) -> Any:
-        """The likelihood for :class:`bayeslora.BayesLoRA`; None where the network says it."""
-        return None
-
-    @property
-    def num_labels(self) -> int:
-        """Outputs of the network: the number of classes, or 1 for regression."""
-        return len(self.label_names) or 1
-
-    @property
-    def splits(self) -> tuple[str, ...]:
-        """Names of the splits there are."""
-        return tuple(self.data)
-
-    def is_labelled(self, split: str) -> bool:
-        """Whether the split has labels: the label column is there and not all -1."""
-        return is_labelled(self.split(split), self.label_column)
-
-    def split(self, name: str, *, labelled: bool = False, limit: int | None = None, seed: int = 0) -> "Dataset":
-        """The data set of one split, or a random subset of it in the original order.
-
-        Args:
-            name: One of :attr:`splits`.
-            labelled: Insist on labels.
-            limit: Rows to draw without replacement; all of them if there are fewer.
-            seed: Seed of the draw.
-
-        Raises:
-            InputError: there is no such split, it has no labels, or ``limit`` is not positive.
-        """
-        if name not in self.data:
-            raise InputError(f"task {self.name!r} has no split {name!r}; it has {', '.join(self.splits)}")
-        if limit is not None and limit < 1:
-            raise InputError(f"limit is {limit}, expected at least 1 row (or None for all)")
-        data = self.data[name]
-        if labelled and not is_labelled(data, self.label_column):
-            raise InputError(f"task {self.name!r}: split {name!r} has no labels; {self._labelled_splits()}")
-        if limit is None or limit >= data.num_rows:
-            return data
-        rows = np.random.default_rng(seed).choice(data.num_rows, limit, replace=False)
-        return data.select(np.sort(rows))
-
-    def encode(
-        self,
-        tokenizer: Any,
-        split: str,
-        *,
-        max_length: int = 128,
-        limit: int | None = None,
-        seed: int = 0,
-        labelled: bool | None = None,
-    ) -> "Dataset":
-        """Tokens of one split, truncated but not padded (padding is done batch by batch), and ``labels``.
-
-        Args:
-            tokenizer: A ``transformers`` tokenizer.
-            split: One of :attr:`splits`.
-            max_length: Tokens at most; of a pair, the longer text is cut first.
-            limit: As in :meth:`split`.
-            seed: As in :meth:`split`.
-            labelled: True insists on labels, False leaves them out, None takes them if there are any.
-
-        Returns:
-            A data set with the tokenizer's model inputs, lists of integers, and ``labels`` if labelled.
-
-        Raises:
-            InputError: as :meth:`split`, and where ``max_length`` leaves nothing of a text.
-        """
-        wanted = self.is_labelled(split) if labelled is None else labelled
-        data = self.split(split, labelled=wanted, limit=limit, seed=seed)
-        require_room(tokenizer, max_length, pair=len(self.text_columns) > 1)
-        from datasets import Dataset, concatenate_datasets
-
-        parts = []
-        for start in range(0, data.num_rows, _ROWS_AT_ONCE):
-            batch = data[start : start + _ROWS_AT_ONCE]
-            tokens = tokenizer(*self._texts(batch), truncation=True, max_length=max_length)
-            inputs = {key: tokens[key] for key in tokenizer.model_input_names if key in tokens}
-            if wanted:
-                inputs["labels"] = batch[self.label_column]
-            parts.append(Dataset.from_dict(inputs))
-        return concatenate_datasets(parts)
-
-    def with_out_of_scope(self, other: "Task", split: str = "test") -> "Task":
-        """This task and the texts of another, such as news for a model of sentiment, as a further unlabelled split.
-
-        The new split is called ``other.name``. A task on pairs gets each text with the one after it. :attr:`recipe`
-        stays that of the task itself.
-
-        Args:
-            other: Where the texts come from: its first text column.
-            split: Which of its splits.
-
-        Raises:
-            InputError: ``other`` has no such split, or this task has a split of that name.
-
-        Example:
-            >>> load_task("sst2").with_out_of_scope(load_task("ag_news"))  # doctest: +SKIP
-        """
-        if other.name in self.data:
-            raise InputError(f"task {self.name!r} has a split {other.name!r} already")
-        from datasets import DatasetDict
-
-        texts = other.split(split)[other.text_columns[0]][:]
-        data = DatasetDict({**self.data, other.name: borrow(texts, self.text_columns)})
-        return replace(self, data=data, out_of_scope_splits=(*self.out_of_scope_splits, other.name))
-
-    def score(self, predictions: ArrayLike, labels: ArrayLike) -> dict[str, float]:
-        """The task's metrics, each by its name in :attr:`metrics`.
-
-        Args:
-            predictions: Class probabilities (or logits), shape ``(examples, classes)``; for regression
-                predicted means, shape ``(examples,)`` or ``(examples, 1)``.
-            labels: Class indices or values, shape ``(examples,)``.
-
-        Returns:
-            Higher is better: ``accuracy``, ``f1`` (of class 1), ``matthews_correlation`` (0 if only one class
-            occurs), ``pearson`` (NaN if either side is constant). Lower is better: ``rmse``.
-
-        Raises:
-            InputError: the shapes do not fit the task, or a prediction is not finite.
-        """
-        return score(self.metrics, np.asarray(predictions), np.asarray(labels), len(self.label_names))
-
-    def load_network(self, path: str | Path, **kwargs: Any) -> tuple[Any, Any]:
-        """A pretrained network with a head for this task, and its tokenizer.
-
-        The head is new (random) unless the checkpoint brings one of the right size. A tokenizer without a
-        padding token (GPT-2, Llama) pads with its end-of-sequence token.
-
-        Args:
-            path: A folder as ``save_pretrained`` writes it, a name on the Hugging Face hub, or ``"demo"`` for the
-                encoder of the demo (all-MiniLM-L6-v2, fetched once through pip).
-            kwargs: For ``AutoModelForSequenceClassification.from_pretrained``, such as ``dtype``.
-
-        Returns:
-            The network, in evaluation mode, and the tokenizer.
-
-        Raises:
-            InputError: nothing usable is found at ``path``.
-        """
-        return load_network(path, self.label_names, **kwargs)
-
-    def _texts(self, batch: dict[str, list[Any]]) -> list[list[str]]:
-        """One list of texts, or two for pairs; the first of three columns is put before both others."""
-        columns = [batch[column] for column in self.text_columns]
-        if len(columns) < 3:
-            return columns
-        words, *sentences = columns
-        return [[f"{word}: {text}" for word, text in zip(words, texts, strict=True)] for texts in sentences]
-
-    def _labelled_splits(self) -> str:
-        labelled = [split for split in self.data if is_labelled(self.data[split], self.label_column)]
-        return f"labelled are: {', '.join(labelled) or 'none'}"
-
-
 def _text_columns(
     name: str, known: NamedTask | None, data_dir: str | Path | None, given: str | Sequence[str] | None
 ) -> tuple[str, ...]:
     if known is None and (data_dir is None or not given):
-        from bayeslora.tasks.choice import CHOICE_TASKS
-        from bayeslora.tasks.text import TEXT_TASKS
-
         named = [*NAMED_TASKS, *CHOICE_TASKS, *TEXT_TASKS]
         close = difflib.get_close_matches(name, named)
         hint = f"did you mean {' or '.join(close)}? " if close else ""
@@ -390,30 +176,6 @@ def _read(
         return read_hub(name, known.repository, known.hub_config or name)
     assert data_dir is not None  # a task without a name has a folder
     return read_local(name, data_dir, columns)
-
-
-def require_room(tokenizer: Any, max_length: int, *, pair: bool) -> None:
-    """Raise ``InputError`` unless each text keeps a token beside the tokenizer's special ones."""
-    special = tokenizer.num_special_tokens_to_add(pair=pair)
-    least = special + (2 if pair else 1)
-    if max_length < least:
-        raise InputError(f"max_length is {max_length}, but {special} tokens are the tokenizer's own ([CLS], ...): "
-                         f"nothing would be left of a text; give at least {least}")  # fmt: skip
-
-
-def given_path(data_dir: str | Path | None) -> str | None:
-    """Where data came from, as an absolute path."""
-    return str(Path(data_dir).expanduser().absolute()) if data_dir else None
-
-
-def arrange(splits: "dict[str, Dataset]") -> "dict[str, Dataset]":
-    """Our names for the splits, the usual three first."""
-    clash = [old for old, new in _RENAMED.items() if old in splits and new in splits]
-    if clash:
-        raise InputError(f"splits {clash[0]!r} and {_RENAMED[clash[0]]!r} are both there; remove one of them")
-    renamed = {_RENAMED.get(split, split): data for split, data in splits.items()}
-    usual = [split for split in ("train", "validation", "test") if split in renamed]
-    return {split: renamed[split] for split in dict.fromkeys([*usual, *renamed])}
 
 
 def _metrics(known: NamedTask | None, names: tuple[str, ...]) -> tuple[str, ...]:

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bayeslora.errors import InputError
+from bayeslora.tasks.base import Task, arrange, given_path
 from bayeslora.tasks.choice import read_prompting
 from bayeslora.tasks.encoding import chat, encode_text
-from bayeslora.tasks.load import Task, arrange, given_path
 from bayeslora.tasks.network import load_network
 from bayeslora.tasks.reading import check_texts, read_hub, read_local
 
@@ -125,7 +125,7 @@ def _write(data: "Dataset", known: NamedText) -> "Dataset":
 
 @dataclass(frozen=True, eq=False)
 class TextTask(Task):
-    """A :class:`bayeslora.tasks.load.Task` whose labels are texts.
+    """A :class:`bayeslora.tasks.base.Task` whose labels are texts.
 
     ``data`` has the columns ``prompt`` and ``target``, and what judges an answer: ``answer`` (gsm8k), ``test`` and
     ``entry_point`` (humaneval).
@@ -167,7 +167,7 @@ class TextTask(Task):
         labelled: bool | None = None,
     ) -> "Dataset":
         """Tokens of prompt and target and ``labels`` for the target; arguments as
-        :meth:`bayeslora.tasks.load.Task.encode`. ``labelled=False`` leaves target and labels out."""
+        :meth:`bayeslora.tasks.base.Task.encode`. ``labelled=False`` leaves target and labels out."""
         data = self.split(split, limit=limit, seed=seed)
         from datasets import Dataset
 

@@ -323,7 +323,7 @@ def test_the_word_of_wic_is_put_before_both_sentences(tmp_path, tokenizer):
 
 
 def test_encoding_in_several_batches_keeps_the_order(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr("bayeslora.tasks.load._ROWS_AT_ONCE", 3)
+    monkeypatch.setattr("bayeslora.tasks.base._ROWS_AT_ONCE", 3)
     rows = [{"review": word, "label": index} for index, word in enumerate(WORDS)]
     encoded = reviews(tmp_path, rows).encode(tokenizer, "train")
     words = [tokenizer.convert_ids_to_tokens(tokens)[1] for tokens in encoded["input_ids"]]

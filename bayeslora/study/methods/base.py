@@ -11,8 +11,8 @@ import difflib
 import math
 import types
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from importlib import import_module
 from reprlib import repr as shown
 from typing import TYPE_CHECKING, Any, ClassVar, get_args
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, get_args
 import numpy as np
 
 from bayeslora.errors import InputError
+from bayeslora.study.outcome import Predictor, Trained
 from bayeslora.study.spec import MethodSpec, Study, check_folders, suggest
 
 if TYPE_CHECKING:
@@ -28,43 +29,6 @@ if TYPE_CHECKING:
 METHODS: dict[str, type["Method"]] = {}
 KINDS = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text"}
 FAMILIES = ("peft", "monteclora", "post_hoc")
-
-
-@dataclass(frozen=True)
-class Predicted:
-    """Predictive probabilities ``probs`` (n, C), ``labels`` (n,), the mutual information between label and draw (n,)
-    where there are draws, and the ``seconds`` it took."""
-
-    probs: np.ndarray
-    labels: np.ndarray
-    mutual_information: np.ndarray | None = None
-    seconds: float = 0.0
-
-
-Predictor = Callable[[str], Predicted]  # of a split
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What a training hands over.
-
-    Attributes:
-        network: The trained network, in evaluation mode.
-        steps: Steps of the optimizer.
-        seconds: What training took, evaluations for the curve included.
-        curve: ``{"step", "loss", "accuracy"}`` on validation examples, along training.
-        checkpoints: Values of the trained parameters at some steps, for methods that asked for them.
-        facts: Further numbers for the table.
-        bayes: The :class:`bayeslora.BayesLoRA` around the network, where there is one.
-    """
-
-    network: Any
-    steps: int
-    seconds: float
-    curve: list[dict[str, float]] = field(default_factory=list)
-    checkpoints: Sequence[Mapping[str, Any]] = ()
-    facts: Mapping[str, float] = field(default_factory=dict)
-    bayes: Any = None
 
 
 @dataclass(frozen=True)

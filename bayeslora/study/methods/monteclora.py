@@ -18,15 +18,8 @@ from bayeslora.guides import MixtureGuide
 from bayeslora.module import BayesLoRA
 from bayeslora.storage.run_folder import ADAPTER_FOLDER, RUN_FILE
 from bayeslora.study.bench import curve
-from bayeslora.study.methods.base import (
-    Method,
-    PostHocMethod,
-    Predicted,
-    Predictor,
-    Trained,
-    TrainedMethod,
-    register,
-)
+from bayeslora.study.methods.base import Method, PostHocMethod, TrainedMethod, register
+from bayeslora.study.outcome import Predicted, Predictor, Trained
 from bayeslora.study.spec import suggest
 from bayeslora.training.fit import fit
 from bayeslora.training.monitor import effective_components, noise_to_signal

@@ -13,8 +13,10 @@ from transformers import TrainerCallback
 from bayeslora.adapters.layers import lora_config
 from bayeslora.config import MonteCLoRAConfig
 from bayeslora.errors import InputError
+from bayeslora.module import BayesLoRA
 from bayeslora.storage.run_folder import ADAPTER_FOLDER, RUN_FILE, write_json
-from bayeslora.study.methods.base import Predictor, Trained, TrainedMethod, register
+from bayeslora.study.methods.base import TrainedMethod, register
+from bayeslora.study.outcome import Predictor, Trained
 
 if TYPE_CHECKING:
     from bayeslora.study.bench import Bench
@@ -76,8 +78,6 @@ class LoRA(PointEstimate):
     def save(self, trained: Trained, bench: "Bench") -> None:
         if type(self) is not LoRA:
             return super().save(trained, bench)
-        from bayeslora.module import BayesLoRA  # a posterior without noise, which `bayeslora report` opens
-
         bayes = BayesLoRA(trained.network, self.configuration(bench), likelihood=bench.task.likelihood())
         bayes.num_examples = len(bench.train_data)
         bayes.save_pretrained(bench.folder / ADAPTER_FOLDER)

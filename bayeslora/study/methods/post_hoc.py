@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from bayeslora.data.batches import batches_by_length
 from bayeslora.errors import InputError
 from bayeslora.study.bench import PREDICTION_BATCH
-from bayeslora.study.methods.base import AcrossSeeds, PostHocMethod, Predictor, Trained, register
+from bayeslora.study.methods.base import AcrossSeeds, PostHocMethod, register
 from bayeslora.study.methods.monteclora import tempered
+from bayeslora.study.outcome import Predictor, Trained
 
 if TYPE_CHECKING:
     from bayeslora.study.bench import Bench
@@ -33,7 +34,7 @@ class Temperature(PostHocMethod):
         if not bench.has_validation:
             raise InputError(f"{self.label!r} needs a labelled validation split besides what is scored; "
                              "set hold_out to take one from the training examples")  # fmt: skip
-        yield bench.on_top(self), tempered(predict)
+        yield bench.on_top(self.label), tempered(predict)
 
 
 @register
@@ -66,7 +67,7 @@ class MCDropout(PostHocMethod):
                 finally:
                     network.eval()
 
-        yield bench.on_top(self), cache(predictor)
+        yield bench.on_top(self.label), cache(predictor)
 
 
 @register
@@ -90,7 +91,7 @@ class CheckpointEnsemble(PostHocMethod):
         def predictor(split: str) -> Any:
             return _ensemble(trained.network, members, bench, split)
 
-        yield bench.on_top(self), cache(predictor)
+        yield bench.on_top(self.label), cache(predictor)
 
 
 @register
@@ -120,7 +121,7 @@ class Laplace(PostHocMethod):
 
     def predictors(self, trained: Trained, bench: "Bench", predict: Predictor) -> Iterator[tuple[str, Predictor]]:
         run = _last_layer_laplace(trained.network, bench)
-        yield bench.on_top(self), cache(lambda split: bench.predict(trained.network, bench.data(split), run))
+        yield bench.on_top(self.label), cache(lambda split: bench.predict(trained.network, bench.data(split), run))
 
 
 def _ensemble(network: nn.Module, members: Sequence[Mapping[str, Tensor]], bench: "Bench", split: str) -> Any:

@@ -1,0 +1,47 @@
+"""What a training and a prediction hand over."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """Predictive probabilities ``probs`` (n, C), ``labels`` (n,), the mutual information between label and draw (n,)
+    where there are draws, and the ``seconds`` it took."""
+
+    probs: np.ndarray
+    labels: np.ndarray
+    mutual_information: np.ndarray | None = None
+    seconds: float = 0.0
+
+
+Predictor = Callable[[str], Predicted]  # of a split
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training hands over.
+
+    Attributes:
+        network: The trained network, in evaluation mode.
+        steps: Steps of the optimizer.
+        seconds: What training took, evaluations for the curve included.
+        curve: ``{"step", "loss", "accuracy"}`` on validation examples, along training.
+        checkpoints: Values of the trained parameters at some steps, for methods that asked for them.
+        facts: Further numbers for the table.
+        bayes: The :class:`bayeslora.BayesLoRA` around the network, where there is one.
+    """
+
+    network: Any
+    steps: int
+    seconds: float
+    curve: list[dict[str, float]] = field(default_factory=list)
+    checkpoints: Sequence[Mapping[str, Any]] = ()
+    facts: Mapping[str, float] = field(default_factory=dict)
+    bayes: Any = None
