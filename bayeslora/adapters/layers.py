@@ -635,3 +635,17 @@ def rows_are_examples(
         for hook in hooks:
             hook.remove()
     return True
+
+
+@contextmanager
+def without_cache(network: nn.Module) -> Iterator[None]:
+    """No keys and values are kept inside, for no later token asks for them; one block's graph then fits all blocks."""
+    config: Any = getattr(network, "config", None)
+    caching = getattr(config, "use_cache", None)
+    if caching:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        if caching:
+            config.use_cache = caching

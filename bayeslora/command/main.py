@@ -417,9 +417,9 @@ def run_fit(arguments: argparse.Namespace) -> None:
     config = _config(arguments, task.kind)
     from transformers import set_seed
 
+    from bayeslora.distributed import rank
     from bayeslora.module import BayesLoRA
     from bayeslora.storage.checkpoint import open_peft_adapter
-    from bayeslora.training.distributed import rank
     from bayeslora.training.fit import fit
 
     set_seed(arguments.seed)

@@ -6,7 +6,7 @@ What cannot be read is refused with the number of its row, before anything is tr
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor, nn
@@ -33,9 +33,7 @@ from bayeslora.data.padding import Placed, find_padding, run_alone
 from bayeslora.errors import InputError
 from bayeslora.models import CategoricalLikelihood, ChoiceLikelihood, GaussianLikelihood, NextTokenLikelihood
 from bayeslora.models.language import NOT_SCORED
-
-if TYPE_CHECKING:
-    from bayeslora.module import BayesLoRA
+from bayeslora.posterior import Posterior
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +63,7 @@ class _Row(NamedTuple):
     length: int
 
 
-def read_examples(bayes: "BayesLoRA", dataset: Any, name: str = "the data set") -> Examples:
+def read_examples(bayes: Posterior, dataset: Any, name: str = "the data set") -> Examples:
     """The rows of a data set to predict; labels are optional, but for texts.
 
     Raises:
@@ -80,7 +78,7 @@ def read_examples(bayes: "BayesLoRA", dataset: Any, name: str = "the data set") 
     return Examples(rows, Collator.for_network(bayes.network, bayes.model.likelihood, padding))
 
 
-def check_to_learn_from(bayes: "BayesLoRA", datasets: Mapping[str, Any], batch_size: int) -> Collator:
+def check_to_learn_from(bayes: Posterior, datasets: Mapping[str, Any], batch_size: int) -> Collator:
     """Check data sets to learn from, or to evaluate on while learning, and return what puts their rows into batches.
 
     Args:
@@ -107,7 +105,7 @@ def check_to_learn_from(bayes: "BayesLoRA", datasets: Mapping[str, Any], batch_s
     return Collator.for_network(bayes.network, bayes.model.likelihood, padding)
 
 
-def _check_sharing(bayes: "BayesLoRA", padding: Padding) -> None:
+def _check_sharing(bayes: Posterior, padding: Padding) -> None:
     """Refuse training batches in which examples change each other's outputs."""
     if padding in ("right", "left"):
         return
@@ -149,7 +147,7 @@ def _rows(dataset: Any) -> Iterator[Any]:
         yield from several(numbers) if several is not None else (dataset[number] for number in numbers)
 
 
-def _check_rows(bayes: "BayesLoRA", rows: Any, name: str, *, learns: bool) -> tuple[_Row, _Row]:
+def _check_rows(bayes: Posterior, rows: Any, name: str, *, learns: bool) -> tuple[_Row, _Row]:
     """The shortest row and the longest."""
     check: _RowCheck | None = None
     labels: list[float | None] = []
@@ -172,7 +170,7 @@ def _check_rows(bayes: "BayesLoRA", rows: Any, name: str, *, learns: bool) -> tu
 class _RowCheck:
     """Checks rows, one by one, against the network and against the first of them."""
 
-    def __init__(self, bayes: "BayesLoRA", first: Mapping[str, Any], name: str, *, learns: bool):
+    def __init__(self, bayes: Posterior, first: Mapping[str, Any], name: str, *, learns: bool):
         self.name, self.learns = name, learns
         self.network: Any = plain(bayes.network)
         self.kind = type(self.network).__name__
@@ -341,7 +339,7 @@ class _RowCheck:
             raise self._refused(number, f"labels of a text are tokens, 0 to {self.vocabulary - 1}, or -100")
 
 
-def _check_classes(bayes: "BayesLoRA", labels: np.ndarray, name: str, *, learns: bool) -> None:
+def _check_classes(bayes: Posterior, labels: np.ndarray, name: str, *, learns: bool) -> None:
     chosen = bayes.model.likelihood if isinstance(bayes.model.likelihood, ChoiceLikelihood) else None
     classes = len(chosen.names) if chosen else getattr(bayes.network.config, "num_labels", labels.max() + 1)
     if (labels == UNLABELLED).all():

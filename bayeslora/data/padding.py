@@ -7,7 +7,7 @@ position (XLNet), or the last token that is no padding token (GPT-2, Llama); som
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,9 +16,7 @@ from torch import Tensor, nn
 from bayeslora.adapters.layers import clear_draw, evaluation_mode, is_compiled, is_quantized, one_at_a_time
 from bayeslora.data.batches import Collator, Padding, length_of, pad_token, plain
 from bayeslora.errors import InputError
-
-if TYPE_CHECKING:
-    from bayeslora.module import BayesLoRA
+from bayeslora.posterior import Posterior
 
 _Found = tuple[int | None, int, int, Padding]  # for which padding token, and between which lengths
 _found: WeakKeyDictionary[nn.Module, _Found] = WeakKeyDictionary()
@@ -32,7 +30,7 @@ class Placed(NamedTuple):
     example: Mapping[str, Any]
 
 
-def find_padding(bayes: "BayesLoRA", shortest: Placed, longest: Placed) -> Padding:
+def find_padding(bayes: Posterior, shortest: Placed, longest: Placed) -> Padding:
     """How examples between these two can be put together, so that each has the outputs that it has alone.
 
     It is found once for the lengths in between.
@@ -50,7 +48,7 @@ def find_padding(bayes: "BayesLoRA", shortest: Placed, longest: Placed) -> Paddi
     return known[3]
 
 
-def _try(bayes: "BayesLoRA", shortest: Placed, longest: Placed) -> Padding:
+def _try(bayes: Posterior, shortest: Placed, longest: Placed) -> Padding:
     alone = [run_alone(bayes, one) for one in (longest, shortest)]
     sides: tuple[Padding, ...] = ("right", "left")
     for side in sides:
@@ -59,7 +57,7 @@ def _try(bayes: "BayesLoRA", shortest: Placed, longest: Placed) -> Padding:
     return "none" if _agree(bayes, [shortest.example] * 2, [alone[1]] * 2, "none") else "alone"
 
 
-def run_alone(bayes: "BayesLoRA", one: Placed) -> Tensor:
+def run_alone(bayes: Posterior, one: Placed) -> Tensor:
     """Outputs of one example at the mean, ``(...)``.
 
     Raises:
@@ -75,7 +73,7 @@ def run_alone(bayes: "BayesLoRA", one: Placed) -> Tensor:
         raise InputError(f"{one.place}: {kind}{lacking} cannot read it: {error}") from error
 
 
-def _run(bayes: "BayesLoRA", examples: Sequence[Mapping[str, Any]], padding: Padding) -> Tensor:
+def _run(bayes: Posterior, examples: Sequence[Mapping[str, Any]], padding: Padding) -> Tensor:
     """Outputs of a batch at the mean."""
     inputs = Collator.for_network(bayes.network, bayes.model.likelihood, padding)(examples).to(bayes.device)
     labels = inputs.pop("labels", None)
@@ -85,7 +83,7 @@ def _run(bayes: "BayesLoRA", examples: Sequence[Mapping[str, Any]], padding: Pad
         return bayes.model.outputs(inputs, labels).float()
 
 
-def _agree(bayes: "BayesLoRA", pair: list, alone: list[Tensor], padding: Padding) -> bool:
+def _agree(bayes: Posterior, pair: list, alone: list[Tensor], padding: Padding) -> bool:
     """Whether both examples have the outputs that they have alone, up to the network's rounding."""
     try:
         together = _run(bayes, pair, padding)

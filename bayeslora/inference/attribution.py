@@ -1,7 +1,7 @@
 """Which adapters cause the uncertainty? The variance of the logits, with one part of the network drawn at a time."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,9 +12,7 @@ from bayeslora.analysis.draws.adapter_names import network_order, short_names
 from bayeslora.data.checks import read_examples
 from bayeslora.errors import InputError
 from bayeslora.inference.predict import Draws, evaluating, run_batches
-
-if TYPE_CHECKING:
-    from bayeslora.module import BayesLoRA
+from bayeslora.posterior import Posterior
 
 PARTS = ("adapter", "layer", "kind")
 
@@ -44,7 +42,7 @@ class Attribution:
 
 
 def attribute_variance(
-    bayes: "BayesLoRA",
+    bayes: Posterior,
     dataset: Any,
     *,
     by: str = "layer",
@@ -120,7 +118,7 @@ def _squared_deviations(logits: np.ndarray) -> np.ndarray:
 class _OnePartAtATime(Draws):
     """For each of S draws, P networks with one part drawn and the others at their means, and one with all drawn."""
 
-    def __init__(self, bayes: "BayesLoRA", count: int, seed: int, parts: list[list[int]]):
+    def __init__(self, bayes: Posterior, count: int, seed: int, parts: list[list[int]]):
         self._whole = Draws(bayes, count, seed)
         self.bayes, self.bytes_each = bayes, self._whole.bytes_each
         self.variants = len(parts) + 1

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,19 +18,17 @@ from bayeslora.errors import InputError
 from bayeslora.guides import MeanFieldGuide, MixtureGuide
 from bayeslora.inference.predict import Prediction, draw_trace
 from bayeslora.models import NextTokenLikelihood
+from bayeslora.posterior import Posterior
 from bayeslora.recorder import Recorder
-
-if TYPE_CHECKING:
-    from bayeslora.module import BayesLoRA
 
 RESTART_EXAMPLES = 100  # whose predictions are compared between restarts
 
 
 def diagnose(
-    bayes: "BayesLoRA",
+    bayes: Posterior,
     dataset: Any,
     *,
-    restarts: Sequence["BayesLoRA"] = (),
+    restarts: Sequence[Posterior] = (),
     history: Sequence[Mapping[str, float]] = (),
     num_samples: int = 50,
     steps: int = 50,
@@ -98,7 +96,7 @@ def diagnose(
 
 
 def log_importance_weights(
-    bayes: "BayesLoRA", dataset: Any, *, num_samples: int = 100, batch_size: int = 32, seed: int = 0
+    bayes: Posterior, dataset: Any, *, num_samples: int = 100, batch_size: int = 32, seed: int = 0
 ) -> np.ndarray:
     """log p(y, π, Σ, A) − log q(π, Σ, A) at draws of the guide, in nats, shape ``(num_samples,)``.
 
@@ -112,7 +110,7 @@ def log_importance_weights(
     )
 
 
-def _log_weights(bayes: "BayesLoRA", prediction: Prediction, seed: int) -> np.ndarray:
+def _log_weights(bayes: Posterior, prediction: Prediction, seed: int) -> np.ndarray:
     if prediction.sample_log_likelihood is None:
         raise InputError("the data set has no labels: pass the training set")
     with one_at_a_time, torch.no_grad():
@@ -120,7 +118,7 @@ def _log_weights(bayes: "BayesLoRA", prediction: Prediction, seed: int) -> np.nd
     return prediction.sample_log_likelihood.sum(axis=1) + ratios
 
 
-def _log_ratio(bayes: "BayesLoRA", seed: int, index: int) -> float:
+def _log_ratio(bayes: Posterior, seed: int, index: int) -> float:
     """log p(θ) − log q(θ) at the draw that :func:`bayeslora.inference.predict.predict` uses under this number."""
     sampled = {n: s for n, s in draw_trace(bayes, seed, index).nodes.items() if s["type"] == "sample"}
     guide = [site for site in sampled.values() if not site_is_subsample(site)]
@@ -142,7 +140,7 @@ def _outputs(prediction: Prediction) -> np.ndarray:
 class _Batches:
     """Shuffled batches of the data, ``count`` of them, each with its labels and with labels of other examples."""
 
-    def __init__(self, bayes: "BayesLoRA", dataset: Any, collate: Collator, count: int, size: int, seed: int):
+    def __init__(self, bayes: Posterior, dataset: Any, collate: Collator, count: int, size: int, seed: int):
         generator = torch.Generator().manual_seed(seed)
         full = max(len(dataset) // size, 1)
         orders = [torch.randperm(len(dataset), generator=generator).split(size) for _ in range(-(-count // full))]
@@ -160,7 +158,7 @@ class _Batches:
             yield arguments, labels[self.permutation[batch]].to(self._device)
 
 
-def _response_to_labels(bayes: "BayesLoRA", data: _Batches, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def _response_to_labels(bayes: Posterior, data: _Batches, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """The arguments of :func:`bayeslora.analysis.tables.diagnostics.data_drivenness`; each batch has its own draw."""
     model, groups = bayes.model, bayes.model.groups
     gradients, curvatures = [], []
@@ -184,7 +182,7 @@ def _response_to_labels(bayes: "BayesLoRA", data: _Batches, seed: int) -> tuple[
 
 
 @torch.no_grad()
-def _curvature(bayes: "BayesLoRA", sites: Mapping[str, Tensor], num_examples: int) -> Tensor:
+def _curvature(bayes: Posterior, sites: Mapping[str, Tensor], num_examples: int) -> Tensor:
     """Second derivative of η·KL in the logarithm of each adapter's noise, ``(adapters,)``.
 
     The entropy is linear in it, and −log p(μ + e^t d) = const + e^{2t} (log p(μ) − log p(μ + d)).
@@ -206,7 +204,7 @@ def _curvature(bayes: "BayesLoRA", sites: Mapping[str, Tensor], num_examples: in
     return 4 * config.kl_weight * torch.cat(parts)
 
 
-def _refine(bayes: "BayesLoRA", data: _Batches, rate: float, seed: int) -> tuple[list[float], list[float]]:
+def _refine(bayes: Posterior, data: _Batches, rate: float, seed: int) -> tuple[list[float], list[float]]:
     """The objective of every batch with the guide's own v and α, and with each adapter's refined from there."""
     refined = _own_parameters(bayes).to(bayes.device)
     with _in_place_of_the_guide(bayes, refined):
@@ -222,14 +220,14 @@ def _refine(bayes: "BayesLoRA", data: _Batches, rate: float, seed: int) -> tuple
         return before, _losses(bayes, data, seed)
 
 
-def _losses(bayes: "BayesLoRA", data: _Batches, seed: int) -> list[float]:
+def _losses(bayes: Posterior, data: _Batches, seed: int) -> list[float]:
     torch.manual_seed(seed)
     with torch.no_grad():
         return [float(bayes(**batch).loss) for batch, _ in data]
 
 
 @contextmanager
-def _in_place_of_the_guide(bayes: "BayesLoRA", guide: nn.Module) -> Iterator[None]:
+def _in_place_of_the_guide(bayes: Posterior, guide: nn.Module) -> Iterator[None]:
     """Inside, the module's objective is that of ``guide``, which alone is trained, without dropout."""
     own, fixed = bayes.guide, [*bayes.network.parameters(), *bayes.model.parameters()]
     trained = [parameter.requires_grad for parameter in fixed]
@@ -247,7 +245,7 @@ def _in_place_of_the_guide(bayes: "BayesLoRA", guide: nn.Module) -> Iterator[Non
 
 
 @torch.no_grad()
-def _own_parameters(bayes: "BayesLoRA") -> MeanFieldGuide:
+def _own_parameters(bayes: Posterior) -> MeanFieldGuide:
     """Free v and α for every adapter, at what the guide says."""
     refined = MeanFieldGuide(bayes.model)
     for group in bayes.model.groups:

@@ -18,7 +18,7 @@ sharing the prompt's among draws would not be exact, and is never done.
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,10 +32,8 @@ from bayeslora.errors import InputError
 from bayeslora.inference.predict import Draws, evaluating
 from bayeslora.models.language import NOT_SCORED, logits_at
 from bayeslora.models.likelihoods import is_causal
+from bayeslora.posterior import Posterior
 from bayeslora.tasks.encoding import encode_text
-
-if TYPE_CHECKING:
-    from bayeslora.module import BayesLoRA
 
 _AS_WRITTEN: dict[str, Any] = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
 _STOP_WINDOW = 32  # tokens at the end of a text in which a stop is looked for
@@ -84,7 +82,7 @@ class TokenUncertainty:
 
 
 def generate(
-    bayes: "BayesLoRA",
+    bayes: Posterior,
     prompts: Sequence[str] | Sequence[Sequence[int]],
     *,
     tokenizer: Any = None,
@@ -148,7 +146,7 @@ def generate(
 
 
 def token_uncertainty(
-    bayes: "BayesLoRA",
+    bayes: Posterior,
     dataset: Any,
     *,
     num_samples: int = 16,
@@ -252,7 +250,7 @@ class _Text:
 
 
 def _write(
-    bayes: "BayesLoRA", prompts: list[list[int]], draws: Draws, rule: _Rule, batch_size: int, seed: int, numbers: Any
+    bayes: Posterior, prompts: list[list[int]], draws: Draws, rule: _Rule, batch_size: int, seed: int, numbers: Any
 ) -> list[list[_Text]]:
     """Texts of each prompt, token by token, all draws side by side."""
     tokens, mask = _left_padded(prompts, bayes)
@@ -288,7 +286,7 @@ def _write(
 class _Runs:
     """The language models that write, ``together`` draws to a forward pass, each pass with its own cache."""
 
-    def __init__(self, bayes: "BayesLoRA", draws: Draws, together: int):
+    def __init__(self, bayes: Posterior, draws: Draws, together: int):
         self.bayes, self.draws = bayes, draws
         self.starts = range(0, max(draws.count, 1), together)
         self.together = together
@@ -312,7 +310,7 @@ class _Runs:
         return torch.cat(found)
 
 
-def _run_as(bayes: "BayesLoRA", weights: Any, run: Any) -> Any:
+def _run_as(bayes: Posterior, weights: Any, run: Any) -> Any:
     """What ``run`` returns under these draws; at the mean if None."""
     if weights is None:
         return run()
@@ -322,7 +320,7 @@ def _run_as(bayes: "BayesLoRA", weights: Any, run: Any) -> Any:
     return output
 
 
-def _together(bayes: "BayesLoRA", draws: Draws, tokens: Tensor, mask: Tensor, batch_size: int) -> int:
+def _together(bayes: Posterior, draws: Draws, tokens: Tensor, mask: Tensor, batch_size: int) -> int:
     """How many draws one forward pass takes."""
     fitting = min(batch_size // len(tokens), draws.count)
     if fitting < 2 or is_compiled(bayes.network):
@@ -330,7 +328,7 @@ def _together(bayes: "BayesLoRA", draws: Draws, tokens: Tensor, mask: Tensor, ba
     return fitting if bayes.rows_are_examples({"input_ids": tokens, "attention_mask": mask}) else 1
 
 
-def _left_padded(prompts: list[list[int]], bayes: "BayesLoRA") -> tuple[Tensor, Tensor]:
+def _left_padded(prompts: list[list[int]], bayes: Posterior) -> tuple[Tensor, Tensor]:
     length = max(map(len, prompts))
     pad = filling(bayes.network)
     tokens = torch.tensor([[pad] * (length - len(prompt)) + prompt for prompt in prompts])
@@ -343,7 +341,7 @@ def _entropy(probs: Tensor) -> Tensor:
     return torch.special.entr(probs).sum(-1)
 
 
-def _ends(bayes: "BayesLoRA", tokenizer: Any) -> frozenset[int]:
+def _ends(bayes: Posterior, tokenizer: Any) -> frozenset[int]:
     """Tokens that end a text."""
     base = bayes.network.get_base_model()
     ends = getattr(getattr(base, "generation_config", None), "eos_token_id", None)
@@ -352,7 +350,7 @@ def _ends(bayes: "BayesLoRA", tokenizer: Any) -> frozenset[int]:
     return frozenset(end for end in [*known, getattr(tokenizer, "eos_token_id", None)] if end is not None)
 
 
-def _check_prompts(bayes: "BayesLoRA", prompts: list[list[int]], max_new_tokens: int) -> None:
+def _check_prompts(bayes: Posterior, prompts: list[list[int]], max_new_tokens: int) -> None:
     size, positions = vocabulary_size(bayes.network), position_limit(bayes.network)
     for number, prompt in enumerate(prompts):
         if not all(isinstance(token, int) and 0 <= token < (size or token + 1) for token in prompt):
@@ -369,7 +367,7 @@ def _prompt_tokens(prompt: Any, tokenizer: Any) -> list[int]:
     return encode_text(tokenizer, prompt, "", max_length=2**30, end=False)["input_ids"]
 
 
-def _check_causal(bayes: "BayesLoRA") -> None:
+def _check_causal(bayes: Posterior) -> None:
     base = bayes.network.get_base_model()
     if not is_causal(base):
         raise InputError(f"{type(base).__name__} is no causal language model: load it with AutoModelForCausalLM")

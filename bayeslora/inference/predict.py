@@ -3,26 +3,30 @@
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyro
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from bayeslora.adapters.layers import AdapterGroup, check_reached, evaluation_mode, is_compiled, using_draw
+from bayeslora.adapters.layers import (
+    AdapterGroup,
+    check_reached,
+    evaluation_mode,
+    is_compiled,
+    using_draw,
+    without_cache,
+)
 from bayeslora.analysis.metrics.uncertainty import mutual_information, predictive_entropy
 from bayeslora.data.batches import Batch, Collator, pad_token
 from bayeslora.data.checks import read_examples
 from bayeslora.errors import InputError
 from bayeslora.inference.prefix import MAX_KEPT_BYTES, Prefix
 from bayeslora.models import GaussianLikelihood, Likelihood, NextTokenLikelihood
+from bayeslora.posterior import Posterior
 from bayeslora.recorder import Recorder
-
-if TYPE_CHECKING:
-    from bayeslora.module import BayesLoRA
-
 
 Array = Any  # a numpy array, or None where the task has no such thing
 
@@ -107,7 +111,7 @@ class PosteriorDraws:
 
 
 def predict(
-    bayes: "BayesLoRA",
+    bayes: Posterior,
     dataset: Any,
     *,
     num_samples: int = 16,
@@ -177,7 +181,7 @@ def predict(
 
 
 def run_batches(
-    bayes: "BayesLoRA", batches: Sequence[Sequence[dict[str, Any]]], collate: Collator, draws: "Draws",
+    bayes: Posterior, batches: Sequence[Sequence[dict[str, Any]]], collate: Collator, draws: "Draws",
     batch_size: int, progress: bool,
 ) -> Iterator[tuple[Tensor, Tensor | None]]:  # fmt: skip
     """Logits of each batch under every draw, ``(draws, n, C)`` (the mean's, if there is no draw), and its labels."""
@@ -194,7 +198,7 @@ def run_batches(
 
 
 def _outputs(
-    bayes: "BayesLoRA", inputs: "Batch", labels: Tensor | None, draws: "Draws", prefix: Prefix, batch_size: int
+    bayes: Posterior, inputs: "Batch", labels: Tensor | None, draws: "Draws", prefix: Prefix, batch_size: int
 ) -> Iterator[Tensor]:
     """One batch under every draw, or at the mean: shapes ``(draws, n, C)``, as many draws as fit at a time."""
     if draws.count == 0:
@@ -211,7 +215,7 @@ def _outputs(
         yield outputs.unflatten(0, (count, -1))
 
 
-def _draws_together(bayes: "BayesLoRA", inputs: "Batch", draws: "Draws", batch_size: int) -> int:
+def _draws_together(bayes: Posterior, inputs: "Batch", draws: "Draws", batch_size: int) -> int:
     """How many draws one forward pass takes."""
     examples = len(next(iter(inputs.values())))
     fitting = min(batch_size // examples, draws.count, MAX_KEPT_BYTES // draws.bytes_each)
@@ -231,7 +235,7 @@ class Draws:
     """
 
     def __init__(
-        self, bayes: "BayesLoRA", count: int, seed: int | None, *, first: int = 0, prior: bool = False,
+        self, bayes: Posterior, count: int, seed: int | None, *, first: int = 0, prior: bool = False,
         noise_factor: float = 1.0, antithetic: bool = False,
     ):  # fmt: skip
         self.bayes, self.count, self.first = bayes, count, first
@@ -264,7 +268,7 @@ class Draws:
         return drawn
 
 
-def _summarize(bayes: "BayesLoRA", logits: np.ndarray, labels: np.ndarray | None, keep: bool) -> Prediction:
+def _summarize(bayes: Posterior, logits: np.ndarray, labels: np.ndarray | None, keep: bool) -> Prediction:
     likelihood = bayes.model.likelihood
     if isinstance(likelihood, NextTokenLikelihood):
         return Prediction(None, text_log_likelihood=logits[..., 0].astype(np.float64), num_tokens=logits[0, :, 1])
@@ -295,7 +299,7 @@ def _summarize(bayes: "BayesLoRA", logits: np.ndarray, labels: np.ndarray | None
 
 
 def sample_sites(
-    bayes: "BayesLoRA", num_samples: int, seed: int | None, *, first_draw: int = 0, prior: bool = False
+    bayes: Posterior, num_samples: int, seed: int | None, *, first_draw: int = 0, prior: bool = False
 ) -> Iterator[dict[str, Tensor]]:
     """Draws of the model's sites from the guide or the prior, one at a time; draw s depends on (seed, s) alone."""
     if num_samples < 1:
@@ -304,7 +308,7 @@ def sample_sites(
         yield prior_sites(bayes, seed, index) if prior else posterior_sites(bayes, seed, index)
 
 
-def prior_sites(bayes: "BayesLoRA", seed: int | None, index: int) -> dict[str, Tensor]:
+def prior_sites(bayes: Posterior, seed: int | None, index: int) -> dict[str, Tensor]:
     """Values of the model's sites in draw ``index`` from the prior."""
     recorder = Recorder()
     with torch.no_grad(), seeded(seed, index), bayes.model.full_precision():
@@ -312,13 +316,13 @@ def prior_sites(bayes: "BayesLoRA", seed: int | None, index: int) -> dict[str, T
     return recorder.values()
 
 
-def posterior_sites(bayes: "BayesLoRA", seed: int | None, index: int) -> dict[str, Tensor]:
+def posterior_sites(bayes: Posterior, seed: int | None, index: int) -> dict[str, Tensor]:
     """Values of the model's sites in draw ``index`` from the guide."""
     names = {f"{kind}_{g.name}" for g in bayes.model.groups for kind in ("pi", "sigma_tril", "A", "S")}
     return {name: site["value"] for name, site in draw_trace(bayes, seed, index).nodes.items() if name in names}
 
 
-def draw_trace(bayes: "BayesLoRA", seed: int | None, index: int) -> pyro.poutine.Trace:
+def draw_trace(bayes: Posterior, seed: int | None, index: int) -> pyro.poutine.Trace:
     """Pyro's trace of the guide in draw ``index``, as every function here draws it."""
     with torch.no_grad(), seeded(seed, index), pyro.validation_enabled(False):
         return pyro.poutine.trace(bayes.guide.forward).get_trace()
@@ -326,16 +330,14 @@ def draw_trace(bayes: "BayesLoRA", seed: int | None, index: int) -> pyro.poutine
 
 @torch.no_grad()
 def posterior_draws(
-    bayes: "BayesLoRA", *, num_samples: int, seed: int | None, adapters: Sequence[str] = (), first_draw: int = 0
+    bayes: Posterior, *, num_samples: int, seed: int | None, adapters: Sequence[str] = (), first_draw: int = 0
 ) -> PosteriorDraws:
     """See :meth:`bayeslora.BayesLoRA.posterior_draws`."""
     return collect_draws(bayes, sample_sites(bayes, num_samples, seed, first_draw=first_draw), adapters)
 
 
 @torch.no_grad()
-def collect_draws(
-    bayes: "BayesLoRA", draws: Iterable[dict[str, Tensor]], adapters: Sequence[str] = ()
-) -> PosteriorDraws:
+def collect_draws(bayes: Posterior, draws: Iterable[dict[str, Tensor]], adapters: Sequence[str] = ()) -> PosteriorDraws:
     """Values of the model's sites, draw by draw, as arrays per adapter, with A itself for the named ``adapters``."""
     unknown = sorted(set(adapters) - set(bayes.adapter_names))
     if unknown:
@@ -376,24 +378,10 @@ def _group_arrays(group: AdapterGroup, sites: dict[str, Tensor], drawn: Tensor, 
 
 
 @contextmanager
-def evaluating(bayes: "BayesLoRA") -> Iterator[None]:
+def evaluating(bayes: Posterior) -> Iterator[None]:
     """No gradients, no dropout and no cache of keys and values inside."""
     with without_cache(bayes.network), evaluation_mode(bayes), torch.inference_mode():
         yield
-
-
-@contextmanager
-def without_cache(network: nn.Module) -> Iterator[None]:
-    """No keys and values are kept inside, for no later token asks for them; one block's graph then fits all blocks."""
-    config: Any = getattr(network, "config", None)
-    caching = getattr(config, "use_cache", None)
-    if caching:
-        config.use_cache = False
-    try:
-        yield
-    finally:
-        if caching:
-            config.use_cache = caching
 
 
 @contextmanager

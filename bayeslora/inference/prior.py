@@ -1,17 +1,14 @@
 """Draws from the prior, in the form of the posterior's: what did the data change?"""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from bayeslora.adapters.layers import one_at_a_time
 from bayeslora.inference.predict import PosteriorDraws, collect_draws, sample_sites
-
-if TYPE_CHECKING:
-    from bayeslora.module import BayesLoRA
+from bayeslora.posterior import Posterior
 
 
 def prior_draws(
-    bayes: "BayesLoRA", *, num_samples: int = 64, seed: int = 0, adapters: Sequence[str] = (), first_draw: int = 0
+    bayes: Posterior, *, num_samples: int = 64, seed: int = 0, adapters: Sequence[str] = (), first_draw: int = 0
 ) -> PosteriorDraws:
     """Draws of (π, Σ, A) of every adapter from the prior, around the means μ that the network has now.
 

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable, Collection, Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -45,6 +45,7 @@ from bayeslora.config import MonteCLoRAConfig
 from bayeslora.errors import InputError
 from bayeslora.models.language import described_likelihood
 from bayeslora.models.likelihoods import Likelihood
+from bayeslora.posterior import Posterior
 from bayeslora.storage.untrusted import (
     PREFIX,
     adapter_ranks,
@@ -59,8 +60,7 @@ from bayeslora.storage.untrusted import (
     read_lora_config,
 )
 
-if TYPE_CHECKING:
-    from bayeslora.module import BayesLoRA
+Module = TypeVar("Module", bound=Posterior)
 
 MANIFEST = "bayeslora.json"
 POSTERIOR = "posterior.safetensors"
@@ -82,7 +82,7 @@ def version_info() -> dict[str, str]:
     return versions
 
 
-def save_pretrained(bayes: "BayesLoRA", folder: str | Path) -> None:
+def save_pretrained(bayes: Posterior, folder: str | Path) -> None:
     """Write the adapter and its posterior; the folder appears complete or not at all.
 
     An existing adapter folder is replaced; anything else in the way is refused.
@@ -111,7 +111,7 @@ def save_pretrained(bayes: "BayesLoRA", folder: str | Path) -> None:
             raise
 
 
-def write_adapter(bayes: "BayesLoRA", folder: Path) -> None:
+def write_adapter(bayes: Posterior, folder: Path) -> None:
     """Write the four files into ``folder``; the manifest comes last, and names the others' hashes."""
     check_in_use(bayes.model.groups)
     with tempfile.TemporaryDirectory(prefix=".adapter-", dir=folder) as scratch:
@@ -126,7 +126,7 @@ def write_adapter(bayes: "BayesLoRA", folder: Path) -> None:
             os.replace(written / name, folder / name)
 
 
-def write_peft_files(bayes: "BayesLoRA", folder: Path, *, lora_A: Mapping[str, Tensor] | None = None) -> None:
+def write_peft_files(bayes: Posterior, folder: Path, *, lora_A: Mapping[str, Tensor] | None = None) -> None:
     """What PEFT's own ``save_pretrained`` writes, but for the model card, which takes longer than all the rest; with
     the tensors beside that the base network's checkpoint does not hold.
 
@@ -154,7 +154,7 @@ def write_peft_files(bayes: "BayesLoRA", folder: Path, *, lora_A: Mapping[str, T
     lora.save_pretrained(str(folder), auto_mapping_dict=origin if lora.task_type is None else None)
 
 
-def _exact_alphas(bayes: "BayesLoRA", lora: LoraConfig) -> dict[str, float]:
+def _exact_alphas(bayes: Posterior, lora: LoraConfig) -> dict[str, float]:
     """α of each layer where patterns give it another: no pattern from a file is ever run."""
     if not lora.alpha_pattern:
         return {}
@@ -168,7 +168,7 @@ def _adapter_state(network: PeftModel) -> dict[str, Tensor]:
     return get_peft_model_state_dict(network, adapter_name=active_adapter(network), save_embedding_layers=False)
 
 
-def kept_tensors(bayes: "BayesLoRA") -> dict[str, Tensor]:
+def kept_tensors(bayes: Posterior) -> dict[str, Tensor]:
     """What is saved beside PEFT's own tensors, by PEFT's kind of name: what the base network's checkpoint does not
     hold, and whatever else is trained."""
     peft = _adapter_state(bayes.network).keys()
@@ -180,7 +180,7 @@ def kept_tensors(bayes: "BayesLoRA") -> dict[str, Tensor]:
     return found
 
 
-def _manifest(bayes: "BayesLoRA", folder: Path) -> dict[str, Any]:
+def _manifest(bayes: Posterior, folder: Path) -> dict[str, Any]:
     kept = sorted(kept_tensors(bayes))
     manifest = {
         "format": FORMAT,
@@ -200,7 +200,7 @@ def _manifest(bayes: "BayesLoRA", folder: Path) -> dict[str, Any]:
     return manifest | {"digest": _digest(manifest)}
 
 
-def _sketches(bayes: "BayesLoRA", kept: Collection[str]) -> dict[str, list]:
+def _sketches(bayes: Posterior, kept: Collection[str]) -> dict[str, list]:
     """What tells each tensor that is taken from the base network from another; each is made once, as none changes."""
     brought = {*_adapter_state(bayes.network), *kept}
     taken = [entry for entry in base_tensors(bayes.network) if PREFIX + entry.key not in brought]
@@ -210,7 +210,7 @@ def _sketches(bayes: "BayesLoRA", kept: Collection[str]) -> dict[str, list]:
     return {entry.name: bayes.sketches[entry.name].to_list() for entry in taken}
 
 
-def _adapter_shapes(bayes: "BayesLoRA") -> dict[str, list[int]]:
+def _adapter_shapes(bayes: Posterior) -> dict[str, list[int]]:
     return {a.name: [a.rank, a.columns] for g in bayes.model.groups for a in g.adapters}
 
 
@@ -236,11 +236,12 @@ def is_adapter_folder(folder: Path) -> bool:
 
 
 def from_pretrained(
-    folder: str | Path, network: nn.Module, *, guide: Any = None, likelihood: Any = None
-) -> "BayesLoRA":
+    cls: type[Module], folder: str | Path, network: nn.Module, *, guide: Any = None, likelihood: Any = None
+) -> Module:
     """Open an adapter folder on a freshly loaded base network.
 
     Args:
+        cls: What to make: the class of the posterior.
         folder: What :func:`save_pretrained` wrote.
         network: The same base model the adapter was fitted to, without an adapter.
         guide, likelihood: The guide's class and the likelihood used when fitting, where they were not the configured
@@ -249,8 +250,6 @@ def from_pretrained(
     Raises:
         InputError: for a folder that is missing, incomplete or damaged, or that belongs to another network.
     """
-    from bayeslora.module import BayesLoRA
-
     folder = Path(folder)
     manifest = read_manifest(folder)
     if carries_adapter(network):
@@ -262,7 +261,7 @@ def from_pretrained(
     _check_taken_from_base(folder, manifest, peft_network)
     if likelihood is None and "likelihood" in manifest:
         likelihood = described_likelihood(manifest["likelihood"])
-    bayes = BayesLoRA(peft_network, config, guide=guide, likelihood=likelihood)
+    bayes = cls(peft_network, config, guide=guide, likelihood=likelihood)
     if guide is None and type(bayes.guide).__name__ != manifest["guide"]:
         raise InputError(f"{folder} was fitted with the guide {manifest['guide']:.100}; pass its class as guide=")
     if _adapter_shapes(bayes) != manifest["adapters"]:
@@ -272,7 +271,7 @@ def from_pretrained(
     return bayes.eval()
 
 
-def load_adapter(bayes: "BayesLoRA", folder: Path) -> None:
+def load_adapter(bayes: Posterior, folder: Path) -> None:
     """Read μ, B, the head and the posterior of ``folder`` into an existing module of the same shape."""
     manifest = read_manifest(folder)
     _check_base(folder, manifest, bayes.network.get_base_model())
@@ -340,7 +339,7 @@ _MANIFEST_ENTRIES: dict[str, Callable[[Any], bool]] = {
 }
 
 
-def load_posterior(bayes: "BayesLoRA", folder: Path) -> None:
+def load_posterior(bayes: Posterior, folder: Path) -> None:
     """Read the guide's and the likelihood's parameters."""
     modules: dict[str, nn.Module] = {"guide.": bayes.guide, "model.": bayes.model}
     expected = {prefix + name: v for prefix, module in modules.items() for name, v in module.state_dict().items()}
@@ -351,7 +350,7 @@ def load_posterior(bayes: "BayesLoRA", folder: Path) -> None:
     _check_posterior(bayes, path)
 
 
-def _check_posterior(bayes: "BayesLoRA", path: Path) -> None:
+def _check_posterior(bayes: Posterior, path: Path) -> None:
     """Finite numbers in the file can still stand for a v, α or σ that no float holds."""
     with torch.no_grad():
         values = bayes.sample(1, seed=0) | dict(bayes.model.named_pyro_params())

@@ -2,21 +2,18 @@
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from bayeslora.errors import InputError
 from bayeslora.inference.predict import sample_sites
+from bayeslora.posterior import Posterior
 from bayeslora.storage.checkpoint import write_peft_files
 from bayeslora.storage.run_folder import write_json
-
-if TYPE_CHECKING:
-    from bayeslora.module import BayesLoRA
 
 MEAN_FOLDER = "mean"
 INDEX_FILE = "draws.json"
 
 
-def export_draws(bayes: "BayesLoRA", folder: str | Path, num_draws: int, *, seed: int = 0) -> list[Path]:
+def export_draws(bayes: Posterior, folder: str | Path, num_draws: int, *, seed: int = 0) -> list[Path]:
     """Write draws as PEFT adapters, ``folder/draw-000``, ``draw-001``, ..., and the posterior mean, ``folder/mean``.
 
     Each folder holds PEFT's two files and opens with ``peft.PeftModel.from_pretrained``, or in any server that loads

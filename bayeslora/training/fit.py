@@ -27,6 +27,7 @@ from transformers.integrations import TensorBoardCallback
 
 from bayeslora.analysis.metrics.calibration import calibration_summary
 from bayeslora.data.checks import check_to_learn_from
+from bayeslora.distributed import check_parallelism, launched_processes, on_main_process
 from bayeslora.elbo import ELBOParts
 from bayeslora.errors import InputError, TrainingDivergedError
 from bayeslora.models import CategoricalLikelihood
@@ -49,7 +50,6 @@ from bayeslora.storage.run_folder import (
 )
 from bayeslora.storage.untrusted import MAX_RUN_BYTES, read_json
 from bayeslora.training.arguments import check_fit_arguments, check_words
-from bayeslora.training.distributed import check_parallelism, launched_processes, on_main_process
 from bayeslora.training.monitor import BriefProgress, GroupedTensorBoard, posterior_logs
 
 logger = logging.getLogger(__name__)

@@ -1,7 +1,7 @@
 """What training tells while it runs: the state of the posterior, a brief progress bar, and TensorBoard's curves."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,15 +9,13 @@ from transformers import ProgressCallback
 from transformers.integrations import TensorBoardCallback
 
 from bayeslora.guides import Guide, MixtureGuide
-
-if TYPE_CHECKING:
-    from bayeslora.module import BayesLoRA
+from bayeslora.posterior import Posterior
 
 TENSORBOARD_FOLDER = "tensorboard"
 
 
 @torch.no_grad()
-def effective_components(bayes: "BayesLoRA") -> Tensor:
+def effective_components(bayes: Posterior) -> Tensor:
     """1 / E[Σ_k π_k²] of every adapter, between 1 and N: how many components share the mixture.
 
     Returns:
@@ -27,7 +25,7 @@ def effective_components(bayes: "BayesLoRA") -> Tensor:
 
 
 @torch.no_grad()
-def noise_to_signal(bayes: "BayesLoRA") -> Tensor | None:
+def noise_to_signal(bayes: Posterior) -> Tensor | None:
     """Standard deviation of an entry of A around μ, over the root mean square of μ, for every adapter.
 
     Returns:
@@ -42,7 +40,7 @@ def noise_to_signal(bayes: "BayesLoRA") -> Tensor | None:
     return torch.cat(ratios)
 
 
-def posterior_logs(bayes: "BayesLoRA") -> dict[str, float]:
+def posterior_logs(bayes: Posterior) -> dict[str, float]:
     """The posterior in numbers, by the names they are logged under, where the guide has them."""
     logs: dict[str, float] = {}
     if not bayes.sampling or not isinstance(bayes.guide, Guide):

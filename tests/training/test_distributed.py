@@ -15,7 +15,7 @@ from transformers import BertTokenizerFast, TrainingArguments
 
 from bayeslora import BayesLoRA, InputError
 from bayeslora.analysis import calibration_summary
-from bayeslora.training.distributed import check_parallelism
+from bayeslora.distributed import check_parallelism
 from tests.conftest import VOCABULARY, tiny_batch, tiny_dataset, tiny_network
 from tests.distributed_worker import (
     NO_DROPOUT,
