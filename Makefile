@@ -34,11 +34,12 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# mypy sees the folders as one package only when they lie as they are installed
+# mypy and import-linter see the folders as one package only when they lie as they are installed
 types: $(VENV)/.installed
 	rm -rf build/typed
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --target build/typed .
 	cd build/typed && $(abspath $(BIN))/mypy --config-file $(abspath pyproject.toml) -p bayeslora
+	cd build/typed && PYTHONPATH=. $(abspath $(BIN))/lint-imports --no-cache $(abspath pyproject.toml)
 
 # the site, in build/docs/index.html; a warning fails it
 docs: $(VENV)/.installed

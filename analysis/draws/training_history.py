@@ -24,7 +24,7 @@ def read_history(run: str | os.PathLike[str]) -> list[dict[str, Any]]:
     Raises:
         InputError: There is no ``run.json``, it is damaged, or the run has not finished.
     """
-    from bayeslora.storage.untrusted import MAX_RUN_BYTES, read_json
+    from bayeslora.untrusted import MAX_RUN_BYTES, read_json
 
     path = Path(run) / "run.json"
     history = read_json(path, most_bytes=MAX_RUN_BYTES).get("history")

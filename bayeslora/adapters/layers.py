@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from bayeslora.adapters.provenance import new_modules
 from bayeslora.config import MonteCLoRAConfig
 from bayeslora.errors import InputError
-from bayeslora.storage.untrusted import check_lora_words
+from bayeslora.untrusted import check_lora_words
 
 logger = logging.getLogger(__name__)
 one_at_a_time = threading.RLock()  # the draw in a network and Pyro's stack of handlers are shared by all threads

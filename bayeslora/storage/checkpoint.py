@@ -46,7 +46,7 @@ from bayeslora.errors import InputError
 from bayeslora.models.language import described_likelihood
 from bayeslora.models.likelihoods import Likelihood
 from bayeslora.posterior import Posterior
-from bayeslora.storage.untrusted import (
+from bayeslora.untrusted import (
     PREFIX,
     adapter_ranks,
     is_integer,

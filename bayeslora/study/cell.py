@@ -16,12 +16,12 @@ from bayeslora.analysis import calibration_summary
 from bayeslora.errors import InputError
 from bayeslora.storage.checkpoint import version_info
 from bayeslora.storage.run_folder import lock_folder, reporting_full_disk, write_json
-from bayeslora.storage.untrusted import MAX_RUN_BYTES, read_json
 from bayeslora.study.bench import Bench
 from bayeslora.study.methods.base import Lineup
 from bayeslora.study.outcome import Predictor, Trained
 from bayeslora.study.predictions import PREDICTIONS_FILE, is_damaged, write_predictions
 from bayeslora.study.spec import Cell, Study, differing
+from bayeslora.untrusted import MAX_RUN_BYTES, read_json
 
 logger = logging.getLogger(__name__)
 

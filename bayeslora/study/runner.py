@@ -16,12 +16,12 @@ from tqdm.auto import tqdm
 
 from bayeslora.errors import InputError, StorageError, TrainingDivergedError
 from bayeslora.storage.run_folder import failed_write, foreign_entry, free_space, write_json
-from bayeslora.storage.untrusted import read_json
 from bayeslora.study.bench import check_budget
 from bayeslora.study.methods.base import Lineup
 from bayeslora.study.predictions import is_damaged, read_predictions
 from bayeslora.study.spec import Cell, Study, axes, cells
 from bayeslora.study.table import collect, write_tables
+from bayeslora.untrusted import read_json
 
 logger = logging.getLogger(__name__)
 

@@ -48,9 +48,9 @@ from bayeslora.storage.run_folder import (
     seal,
     write_json,
 )
-from bayeslora.storage.untrusted import MAX_RUN_BYTES, read_json
 from bayeslora.training.arguments import check_fit_arguments, check_words
 from bayeslora.training.monitor import BriefProgress, GroupedTensorBoard, posterior_logs
+from bayeslora.untrusted import MAX_RUN_BYTES, read_json
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from bayeslora import BayesLoRA, InputError, MonteCLoRAConfig
 from bayeslora.command.main import main
 from bayeslora.storage.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, FILES, MANIFEST, POSTERIOR, open_peft_adapter
-from bayeslora.storage.untrusted import MAX_JSON_BYTES, read_json, read_run
+from bayeslora.untrusted import MAX_JSON_BYTES, read_json, read_run
 from tests import conftest
 from tests.storage.test_checkpoint import fitted, logits, reseal
 
