@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import distributed
 
-from bayeslora.adapters.layers import AdapterGroup
+from bayeslora.adapters.groups import AdapterGroup
 from bayeslora.errors import InputError
 
 if TYPE_CHECKING:

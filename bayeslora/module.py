@@ -11,14 +11,9 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from bayeslora.adapters.layers import (
-    check_in_use,
-    clear_draw,
-    find_groups,
-    is_quantized,
-    one_at_a_time,
-    using_draw,
-)
+from bayeslora.adapters.drawing import check_in_use, clear_draw, one_at_a_time, using_draw
+from bayeslora.adapters.groups import find_groups
+from bayeslora.adapters.quantized import is_quantized
 from bayeslora.distributed import refuse_sharded
 from bayeslora.errors import InputError
 from bayeslora.inference.generation import Generation

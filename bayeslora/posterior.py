@@ -13,20 +13,19 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from bayeslora.adapters.layers import (
-    active_adapter,
-    adapt,
+from bayeslora.adapters.drawing import (
     check_in_use,
     check_reached,
     clear_draw,
-    evaluation_mode,
     keeping_draw,
     one_at_a_time,
     rows_are_examples,
     set_draw,
     using_noise,
-    without_cache,
 )
+from bayeslora.adapters.groups import active_adapter
+from bayeslora.adapters.inject import adapt
+from bayeslora.adapters.modes import evaluation_mode, without_cache
 from bayeslora.adapters.provenance import Sketch, kept_keys, not_in_checkpoint
 from bayeslora.config import MonteCLoRAConfig
 from bayeslora.distributed import own_noise, refuse_sharded
@@ -330,7 +329,7 @@ class Posterior(PeftModel):
     def rows_are_examples(self, inputs: Mapping[str, Tensor]) -> bool:
         """Whether examples of one batch can have different draws; found out with the first ``inputs``.
 
-        See :func:`bayeslora.adapters.layers.rows_are_examples`.
+        See :func:`bayeslora.adapters.drawing.rows_are_examples`.
         """
         if self._rows is None:
             self._rows = rows_are_examples(self.network, self.model.groups, inputs, run=self.model.outputs)

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bayeslora.adapters.layers import Adapter, AdapterGroup, frozen_weight
+from bayeslora.adapters.groups import Adapter, AdapterGroup
+from bayeslora.adapters.quantized import frozen_weight
 from bayeslora.guides.mixture import MixtureGuide, initial_log_alpha, initial_scale
 from bayeslora.models import MonteCLoRA
 

@@ -6,7 +6,7 @@ import pyro
 from pyro.nn import PyroModule
 from torch import Tensor
 
-from bayeslora.adapters.layers import AdapterGroup
+from bayeslora.adapters.groups import AdapterGroup
 from bayeslora.models import MonteCLoRA
 from bayeslora.parameter_store import claim_names
 

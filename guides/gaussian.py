@@ -6,7 +6,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from bayeslora.adapters.layers import AdapterGroup
+from bayeslora.adapters.groups import AdapterGroup
 from bayeslora.distributions import active_weights, expected_cooperation
 from bayeslora.errors import InputError
 from bayeslora.guides.base import Guide

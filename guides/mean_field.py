@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from bayeslora.adapters.layers import AdapterGroup
+from bayeslora.adapters.groups import AdapterGroup
 from bayeslora.guides.mixture import MixtureGuide, initial_log_alpha, initial_scale
 from bayeslora.models import MonteCLoRA
 

@@ -6,7 +6,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from bayeslora.adapters.layers import AdapterGroup
+from bayeslora.adapters.groups import AdapterGroup
 from bayeslora.distributions import (
     CollapsedMixture,
     MixtureWeights,

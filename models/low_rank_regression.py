@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from bayeslora.adapters.layers import AdapterGroup
+from bayeslora.adapters.groups import AdapterGroup
 from bayeslora.config import MonteCLoRAConfig
 from bayeslora.distributions import MixtureWeights, WishartCholesky, active_weights
 from bayeslora.errors import InputError

@@ -25,7 +25,9 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from bayeslora.adapters.layers import AdapterGroup, adapt, find_groups, leaves_for_recomputation, using_draw
+from bayeslora.adapters.drawing import leaves_for_recomputation, using_draw
+from bayeslora.adapters.groups import AdapterGroup, find_groups
+from bayeslora.adapters.inject import adapt
 from bayeslora.config import MonteCLoRAConfig
 from bayeslora.distributions import CollapsedMixture, MixtureWeights, WishartCholesky, active_weights
 from bayeslora.errors import InputError

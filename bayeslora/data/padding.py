@@ -13,7 +13,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from bayeslora.adapters.layers import clear_draw, evaluation_mode, is_compiled, is_quantized, one_at_a_time
+from bayeslora.adapters.drawing import clear_draw, one_at_a_time
+from bayeslora.adapters.modes import evaluation_mode, is_compiled
+from bayeslora.adapters.quantized import is_quantized
 from bayeslora.data.batches import Collator, Padding, length_of, pad_token, plain
 from bayeslora.errors import InputError
 from bayeslora.posterior import Posterior

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bayeslora.adapters.layers import check_in_use, one_at_a_time
+from bayeslora.adapters.drawing import check_in_use, one_at_a_time
 from bayeslora.analysis.draws.adapter_names import network_order, short_names
 from bayeslora.data.checks import read_examples
 from bayeslora.errors import InputError

@@ -9,7 +9,8 @@ import torch
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
-from bayeslora.adapters.layers import evaluation_mode, one_at_a_time, using_draw
+from bayeslora.adapters.drawing import one_at_a_time, using_draw
+from bayeslora.adapters.modes import evaluation_mode
 from bayeslora.analysis.tables import diagnostics as verdicts
 from bayeslora.analysis.tables.diagnostics import Diagnostic
 from bayeslora.data.batches import Collator

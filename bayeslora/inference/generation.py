@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from bayeslora.adapters.layers import check_reached, is_compiled, using_draw
+from bayeslora.adapters.drawing import check_reached, using_draw
+from bayeslora.adapters.modes import is_compiled
 from bayeslora.data.batches import filling, vocabulary_size
 from bayeslora.data.checks import position_limit, read_examples
 from bayeslora.errors import InputError

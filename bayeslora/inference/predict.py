@@ -11,14 +11,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from bayeslora.adapters.layers import (
-    AdapterGroup,
-    check_reached,
-    evaluation_mode,
-    is_compiled,
-    using_draw,
-    without_cache,
-)
+from bayeslora.adapters.drawing import check_reached, using_draw
+from bayeslora.adapters.groups import AdapterGroup
+from bayeslora.adapters.modes import evaluation_mode, is_compiled, without_cache
 from bayeslora.analysis.metrics.uncertainty import mutual_information, predictive_entropy
 from bayeslora.data.batches import Batch, Collator, pad_token
 from bayeslora.data.checks import read_examples
@@ -246,7 +241,7 @@ class Draws:
         self.kept = self._draw(range(count)) if 0 < count * self.bytes_each <= MAX_KEPT_BYTES else None
 
     def weights(self, start: int, count: int) -> dict[str, Tensor]:
-        """Group name to A of consecutive draws, as :func:`bayeslora.adapters.layers.set_draw` takes them."""
+        """Group name to A of consecutive draws, as :func:`bayeslora.adapters.drawing.set_draw` takes them."""
         if self.kept is None:
             drawn = self._draw(range(start, start + count))
         else:

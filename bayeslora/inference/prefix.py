@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
-from bayeslora.adapters.layers import AdapterGroup, SampledLinear, is_compiled
+from bayeslora.adapters.groups import AdapterGroup
+from bayeslora.adapters.modes import is_compiled
+from bayeslora.adapters.sampled import SampledLinear
 
 MAX_KEPT_BYTES = 2**30
 _PLAIN = (Tensor, bool, int, float, str, torch.dtype, torch.device, type(None))

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from bayeslora.adapters.layers import one_at_a_time
+from bayeslora.adapters.drawing import one_at_a_time
 from bayeslora.inference.predict import PosteriorDraws, collect_draws, sample_sites
 from bayeslora.posterior import Posterior
 

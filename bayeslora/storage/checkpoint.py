@@ -25,14 +25,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from bayeslora._version import __version__
-from bayeslora.adapters.layers import (
-    active_adapter,
-    carries_adapter,
-    check_in_use,
-    find_groups,
-    frozen_weight,
-    is_quantized,
-)
+from bayeslora.adapters.drawing import check_in_use
+from bayeslora.adapters.groups import active_adapter, find_groups
+from bayeslora.adapters.inject import carries_adapter
 from bayeslora.adapters.provenance import (
     Sketch,
     base_tensors,
@@ -41,6 +36,7 @@ from bayeslora.adapters.provenance import (
     not_in_checkpoint,
     sketch,
 )
+from bayeslora.adapters.quantized import frozen_weight, is_quantized
 from bayeslora.config import MonteCLoRAConfig
 from bayeslora.errors import InputError
 from bayeslora.models.language import described_likelihood

@@ -9,7 +9,10 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from bayeslora import InputError, MonteCLoRAConfig
-from bayeslora.adapters.layers import SampledLinear, adapt, clear_draw, find_groups, using_draw
+from bayeslora.adapters.drawing import clear_draw, using_draw
+from bayeslora.adapters.groups import find_groups
+from bayeslora.adapters.inject import adapt
+from bayeslora.adapters.sampled import SampledLinear
 from tests.conftest import tiny_batch, tiny_network
 
 TARGETS = {

@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from bayeslora import BayesLoRA, InputError, MonteCLoRAConfig
-from bayeslora.adapters.layers import using_draw, using_noise
+from bayeslora.adapters.drawing import using_draw, using_noise
 from bayeslora.distributions import random_signs
 from bayeslora.inference.predict import Collator
 from tests.architectures import ARCHITECTURES, Architecture

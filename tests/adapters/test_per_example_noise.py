@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from bayeslora import BayesLoRA, MonteCLoRAConfig
-from bayeslora.adapters.layers import rows_are_examples
+from bayeslora.adapters.drawing import rows_are_examples
 from bayeslora.guides import MeanFieldGuide
 from tests.conftest import VOCABULARY, tiny_batch, tiny_network
 

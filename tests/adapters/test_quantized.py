@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig, TorchAoConfig
 
 from bayeslora import BayesLoRA, InputError, MonteCLoRAConfig, fit
-from bayeslora.adapters.layers import frozen_weight, is_quantized, keep_trainable
+from bayeslora.adapters.quantized import frozen_weight, is_quantized, keep_trainable
 from bayeslora.guides.amortized import _description
 from tests.conftest import tiny_batch, tiny_dataset, tiny_network
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bayeslora import BayesLoRA, MonteCLoRAConfig, fit
-from bayeslora.adapters.layers import using_draw
+from bayeslora.adapters.drawing import using_draw
 from bayeslora.analysis import held_out_elpd, leave_one_out, load_arviz, stream_arviz, to_arviz
 from bayeslora.errors import InputError
 from bayeslora.inference.predict import Collator, prior_sites

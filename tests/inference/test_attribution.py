@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from bayeslora import BayesLoRA, MonteCLoRAConfig
-from bayeslora.adapters.layers import using_draw
+from bayeslora.adapters.drawing import using_draw
 from bayeslora.errors import InputError
 from bayeslora.inference.attribution import attribute_variance
 from bayeslora.inference.predict import Collator, sample_sites

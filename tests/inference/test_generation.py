@@ -6,7 +6,7 @@ import torch
 from transformers import GenerationConfig
 
 from bayeslora import BayesLoRA, InputError, MonteCLoRAConfig
-from bayeslora.adapters.layers import using_draw
+from bayeslora.adapters.drawing import using_draw
 from bayeslora.inference.generation import token_uncertainty
 from bayeslora.inference.predict import Draws
 from bayeslora.tasks.encoding import encode_text

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bayeslora import BayesLoRA, InputError, MonteCLoRAConfig
-from bayeslora.adapters.layers import using_draw
+from bayeslora.adapters.drawing import using_draw
 from bayeslora.guides import MeanFieldGuide
 from bayeslora.inference import predict as predict_module
 from bayeslora.inference.predict import Draws

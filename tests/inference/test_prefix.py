@@ -7,7 +7,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from bayeslora import BayesLoRA, MonteCLoRAConfig
-from bayeslora.adapters.layers import find_groups, make_samplable, using_draw
+from bayeslora.adapters.drawing import using_draw
+from bayeslora.adapters.groups import find_groups
+from bayeslora.adapters.inject import make_samplable
 from bayeslora.inference import prefix
 from bayeslora.inference.prefix import Prefix
 from tests.conftest import VOCABULARY, tiny_batch, tiny_network

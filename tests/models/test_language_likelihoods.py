@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bayeslora import BayesLoRA, InputError, MonteCLoRAConfig
-from bayeslora.adapters.layers import using_draw, using_noise
+from bayeslora.adapters.drawing import using_draw, using_noise
 from bayeslora.inference.predict import Collator, Draws
 from bayeslora.models import ChoiceLikelihood, NextTokenLikelihood
 from bayeslora.models.language import ABSENT, target_log_probs

@@ -16,7 +16,7 @@ from scipy.stats import multivariate_normal
 from torch.distributions import kl_divergence
 
 from bayeslora import BayesLoRA, CooperativeELBO, InputError
-from bayeslora.adapters.layers import using_draw
+from bayeslora.adapters.drawing import using_draw
 from bayeslora.distributions import MixtureWeights, WishartCholesky, expected_column_kl, expected_cooperation
 from bayeslora.guides import GUIDES, MeanFieldGuide
 from bayeslora.models import low_rank_regression

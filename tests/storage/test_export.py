@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 
 from bayeslora import BayesLoRA, InputError, MonteCLoRAConfig
-from bayeslora.adapters.layers import using_draw
+from bayeslora.adapters.drawing import using_draw
 from bayeslora.inference.predict import Draws
 from tests.conftest import tiny_batch, tiny_network
 from tests.language import tiny_language_model, words

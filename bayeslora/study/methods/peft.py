@@ -10,7 +10,7 @@ from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 from transformers import TrainerCallback
 
-from bayeslora.adapters.layers import lora_config
+from bayeslora.adapters.inject import lora_config
 from bayeslora.config import MonteCLoRAConfig
 from bayeslora.errors import InputError
 from bayeslora.module import BayesLoRA

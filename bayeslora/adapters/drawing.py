@@ -1,0 +1,250 @@
+"""Run a network as a draw: weights are set from outside, used, and taken away again."""
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bayeslora.adapters.groups import AdapterGroup
+from bayeslora.adapters.modes import evaluation_mode, is_compiled
+from bayeslora.adapters.sampled import RowsError
+from bayeslora.errors import InputError
+
+one_at_a_time = threading.RLock()  # the draw in a network and Pyro's stack of handlers are shared by all threads
+
+
+def check_in_use(groups: tuple[AdapterGroup, ...]) -> None:
+    """Make sure that the network uses these adapters, where a draw reaches it.
+
+    Raises:
+        InputError: when another adapter is active, or one is merged into the frozen weights.
+    """
+    for group in groups:
+        for adapter in group.adapters:
+            if adapter.layer.active_adapters != [adapter.key]:
+                raise InputError(
+                    f"the network now uses the adapter {', '.join(adapter.layer.active_adapters)}, and this posterior "
+                    f"is over {adapter.key!r}: call bayes.network.set_adapter({adapter.key!r})"
+                )
+            if adapter.layer.merged:
+                raise InputError(
+                    "the adapter is merged into the frozen weights, where no draw can reach it: call "
+                    "bayes.network.unmerge_adapter()"
+                )
+
+
+def set_draw(groups: tuple[AdapterGroup, ...], weights: Mapping[str, Tensor]) -> None:
+    """Give every adapter its drawn weight.
+
+    Args:
+        weights: Group name to drawn A, one column a row: ``(adapters, columns, r)``, or
+            ``(draws, adapters, columns, r)`` for a batch of as many equal groups of consecutive rows, one a draw.
+    """
+    check_in_use(groups)
+    for group in groups:
+        drawn = weights[group.name].mT.to(group.adapters[0].lora_A.weight.dtype)
+        for adapter, weight in zip(group.adapters, drawn.unbind(-3), strict=True):
+            adapter.lora_A.draw.set(weight)
+
+
+def set_noise(
+    groups: tuple[AdapterGroup, ...], noise: Mapping[str, Tensor], signs: Mapping[str, Tensor] | None = None
+) -> None:
+    """Give every adapter a drawn deviation from its mean.
+
+    Args:
+        noise: Group name to A − μ, one column a row: ``(adapters, columns, r)``.
+        signs: Group name to ±1, ``(adapters, examples, r)``: every example's own mirror image of the rows of A − μ.
+    """
+    for group in groups:
+        mean = torch.stack([adapter.lora_A.weight for adapter in group.adapters])
+        deviation = noise[group.name].mT
+        mirrors: Sequence[Tensor | None] = [None] * len(group)
+        if signs is None:
+            weights = (mean + deviation).to(mean.dtype)
+        else:
+            weights = torch.cat([mean, deviation.to(mean.dtype)], dim=-2)
+            turned = torch.diag_embed(signs[group.name])  # (adapters, examples, r, r)
+            identity = torch.eye(group.rank, device=turned.device).expand_as(turned)
+            mirrors = torch.cat([identity, turned], dim=-2).unbind()
+        for adapter, weight, mirror in zip(group.adapters, weights.unbind(), mirrors, strict=True):
+            adapter.lora_A.draw.set(weight, mirror)
+
+
+def clear_draw(groups: tuple[AdapterGroup, ...]) -> None:
+    """Back to the means."""
+    for group in groups:
+        for adapter in group.adapters:
+            draw = adapter.lora_A.draw
+            draw.weight = draw.mirrors = None
+
+
+def check_reached(groups: tuple[AdapterGroup, ...]) -> None:
+    """Make sure that every layer used the draw that was last set for it, unless its adapter is switched off.
+
+    Raises:
+        InputError: naming layers that did not run: a kernel reads their ``lora_A.weight`` itself, or the network never
+            gets to them.
+    """
+    adapters = [adapter for group in groups for adapter in group.adapters if not adapter.layer.disable_adapters]
+    unreached = [adapter.name for adapter in adapters if not adapter.lora_A.draw.is_reached]
+    if unreached:
+        shown = ", ".join(unreached[:3]) + (f" and {len(unreached) - 3} more" if len(unreached) > 3 else "")
+        raise InputError(
+            f"the draw did not arrive in {shown} (of {len(adapters)} adapted layers): either the network does not run "
+            "them, then leave them out of target_modules; or a fused kernel reads lora_A.weight itself, as Unsloth's "
+            "and axolotl's do, then switch it off (Unsloth: load the network with transformers; axolotl: "
+            "lora_mlp_kernel, lora_qkv_kernel and lora_o_kernel: false)"
+        )
+
+
+@contextmanager
+def keeping_draw(groups: tuple[AdapterGroup, ...]) -> Iterator[None]:
+    """Whatever is set inside, the draw is afterwards what it was before."""
+    draws = [adapter.lora_A.draw for group in groups for adapter in group.adapters]
+    before = [(draw.weight, draw.mirrors, draw.is_reached) for draw in draws]
+    try:
+        yield
+    finally:
+        for draw, values in zip(draws, before, strict=True):
+            draw.weight, draw.mirrors, draw.is_reached = values
+
+
+@contextmanager
+def using_draw(
+    groups: tuple[AdapterGroup, ...], weights: Mapping[str, Tensor], *, keep: bool = False
+) -> Iterator[None]:
+    """Run the network as one draw, or several (see :func:`set_draw`).
+
+    ``keep`` leaves it set, for checkpointed layers that run again in the backward pass.
+    """
+    set_draw(groups, weights)
+    with _cleared_after(groups, keep):
+        yield
+
+
+@contextmanager
+def using_noise(
+    groups: tuple[AdapterGroup, ...],
+    noise: Mapping[str, Tensor],
+    signs: Mapping[str, Tensor] | None = None,
+    *,
+    keep: bool = False,
+) -> Iterator[None]:
+    """Run the network with deviations from its means (see :func:`set_noise`); ``keep`` as in :func:`using_draw`."""
+    set_noise(groups, noise, signs)
+    with _cleared_after(groups, keep):
+        yield
+
+
+@contextmanager
+def _cleared_after(groups: tuple[AdapterGroup, ...], keep: bool) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        if not keep:
+            clear_draw(groups)
+
+
+@contextmanager
+def leaves_for_recomputation(groups: tuple[AdapterGroup, ...], network: nn.Module) -> Iterator[None]:
+    """Let checkpointed layers recompute, in the backward pass, with the draw that is set; it stays set.
+
+    Reentrant checkpointing runs a backward pass for each block, and the first would free the graph of the draw that
+    all blocks share. So each adapter gets a leaf instead, and the leaves' gradients go on into the draw's graph where
+    the network's input ends its own backward pass, after the last block.
+    """
+    draws = [adapter.lora_A.draw for group in groups for adapter in group.adapters]
+    drawn = [(draw, draw.weight) for draw in draws if draw.weight is not None and draw.weight.requires_grad]
+    if not drawn:
+        yield
+        return
+    leaves, tensors = [], [weight for _, weight in drawn]
+    for draw, weight in drawn:
+        draw.weight = weight.detach().requires_grad_()
+        leaves.append(draw.weight)
+    entry, passed = _Handover.apply(leaves, *tensors), []
+
+    def enter(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+        passed.append(module)
+        return output + entry.to(output.dtype)
+
+    embeddings: nn.Module = network.get_input_embeddings()  # type: ignore[operator]
+    handle = embeddings.register_forward_hook(enter)
+    try:
+        yield
+    finally:
+        handle.remove()
+    if not passed:
+        raise InputError(
+            "gradient checkpointing needs the network to look its input embeddings up itself: pass input_ids, or "
+            "switch checkpointing off"
+        )
+
+
+class _Handover(torch.autograd.Function):
+    """A zero whose backward pass hands the leaves' gradients on to the tensors they stand for."""
+
+    @staticmethod
+    def forward(ctx: Any, leaves: list[Tensor], *tensors: Tensor) -> Tensor:
+        ctx.leaves = leaves
+        return tensors[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple:
+        gradients = [leaf.grad for leaf in ctx.leaves]
+        for leaf in ctx.leaves:
+            leaf.grad = None
+        return None, *gradients
+
+
+def rows_are_examples(
+    network: nn.Module,
+    groups: tuple[AdapterGroup, ...],
+    inputs: Mapping[str, Tensor],
+    *,
+    run: Callable[[Mapping[str, Tensor]], Any] | None = None,
+) -> bool:
+    """Whether the examples of a batch can each have their own weights: false where some adapted layer sees them along
+    another dimension than the first (Longformer's attention), or sees something else (DeBERTa's relative positions).
+
+    Runs two examples together, each with its own random weights, and alone, and compares what the ``lora_A`` return.
+    ``run`` runs the network on inputs, ``network(**inputs)`` unless given; there an example may take several rows.
+    """
+    run_network = run or (lambda batch: network(**batch))
+    pair = {name: value[[0, -1]] for name, value in inputs.items()}
+    generator = torch.Generator().manual_seed(0)
+    device = groups[0].adapters[0].lora_A.weight.device
+    weights = {g.name: torch.randn(2, len(g), g.columns, g.rank, generator=generator).to(device) for g in groups}
+    alone = [{name: value[i : i + 1] for name, value in pair.items()} for i in range(2)]
+    outputs: list[Tensor] = []
+    layers = [adapter.lora_A for group in groups for adapter in group.adapters]
+    hooks = [layer.register_forward_hook(lambda module, args, output: outputs.append(output)) for layer in layers]
+
+    def run_as(drawn: dict[str, Tensor], batch: dict[str, Tensor]) -> list[Tensor]:
+        outputs.clear()
+        with using_draw(groups, drawn):
+            run_network(batch)
+        return [output.float() for output in outputs]
+
+    eager = torch.compiler.set_stance("force_eager") if is_compiled(network) else nullcontext()
+    try:
+        with eager, evaluation_mode(network), torch.no_grad():
+            together = run_as(weights, pair)
+            for i in range(2):
+                single = run_as({name: drawn[i] for name, drawn in weights.items()}, alone[i])
+                for one, both in zip(single, together, strict=True):
+                    if both.shape[0] != 2 * one.shape[0] or one.shape[1:] != both.shape[1:]:
+                        return False
+                    mine = both.unflatten(0, (2, -1))[i]
+                    if (mine - one).norm() > 0.05 * one.norm():
+                        return False
+    except RowsError:
+        return False
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return True
