@@ -21,8 +21,10 @@ from bayeslora.models.likelihoods import network_outputs
 from bayeslora.study.outcome import Predicted, Trained
 from bayeslora.study.spec import Cell, Study
 from bayeslora.tasks.base import Task
-from bayeslora.training.fit import run_record, trained_parameters, trainer_settings
+from bayeslora.training.budget import trainer_settings
 from bayeslora.training.monitor import BriefProgress
+from bayeslora.training.record import run_record
+from bayeslora.training.trainer import trained_parameters
 
 PREDICTION_BATCH = 32
 

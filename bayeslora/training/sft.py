@@ -11,7 +11,7 @@ from bayeslora.errors import InputError
 from bayeslora.models import NextTokenLikelihood
 from bayeslora.module import BayesLoRA
 from bayeslora.training.arguments import REFUSED_BY_SFT, check_arguments
-from bayeslora.training.fit import BayesTrainer
+from bayeslora.training.trainer import BayesTrainer
 
 
 class BayesSFTTrainer(SFTTrainer):

@@ -13,8 +13,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from bayeslora import BayesLoRA, InputError, MonteCLoRAConfig, TrainingDivergedError, fit
 from bayeslora.inference.predict import Collator
 from bayeslora.storage.run_folder import last_checkpoint
-from bayeslora.training.fit import BayesTrainer
 from bayeslora.training.monitor import effective_components
+from bayeslora.training.trainer import BayesTrainer
 from tests.conftest import tiny_dataset, tiny_network
 from tests.test_module import randomize_b
 

@@ -1,0 +1,112 @@
+"""``run.json``: what a run was begun with, so that only the same run goes on in its folder."""
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import (
+    TrainingArguments,
+)
+
+from bayeslora.errors import InputError
+from bayeslora.module import BayesLoRA
+from bayeslora.storage.checkpoint import read_manifest, version_info
+from bayeslora.storage.run_folder import (
+    ADAPTER_FOLDER,
+    RUN_FILE,
+    foreign_entry,
+    last_checkpoint,
+    write_json,
+)
+from bayeslora.untrusted import MAX_RUN_BYTES, read_json
+
+logger = logging.getLogger(__name__)
+
+
+def refuse_other_content(output_dir: Path, resume: bool) -> None:
+    if output_dir.exists() and not output_dir.is_dir():
+        raise InputError(f"output_dir {output_dir} is a file; give a folder")
+    ours = (output_dir / RUN_FILE).is_file()
+    if output_dir.is_dir() and not ours and foreign_entry(output_dir, RUN_FILE):
+        raise InputError(f"output_dir {output_dir} holds something else already; give a new or empty folder")
+    if resume and not ours:
+        raise InputError(f"nothing to resume in {output_dir}: it holds no {RUN_FILE}")
+
+
+def begin_run(output_dir: Path, resume: bool, record: dict[str, Any]) -> tuple[Path | None, dict[str, Any] | None]:
+    """The checkpoint to resume from, if any, and the record of a run that is finished already."""
+    run_file = output_dir / RUN_FILE
+    if not resume:
+        if run_file.is_file():
+            raise InputError(
+                f"output_dir {output_dir} holds a run already; continue it with resume=True (--resume), "
+                "or give another folder"
+            )
+        write_json(run_file, record)
+        return None, None
+    before = read_record(run_file)
+    _check_same_run(output_dir, before, json.loads(json.dumps(record, default=float)))
+    for remains in output_dir.glob(f".{ADAPTER_FOLDER}-*"):  # of a run killed while it wrote the adapter
+        shutil.rmtree(remains, ignore_errors=True)
+    if before["finished"]:
+        try:
+            read_manifest(output_dir / ADAPTER_FOLDER)
+            return None, before
+        except InputError as error:
+            logger.warning("%s; finishing the run again from its last checkpoint", error)
+    checkpoint = last_checkpoint(output_dir)
+    if checkpoint is None:
+        logger.warning("%s holds no whole checkpoint: starting from the beginning", output_dir)
+    return checkpoint, None
+
+
+def read_record(run_file: Path) -> dict[str, Any]:
+    record = read_json(run_file, most_bytes=MAX_RUN_BYTES)
+    for name, kind in (("config", dict), ("training", dict), ("finished", bool)):
+        if not isinstance(record.get(name), kind):
+            raise InputError(f"{run_file} is damaged (its {name!r}): start the run again in another folder")
+    return record
+
+
+def _check_same_run(output_dir: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """A resumed run goes on with the settings it began with."""
+    for part in ("config", "training"):
+        for name, value in now[part].items():
+            if before[part].get(name) != value:
+                raise InputError(
+                    f"the run in {output_dir} began with {name}={before[part].get(name)!r}, not {value!r}: "
+                    "resume it with the same settings, or use another folder"
+                )
+
+
+def run_record(
+    bayes: BayesLoRA,
+    arguments: TrainingArguments,
+    variational_learning_rate: float,
+    num_examples: int,
+    metadata: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """What ``run.json`` says of a run that begins."""
+    kept = ("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
+            "learning_rate", "warmup_steps", "lr_scheduler_type", "weight_decay", "max_grad_norm", "seed",
+            "metric_for_best_model", "eval_steps")  # fmt: skip
+    return {
+        **(metadata or {}),
+        "finished": False,
+        "config": bayes.monteclora_config.to_dict(),
+        "training": {
+            **{name: _plain(getattr(arguments, name)) for name in kept},
+            "variational_learning_rate": variational_learning_rate,
+            "train_examples": num_examples,
+            "processes": arguments.world_size,
+        },
+        "train_examples": num_examples,
+        "versions": version_info(),
+    }
+
+
+def _plain(value: Any) -> Any:
+    return value.value if hasattr(value, "value") else value

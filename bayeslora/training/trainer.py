@@ -1,0 +1,214 @@
+"""``transformers.Trainer`` for a posterior."""
+
+import math
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    EarlyStoppingCallback,
+    Trainer,
+)
+
+from bayeslora.elbo import ELBOParts
+from bayeslora.errors import TrainingDivergedError
+from bayeslora.module import BayesLoRA
+from bayeslora.storage.checkpoint import load_adapter, write_adapter
+from bayeslora.storage.run_folder import (
+    best_checkpoint,
+    delete,
+    last_checkpoint,
+    rotate,
+    seal,
+)
+from bayeslora.training.monitor import posterior_logs
+
+
+class BayesTrainer(Trainer):
+    """Trainer with a learning rate for the posterior, a guard against NaN, and checkpoints that are whole or do not
+    count."""
+
+    optimizer: Any
+
+    def __init__(
+        self, *args: Any, variational_learning_rate: float, keep_checkpoints: int | None = None, **kwargs: Any
+    ):
+        self.variational_learning_rate = variational_learning_rate
+        self.keep_checkpoints = keep_checkpoints
+        self._ended = False
+        self._step_loss: Tensor | float = 0.0
+        self._parts: ELBOParts | None = None
+        self._parts_steps = 0
+        self._norms: dict[str, Tensor] = {}
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = True  # whatever the likelihood: what it averages over is counted here
+        self.label_names = ["labels"]
+
+    @property
+    def bayes(self) -> BayesLoRA:
+        return self.accelerator.unwrap_model(self.model)
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor | None:
+        """What all batches of a step count together: the step is then that of one batch, however it was split."""
+        if not batch_samples:
+            return None
+        total = torch.stack([self.bayes.model.count(batch["labels"]) for batch in batch_samples]).sum().to(device)
+        return self.accelerator.reduce(total) if self.args.average_tokens_across_devices else total
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            decayed, plain, variational = parameter_groups(self.bayes)
+            rate, posterior_rate = self.args.learning_rate, self.variational_learning_rate
+            groups = [
+                {"params": decayed, "lr": rate, "weight_decay": self.args.weight_decay},
+                {"params": plain, "lr": rate, "weight_decay": 0.0},
+                {"params": variational, "lr": posterior_rate, "weight_decay": 0.0},
+            ]
+            cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.bayes)
+            self.optimizer = cls([group for group in groups if group["params"]], **options)
+        return self.optimizer
+
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        position = super()._init_training_state(max_steps, *args, **kwargs)
+        if self.state.global_step:
+            current = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            best = best_checkpoint(current)
+            self.state.best_model_checkpoint = str(best) if best else None
+            if self.args.should_save:  # a run killed in the middle of this left too many
+                rotate(self._run_folder, current, best, self.keep_checkpoints)
+        stoppers = [c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
+        self._ended = self.state.global_step >= max_steps or any(
+            stopper.early_stopping_patience_counter >= stopper.early_stopping_patience for stopper in stoppers
+        )
+        return position
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self._ended:  # before it was interrupted
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._step_loss = self._step_loss + loss
+        parts = self.bayes.elbo.parts
+        if parts is not None and self.bayes.sampling:
+            share = self.bayes.share(inputs["labels"], num_items_in_batch)
+            ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            self._parts = self._parts or ELBOParts(torch.zeros_like(parts.task))
+            self._parts.add(parts, share.to(parts.task) * ranks)  # log() averages over the ranks
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        gradients = {n: [p.grad for p in group if p.grad is not None] for n, group in self._trained.items()}
+        self._norms = {name: nn.utils.get_total_norm(tensors) for name, tensors in gradients.items() if tensors}
+        clipped = torch.stack([*self._norms.values()]).norm()
+        norm = clipped if norm is None else torch.as_tensor(norm).to(clipped)
+        before_clipping = norm / clipped.clamp(min=torch.finfo(clipped.dtype).tiny)
+        self._norms = {name: part * before_clipping for name, part in self._norms.items()}
+        step_loss = self.accelerator.reduce(torch.as_tensor(self._step_loss).to(norm), "mean")  # all ranks agree
+        loss, total = torch.stack([step_loss, norm]).tolist()
+        self._step_loss, self._parts_steps = 0.0, self._parts_steps + 1
+        if not math.isfinite(loss):
+            raise self._diverged(f"the loss became {loss}", self.state.global_step + 1)
+        scaled = self.accelerator.scaler is not None  # fp16: its scaler skips such steps by itself
+        if not math.isfinite(total) and not scaled:
+            raise self._diverged(f"the gradient norm became {total}", self.state.global_step + 1)
+        return norm
+
+    @cached_property
+    def _trained(self) -> dict[str, list[Tensor]]:
+        """Parameters of the network (μ, B, head) and of the posterior."""
+        matrices, vectors, posterior = parameter_groups(self.bayes)
+        return {"network": [*matrices, *vectors], "posterior": posterior}
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        # averages over steps begin anew at each checkpoint, so that a resumed run logs what an uninterrupted one does
+        self.control.should_log |= self.control.should_save or self.control.should_evaluate
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Tensor], prediction_loss_only: bool, *args: Any, **kwargs: Any
+    ) -> Any:
+        loss, logits, labels = super().prediction_step(model, inputs, False, *args, **kwargs)
+        if not torch.isfinite(self.accelerator.reduce(logits.float().sum())):  # all ranks stop together
+            raise self._diverged("the evaluation gave NaN or infinite outputs", self.state.global_step)
+        losses = self.bayes.negative_log_likelihood(logits, labels).detach()
+        self._losses.append(self.gather_function(losses))
+        self._weights.append(self.gather_function(self.bayes.model.example_weights(logits).to(losses)))
+        return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """With the mean loss of all examples; Trainer's own counts those twice that fill up the last batches."""
+        self._losses: list[Tensor] = []
+        self._weights: list[Tensor] = []
+        output = super().evaluation_loop(*args, **kwargs)
+        losses, weights = torch.cat(self._losses), torch.cat(self._weights)
+        output.metrics["eval_loss"] = float((losses * weights).sum() / weights.sum())
+        return output
+
+    def _diverged(self, what: str, step: int) -> TrainingDivergedError:
+        last = last_checkpoint(self._run_folder)
+        kept = f"the last good checkpoint is {last}" if last else "no checkpoint had been saved yet"
+        return TrainingDivergedError(
+            f"{what} at step {step}, so training stopped; {kept}. "
+            f"Lower learning_rate (now {self.args.learning_rate:g}) or sample_scaler "
+            f"(now {self.bayes.monteclora_config.sample_scaler:g}), or check the data for broken labels"
+        )
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            if self._parts is not None:
+                mean = ELBOParts(torch.zeros_like(self._parts.task))
+                mean.add(self._parts, 1 / self._parts_steps)
+                parts = mean.to_floats()
+                values = self.accelerator.reduce(torch.tensor([*parts.values()], device=self.args.device), "mean")
+                logs |= {f"elbo/{name}": value for name, value in zip(parts, values.tolist(), strict=True)}
+                self._parts, self._parts_steps = None, 0
+            logs |= {f"grad_norm/{name}": float(norm) for name, norm in self._norms.items()}
+            logs |= posterior_logs(self.bayes)
+        super().log(logs, *args, **kwargs)
+
+    @property
+    def _run_folder(self) -> Path:
+        return Path(self.args.output_dir).parent
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if not all(torch.isfinite(p).all() for p in self.bayes.parameters() if p.requires_grad):
+            raise self._diverged("a parameter became NaN or infinite", self.state.global_step)
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            delete(folder)  # what a killed run left of it
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            seal(folder)
+            rotate(self._run_folder, folder, best_checkpoint(folder), self.keep_checkpoints)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if self.args.should_save:  # Trainer calls this on every rank
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_adapter(self.bayes, folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_adapter(self.bayes, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        load_adapter(self.bayes, Path(self.state.best_model_checkpoint))
+
+
+def parameter_groups(bayes: BayesLoRA) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """The network's matrices, its vectors, and the posterior's parameters."""
+    posterior = [*bayes.guide.parameters(), *bayes.model.parameters()]
+    return *trained_parameters(bayes.network), [p for p in posterior if p.requires_grad]
+
+
+def trained_parameters(network: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """The network's trained matrices, which weight decay shrinks, and its trained vectors, which it does not."""
+    trained = [p for p in network.parameters() if p.requires_grad]
+    return [p for p in trained if p.dim() > 1], [p for p in trained if p.dim() <= 1]
