@@ -1,10 +1,13 @@
-"""A tiny causal language model and its tokenizer, made on the spot."""
+"""A tiny causal language model, its tokenizer, and questions and texts in their words, made on the spot."""
 
+import json
 import string
 
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
+
+from bayeslora.tasks.encoding import encode_options
 
 PLACES = ["north", "south", "east", "west", "up", "down"]
 WORDS = ["Question", "Answer", "Q", "A", ":", ".", "?", "_", "the", "a", "is", "to", "of", "ball", "box", "red", "blue",
@@ -12,6 +15,26 @@ WORDS = ["Question", "Answer", "Q", "A", ":", ".", "?", "_", "the", "a", "is", "
          *PLACES, *string.digits, *string.ascii_uppercase]  # fmt: skip
 CHAT = ("{% for m in messages %}[{{ m.role }}] {{ m.content }} [end] {% endfor %}"
         "{% if add_generation_prompt %}[assistant] {% endif %}")  # fmt: skip
+# one row each, as the hub has it, and what must come of it: prompts, options, label
+ARC = {"question": "Which is red?", "choices": {"text": ["ball", "cat", "dog"], "label": ["A", "B", "C"]}}
+OFFICIAL = {
+    "piqa": ({"goal": "to go up", "sol1": "the box", "sol2": "the ball", "label": 1},
+             ["Question: to go up\nAnswer:"] * 2, ["the box", "the ball"], 1),
+    "siqa": ({"context": "the cat is big.", "question": "where?", "answerA": "up", "answerB": "down",
+              "answerC": "east", "label": "3"},
+             ["Q: the cat is big. where?\nA:"] * 3, ["up", "down", "east"], 2),
+    "winogrande": ({"sentence": "the box is big because _ is a cat.", "option1": "the dog", "option2": "the ball",
+                    "answer": "2"},
+                   ["the box is big because the dog", "the box is big because the ball"], ["is a cat."] * 2, 1),
+    "arc_easy": ({"id": "1", **ARC, "answerKey": "C"},
+                 ["Question: Which is red?\nAnswer:"] * 3, ["ball", "cat", "dog"], 2),
+    "arc_challenge": ({"id": "1", **ARC, "choices": {"text": ["ball", "cat", "dog"], "label": ["1", "2", "3"]},
+                       "answerKey": "2"}, ["Question: Which is red?\nAnswer:"] * 3, ["ball", "cat", "dog"], 1),
+    "openbookqa": ({"id": "1", "question_stem": "the red", "choices": ARC["choices"], "answerKey": "A"},
+                   ["the red"] * 3, ["ball", "cat", "dog"], 0),
+    "boolq_question_only": ({"question": "is the cat a dog", "answer": False, "passage": "no"},
+                            ["Question: is the cat a dog?\nAnswer:"] * 2, ["no", "yes"], 0),
+}  # fmt: skip
 
 
 def tiny_tokenizer(*, pad_is_end: bool = True, begin: bool = False):
@@ -63,3 +86,21 @@ def tiny_language_model(kind: str = "llama", *, layers: int = 2, seed: int = 0, 
 
 def words(text: str) -> list[int]:
     return tiny_tokenizer()(text, add_special_tokens=False)["input_ids"]
+
+
+def questions():
+    """Three questions with three, two and four options of differing lengths."""
+    tokenizer = tiny_tokenizer()
+    options = [
+        [" red", " the big blue", " green box"],
+        [" north", " to the south"],
+        [f" {place}" for place in PLACES[:4]],
+    ]
+    asked = ["Question: which ball?", "where is the cat", "the dog goes"]
+    encoded = [encode_options(tokenizer, [q] * len(o), o) for q, o in zip(asked, options, strict=True)]
+    return [{**example, "labels": label} for example, label in zip(encoded, (2, 0, 3), strict=True)]
+
+
+def write(folder, name, split, rows):
+    (folder / name).mkdir(parents=True, exist_ok=True)
+    (folder / name / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

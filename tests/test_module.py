@@ -12,28 +12,9 @@ from bayeslora import BayesLoRA, InputError, MonteCLoRAConfig
 from bayeslora.distributions import WishartCholesky, expected_column_kl
 from bayeslora.inference.predict import sample_sites
 from tests.conftest import tiny_batch, tiny_network
+from tests.modules import inputs_only, module, randomize_b
 
 KINDS = ["bert", "roberta", "gpt2", "llama"]
-
-
-def module(kind="bert", *, seed=0, network_options=None, **options):
-    options = {"r": 2, "num_components": 3, "sample_scaler": 0.05} | options
-    network = tiny_network(kind, seed=seed, **(network_options or {}))
-    torch.manual_seed(seed)
-    return BayesLoRA(network, MonteCLoRAConfig(**options)).train()
-
-
-def randomize_b(bayes):
-    """LoRA's B starts at zero, where A has no effect."""
-    with torch.no_grad():
-        for name, parameter in bayes.network.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.3)
-    return bayes
-
-
-def inputs_only(batch):
-    return {name: value for name, value in batch.items() if name != "labels"}
 
 
 @pytest.mark.parametrize("guide", ["amortized", "mean_field"])

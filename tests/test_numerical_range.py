@@ -25,7 +25,7 @@ from bayeslora.distributions import (
     expected_cooperation,
 )
 from tests.conftest import tiny_batch, tiny_network
-from tests.test_module import randomize_b
+from tests.modules import randomize_b
 
 ALPHAS = [1e-4, 1e-2, 1.0, 1e2, 1e4, 1e6]
 SCALES = [1e-6, 1e-3, 0.1, 0.999, 1.0, 1.001, 1e3, 1e6]

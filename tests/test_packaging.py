@@ -1,9 +1,11 @@
-"""The layout is installed as one package, and the wheel holds all of it."""
+"""The layout: small folders, installed as one package whose wheel holds all of it, and tests that stand alone."""
 
+import ast
 import subprocess
 import sys
 import tomllib
 import zipfile
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
@@ -30,6 +32,29 @@ def test_every_folder_with_code_is_listed():
     listed = [ROOT / folder for folder in FOLDERS.values()]
     nested = [file for root in ROOTS.values() for file in (ROOT / root).rglob("*.py") if file.parent not in listed]
     assert nested == []  # a sub-folder would be missing from the wheel
+
+
+def test_no_folder_is_crowded():
+    """Whoever looks for something reads a folder's names: sixteen files of Python are as many as one takes in."""
+    files = [file for root in (*ROOTS.values(), "tests") for file in (ROOT / root).rglob("*.py")]
+    counts = Counter(file.parent.relative_to(ROOT).as_posix() for file in files)
+    assert {folder: count for folder, count in counts.items() if count > 16} == {}
+
+
+def test_no_file_imports_a_test_file():
+    """What tests share lies beside ``conftest.py``; imported from each other they could not be moved or run alone."""
+    files = list((ROOT / "tests").rglob("*.py"))
+    tests = {file.stem for file in files if file.name.startswith("test_")}
+    imported = {file.relative_to(ROOT).as_posix(): {*_imports(file)} & tests for file in files}
+    assert {file: names for file, names in imported.items() if names} == {}
+
+
+def _imports(file):
+    """Every word of the names that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]
+            yield from (word for name in names for word in name.split("."))
 
 
 def test_constraints_pin_every_dependency():

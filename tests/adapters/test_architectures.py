@@ -80,7 +80,7 @@ class TestWhatIsSavedComesBack:
             bayes.save_pretrained(tmp_path / name / "adapter")
             expected[name] = probs(bayes, ARCHITECTURES[name].examples())
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-W", "ignore", str(ROOT / "tests" / "reopen_worker.py"), str(tmp_path)]
+        command = [sys.executable, "-W", "ignore", str(ROOT / "tests" / "workers" / "reopen_worker.py"), str(tmp_path)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
         assert done.returncode == 0, done.stderr[-3000:]
         found = {name: np.load(tmp_path / f"{name}.npz")["probs"] for name in SUPPORTED}

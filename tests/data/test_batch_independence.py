@@ -10,9 +10,8 @@ from bayeslora import BayesLoRA, InputError, MonteCLoRAConfig, fit
 from bayeslora.data.checks import read_examples
 from bayeslora.models import ChoiceLikelihood, NextTokenLikelihood
 from tests.architectures import ARCHITECTURES, ENCODER, EOS, PAD, VOCABULARY, Architecture
-from tests.language import tiny_language_model
-from tests.models.test_language_likelihoods import questions
-from tests.test_module import randomize_b
+from tests.language import questions, tiny_language_model
+from tests.modules import randomize_b
 
 DRAWS = 2
 ADAPTED = [name for name, kind in ARCHITECTURES.items() if kind.refused is None]

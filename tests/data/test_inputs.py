@@ -20,7 +20,7 @@ from bayeslora.tasks.encoding import pack
 from tests.architectures import ARCHITECTURES
 from tests.conftest import VOCABULARY, tiny_batch, tiny_dataset, tiny_network
 from tests.language import tiny_language_model
-from tests.test_module import randomize_b
+from tests.modules import randomize_b
 
 TEXTS = [name for name, kind in ARCHITECTURES.items() if kind.inputs == "text"]
 

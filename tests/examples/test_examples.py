@@ -1,6 +1,5 @@
 """Every example runs, small; so does the README's first block of Python."""
 
-import importlib.util
 import math
 import re
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
+from tests.example_scripts import ROOT, example
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -22,13 +21,6 @@ def _demo_assets():
         rated_sentences()
     except InputError as error:
         pytest.skip(f"the demo's encoder and data are not here and cannot be fetched: {error}")
-
-
-def example(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_how_sure_is_the_model(tmp_path, capsys):

@@ -4,9 +4,8 @@ import math
 
 import pytest
 
-from tests.examples.test_examples import example
-from tests.language import tiny_language_model, tiny_tokenizer
-from tests.tasks.test_language_tasks import OFFICIAL, write
+from tests.example_scripts import example
+from tests.language import OFFICIAL, tiny_language_model, tiny_tokenizer, write
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from transformers import WhisperForAudioClassification
 from bayeslora import BayesLoRA, InputError, MonteCLoRAConfig, fit
 from bayeslora.assets.ctranslate2 import read, unpack
 from bayeslora.models import CategoricalLikelihood
-from tests.examples.test_examples import example
+from tests.example_scripts import example
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 KINDS = ("vision", "speech")

@@ -21,8 +21,7 @@ from bayeslora.models import low_rank_regression
 from bayeslora.recorder import Recorder
 from bayeslora.training.monitor import posterior_logs
 from tests.conftest import tiny_batch, tiny_dataset, tiny_network
-from tests.models.test_models_and_guides import small_model, trace
-from tests.test_module import randomize_b
+from tests.modules import randomize_b, small_model, trace
 
 
 def _example_guide():

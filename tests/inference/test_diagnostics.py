@@ -19,7 +19,7 @@ from bayeslora.inference.diagnostics import _curvature, log_importance_weights
 from bayeslora.inference.predict import draw_trace
 from bayeslora.models import low_rank_regression
 from tests.conftest import tiny_batch, tiny_dataset, tiny_network
-from tests.test_module import randomize_b
+from tests.modules import randomize_b
 
 
 class TestParetoK:

@@ -11,8 +11,7 @@ from bayeslora.guides import MeanFieldGuide
 from bayeslora.inference import predict as predict_module
 from bayeslora.inference.predict import Draws
 from tests.conftest import tiny_batch, tiny_dataset, tiny_network
-from tests.inference.test_prefix import adapted
-from tests.test_module import module, randomize_b
+from tests.modules import adapted, module, randomize_b
 
 KINDS = ["bert", "gpt2", "llama"]
 

@@ -2,53 +2,18 @@
 
 import pytest
 import torch
-import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from bayeslora import BayesLoRA, MonteCLoRAConfig
 from bayeslora.adapters.drawing import using_draw
 from bayeslora.adapters.groups import find_groups
 from bayeslora.adapters.inject import make_samplable
 from bayeslora.inference import prefix
 from bayeslora.inference.prefix import Prefix
-from tests.conftest import VOCABULARY, tiny_batch, tiny_network
-from tests.test_module import inputs_only, randomize_b
+from tests.conftest import VOCABULARY, tiny_batch
+from tests.modules import adapted, inputs_only
 
 ROWS = ["bert", "roberta", "gpt2", "llama", "t5"]  # kinds whose rows are their examples everywhere
-SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
-CONFIGS = {
-    "longformer": lambda: transformers.LongformerConfig(attention_window=4, max_position_embeddings=40, **SMALL),
-    "deberta": lambda: transformers.DebertaV2Config(
-        relative_attention=True, position_buckets=4, share_att_key=True, pos_att_type=["p2c", "c2p"], **SMALL
-    ),
-    "t5": lambda: transformers.T5Config(
-        d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0, eos_token_id=1
-    ),
-}
-TARGETS = {
-    "gpt2": ["c_attn"],
-    "llama": ["q_proj", "down_proj"],
-    "t5": ["q", "wo"],
-    "deberta": ["key_proj", "output.dense"],
-}
-
-
-def network_of(kind, seed=0):
-    if kind not in CONFIGS:
-        return tiny_network(kind, seed=seed)
-    torch.manual_seed(seed)
-    config = CONFIGS[kind]()
-    config.update({"vocab_size": VOCABULARY, "pad_token_id": 0, "num_labels": 2})
-    return transformers.AutoModelForSequenceClassification.from_config(config)
-
-
-def adapted(kind="bert", *, last_block=False, **options):
-    """Draws that differ visibly, of all blocks or of the second alone."""
-    if last_block:
-        options |= {"layers_to_transform": (1,), "target_modules": TARGETS.get(kind, ["query", "output.dense"])}
-    config = MonteCLoRAConfig(**{"r": 2, "num_components": 3, "sample_scaler": 0.3} | options)
-    return randomize_b(BayesLoRA(network_of(kind), config)).eval()
 
 
 def batch_of(kind, size=3):

@@ -8,8 +8,7 @@ import torch
 import yaml
 
 from bayeslora import BayesLoRA, MonteCLoRAConfig, load_task
-from tests.language import PLACES, tiny_language_model, tiny_tokenizer
-from tests.tasks.test_language_tasks import write
+from tests.language import PLACES, tiny_language_model, tiny_tokenizer, write
 
 lm_eval = pytest.importorskip("lm_eval")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")

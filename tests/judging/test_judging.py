@@ -7,8 +7,7 @@ from bayeslora import BayesLoRA, InputError, MonteCLoRAConfig, load_task
 from bayeslora.analysis import risk_coverage, vote
 from bayeslora.inference.generation import Generation
 from bayeslora.judging.judge import judge, judge_gsm8k
-from tests.language import tiny_language_model, tiny_tokenizer
-from tests.tasks.test_language_tasks import write
+from tests.language import tiny_language_model, tiny_tokenizer, write
 
 
 def test_votes_are_counted_and_weighted():

@@ -12,9 +12,9 @@ from bayeslora.adapters.drawing import using_draw, using_noise
 from bayeslora.inference.predict import Collator, Draws
 from bayeslora.models import ChoiceLikelihood, NextTokenLikelihood
 from bayeslora.models.language import ABSENT, target_log_probs
-from bayeslora.tasks.encoding import encode_letters, encode_options, encode_text, pack
+from bayeslora.tasks.encoding import encode_letters, encode_text, pack
 from tests.conftest import tiny_batch, tiny_network
-from tests.language import PLACES, tiny_language_model, tiny_tokenizer
+from tests.language import questions, tiny_language_model, tiny_tokenizer
 
 COLLATE = Collator(pad_token_id=0)  # the end of a text is its padding
 
@@ -23,19 +23,6 @@ def texts():
     tokenizer = tiny_tokenizer()
     pairs = [("the ball is", " red"), ("Question: where is the dog? Answer:", " to the north"), ("a cat", " goes up")]
     return [encode_text(tokenizer, prompt, target) for prompt, target in pairs]
-
-
-def questions():
-    """Three questions with three, two and four options of differing lengths."""
-    tokenizer = tiny_tokenizer()
-    options = [
-        [" red", " the big blue", " green box"],
-        [" north", " to the south"],
-        [f" {place}" for place in PLACES[:4]],
-    ]
-    asked = ["Question: which ball?", "where is the cat", "the dog goes"]
-    encoded = [encode_options(tokenizer, [q] * len(o), o) for q, o in zip(asked, options, strict=True)]
-    return [{**example, "labels": label} for example, label in zip(encoded, (2, 0, 3), strict=True)]
 
 
 @torch.no_grad()

@@ -13,19 +13,9 @@ from bayeslora.distributions import expected_column_kl
 from bayeslora.guides import AmortizedGuide, MeanFieldGuide, MixtureGuide
 from bayeslora.models import GaussianLikelihood, MonteCLoRA
 from tests.conftest import tiny_batch, tiny_network
+from tests.modules import TARGETS, small_model, trace
 
 COMPONENTS = ["collapsed", "explicit"]
-TARGETS = ["query", "output.dense"]
-
-
-def small_model(**options):
-    layers, kind = options.pop("layers", 2), options.pop("kind", "bert")
-    options = {"r": 2, "num_components": 3, "target_modules": TARGETS, "sample_scaler": 0.1} | options
-    return MonteCLoRA(tiny_network(kind, layers=layers), MonteCLoRAConfig(**options))
-
-
-def trace(fn, *args, **kwargs):
-    return pyro.poutine.trace(fn).get_trace(*args, **kwargs)
 
 
 class TestModel:

@@ -10,7 +10,7 @@ from bayeslora.config import NOISE_SCHEDULES
 from bayeslora.guides import GaussianGuide
 from bayeslora.noise_schedules import SCHEDULES
 from tests.conftest import tiny_batch, tiny_dataset, tiny_network
-from tests.training.test_training import At, equal, interrupt, new, run, state
+from tests.runs import At, equal, interrupt, new, run, state
 
 CHANGING = [name for name in NOISE_SCHEDULES if name != "constant"]
 

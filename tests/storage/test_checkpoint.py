@@ -20,7 +20,8 @@ from bayeslora.guides import MeanFieldGuide
 from bayeslora.storage import checkpoint
 from bayeslora.storage.checkpoint import ADAPTER_WEIGHTS, FILES, MANIFEST, POSTERIOR
 from tests.conftest import tiny_batch, tiny_dataset, tiny_network
-from tests.test_module import inputs_only, module, randomize_b
+from tests.folders import reseal
+from tests.modules import fitted, head, logits, module
 
 REOPEN = """
 import sys
@@ -37,24 +38,6 @@ for folder in folders:
 """
 
 
-def fitted(kind="bert", **options):
-    """A module whose every trained number differs from its initial value."""
-    bayes = randomize_b(module(kind, **options))
-    with torch.no_grad():
-        for parameter in [*bayes.guide.parameters(), *bayes.model.parameters(), *head(bayes)]:
-            parameter.add_(torch.rand_like(parameter) / 4)
-    return bayes.eval()
-
-
-def head(bayes):
-    return [p for name, p in bayes.network.named_parameters() if "modules_to_save" in name]
-
-
-def logits(network):
-    with torch.no_grad():
-        return network(**inputs_only(tiny_batch())).logits
-
-
 def same_posterior(one, other):
     a, b = one.sample(3, seed=1), other.sample(3, seed=1)
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
@@ -62,14 +45,6 @@ def same_posterior(one, other):
 
 def names(folder):
     return {path.name for path in folder.iterdir()}
-
-
-def reseal(folder, **changes):
-    """Make the manifest agree with files that were changed on purpose."""
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8")) | changes
-    manifest["sha256"] = {name: checkpoint._sha256(folder / name) for name in FILES}
-    manifest["digest"] = checkpoint._digest(manifest)
-    (folder / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
 
 
 @pytest.fixture(scope="module")

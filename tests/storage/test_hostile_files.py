@@ -25,7 +25,8 @@ from bayeslora.command.main import main
 from bayeslora.storage.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, FILES, MANIFEST, POSTERIOR, open_peft_adapter
 from bayeslora.untrusted import MAX_JSON_BYTES, read_json, read_run
 from tests import conftest
-from tests.storage.test_checkpoint import fitted, logits, reseal
+from tests.folders import reseal
+from tests.modules import fitted, logits
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
 QUERY_A = f"base_model.model.{QUERY}.lora_A.weight"

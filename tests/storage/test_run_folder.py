@@ -4,7 +4,6 @@ import errno
 import json
 import multiprocessing
 import os
-import resource
 import shutil
 import signal
 import socket
@@ -31,6 +30,7 @@ from bayeslora.storage.run_folder import (
     seal,
     write_json,
 )
+from tests.folders import FullAfter
 
 
 def checkpoint(run, step, *, best=None):
@@ -128,20 +128,6 @@ class TestRotate:
         *_, current = [checkpoint(tmp_path, step) for step in (1, 2, 3)]
         rotate(tmp_path, current, None, 2)
         assert names(tmp_path) == ["checkpoint-2", "checkpoint-3"]
-
-
-class FullAfter:
-    """Inside, no file can grow beyond so many bytes: the kernel refuses with EFBIG, as with ENOSPC on a full disk."""
-
-    def __init__(self, size):
-        self.size = size
-
-    def __enter__(self):
-        self.before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, self.before[1]))
-
-    def __exit__(self, *_):
-        resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
 
 
 def python_writes(folder):

@@ -31,7 +31,7 @@ from bayeslora.tasks.load import load_task
 from tests.conftest import VOCABULARY, tiny_network
 
 WORDS = ("good", "bad", "film", "plot", "the", "is", "fine", "dull")
-PRIOR = "tests.study_methods:Prior"
+PRIOR = "tests.workers.study_methods:Prior"
 ROOT = Path(__file__).parents[2]
 
 
@@ -119,7 +119,7 @@ class TestSpec:
          (["monteclora", "temperature"], "builds on 'lora', which the study does not train"),
          (["lora", {"name": "lora", "label": "LoRA"}], "two methods are called 'LoRA'"),
          (["temperature"], "builds on 'lora'"), (["nowhere:Method"], "cannot import nowhere"),
-         (["tests.study_methods:Prier"], "did you mean 'Prior'")],
+         (["tests.workers.study_methods:Prier"], "did you mean 'Prior'")],
     )  # fmt: skip
     def test_methods_that_cannot_be(self, study, methods, says):
         with pytest.raises(InputError, match=says):

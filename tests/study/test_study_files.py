@@ -21,9 +21,9 @@ from bayeslora.study.runner import JOURNAL_FILE, run_study
 from bayeslora.study.spec import Cell, cells, slug
 from bayeslora.study.study_file import read_study_file
 from tests.conftest import VOCABULARY, tiny_network
-from tests.storage.test_run_folder import FullAfter
+from tests.folders import FullAfter
 
-PRIOR = "tests.study_methods:Prior"
+PRIOR = "tests.workers.study_methods:Prior"
 
 
 @pytest.fixture(scope="module")

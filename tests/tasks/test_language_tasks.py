@@ -10,33 +10,7 @@ from bayeslora.command.main import main
 from bayeslora.models import ChoiceLikelihood, NextTokenLikelihood
 from bayeslora.tasks.choice import CHOICE_TASKS
 from bayeslora.tasks.text import TEXT_TASKS, gsm8k_matches
-from tests.language import tiny_language_model, tiny_tokenizer
-
-# one row each, as the hub has it, and what must come of it: prompts, options, label
-ARC = {"question": "Which is red?", "choices": {"text": ["ball", "cat", "dog"], "label": ["A", "B", "C"]}}
-OFFICIAL = {
-    "piqa": ({"goal": "to go up", "sol1": "the box", "sol2": "the ball", "label": 1},
-             ["Question: to go up\nAnswer:"] * 2, ["the box", "the ball"], 1),
-    "siqa": ({"context": "the cat is big.", "question": "where?", "answerA": "up", "answerB": "down",
-              "answerC": "east", "label": "3"},
-             ["Q: the cat is big. where?\nA:"] * 3, ["up", "down", "east"], 2),
-    "winogrande": ({"sentence": "the box is big because _ is a cat.", "option1": "the dog", "option2": "the ball",
-                    "answer": "2"},
-                   ["the box is big because the dog", "the box is big because the ball"], ["is a cat."] * 2, 1),
-    "arc_easy": ({"id": "1", **ARC, "answerKey": "C"},
-                 ["Question: Which is red?\nAnswer:"] * 3, ["ball", "cat", "dog"], 2),
-    "arc_challenge": ({"id": "1", **ARC, "choices": {"text": ["ball", "cat", "dog"], "label": ["1", "2", "3"]},
-                       "answerKey": "2"}, ["Question: Which is red?\nAnswer:"] * 3, ["ball", "cat", "dog"], 1),
-    "openbookqa": ({"id": "1", "question_stem": "the red", "choices": ARC["choices"], "answerKey": "A"},
-                   ["the red"] * 3, ["ball", "cat", "dog"], 0),
-    "boolq_question_only": ({"question": "is the cat a dog", "answer": False, "passage": "no"},
-                            ["Question: is the cat a dog?\nAnswer:"] * 2, ["no", "yes"], 0),
-}  # fmt: skip
-
-
-def write(folder, name, split, rows):
-    (folder / name).mkdir(parents=True, exist_ok=True)
-    (folder / name / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+from tests.language import ARC, OFFICIAL, tiny_language_model, tiny_tokenizer, write
 
 
 @pytest.mark.parametrize("name", OFFICIAL)

@@ -8,7 +8,7 @@ import pytest
 
 from bayeslora import InputError, load_task
 from bayeslora.tasks.load import NAMED_TASKS
-from tests.tasks.test_tasks import official_rows, write
+from tests.task_files import official_rows, write
 
 INTENTS = ["translate", "oos", "weather", "alarm", "oos"]
 

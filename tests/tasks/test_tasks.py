@@ -1,6 +1,5 @@
 """Tasks: official layouts are read as they are, and every mistake is named at the door."""
 
-import csv
 import hashlib
 import json
 import math
@@ -17,20 +16,8 @@ import pytest
 
 from bayeslora import InputError, load_task
 from bayeslora.tasks.load import NAMED_TASKS
+from tests.task_files import OFFICIAL, official_rows, write
 
-# text columns, and label names in the order of the integers, as the benchmarks publish them
-OFFICIAL = {
-    "mrpc": (["sentence1", "sentence2"], ["not_equivalent", "equivalent"]),
-    "cola": (["sentence"], ["unacceptable", "acceptable"]),
-    "rte": (["sentence1", "sentence2"], ["entailment", "not_entailment"]),
-    "sst2": (["sentence"], ["negative", "positive"]),
-    "qnli": (["question", "sentence"], ["entailment", "not_entailment"]),
-    "qqp": (["question1", "question2"], ["not_duplicate", "duplicate"]),
-    "mnli": (["premise", "hypothesis"], ["entailment", "neutral", "contradiction"]),
-    "wic": (["word", "sentence1", "sentence2"], ["False", "True"]),
-    "boolq": (["question", "passage"], ["False", "True"]),
-    "ag_news": (["text"], ["World", "Sports", "Business", "Sci/Tech"]),
-}
 OFFICIAL_METRICS = {
     "mrpc": ("accuracy", "f1"),
     "qqp": ("accuracy", "f1"),
@@ -38,33 +25,6 @@ OFFICIAL_METRICS = {
 }
 WORDS = ["good", "fun", "so", "dull"]
 REVIEWS = [{"review": "good fun", "label": "good"}, {"review": "so dull", "label": "bad"}]
-
-
-def write(path: Path, rows: list[dict]) -> Path:
-    """Rows as parquet, CSV, JSON lines or a JSON list, by the file's ending."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".parquet":
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    elif path.suffix == ".csv":
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0].keys())
-            writer.writeheader()
-            writer.writerows(rows)
-    elif path.suffix == ".jsonl":
-        path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
-    else:
-        path.write_text(json.dumps(rows), encoding="utf-8")
-    return path
-
-
-def official_rows(name: str, labels: list[int] | None = None) -> list[dict]:
-    """Six examples with the columns of a named task."""
-    columns, label_names = OFFICIAL[name]
-    labels = labels or [index % len(label_names) for index in range(6)]
-    return [
-        {**{column: f"{column} number {index}" for column in columns}, "label": label, "idx": index}
-        for index, label in enumerate(labels)
-    ]
 
 
 def reviews(folder: Path, rows: list[dict] = REVIEWS, name: str = "train.jsonl", **options):

@@ -17,7 +17,7 @@ from bayeslora import BayesLoRA, InputError
 from bayeslora.analysis import calibration_summary
 from bayeslora.distributed import check_parallelism
 from tests.conftest import VOCABULARY, tiny_batch, tiny_dataset, tiny_network
-from tests.distributed_worker import (
+from tests.workers.distributed_worker import (
     NO_DROPOUT,
     NOISELESS,
     Gradients,
@@ -51,7 +51,7 @@ def complaints(done):
 def folder(tmp_path_factory):
     """Everything the two processes wrote."""
     folder = tmp_path_factory.mktemp("two_processes")
-    done = launch(ROOT / "tests" / "distributed_worker.py", folder)
+    done = launch(ROOT / "tests" / "workers" / "distributed_worker.py", folder)
     assert done.returncode == 0, complaints(done)
     return folder
 

@@ -17,8 +17,8 @@ from bayeslora import InputError
 from bayeslora.errors import StorageError
 from bayeslora.storage.run_folder import lock_folder
 from tests.conftest import tiny_dataset
-from tests.storage.test_run_folder import FullAfter
-from tests.training.test_training import (
+from tests.folders import FullAfter
+from tests.runs import (
     At,
     _frozen_garbage,  # noqa: F401  (a fixture)
     equal,
@@ -68,7 +68,7 @@ def resumed(folder, seed=5, **options):
 
 
 class TestKilled:
-    """SIGKILL in real processes; see tests/kill_at.py for the moments."""
+    """SIGKILL in real processes; see tests/workers/kill_at.py for the moments."""
 
     @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
     def test_at_any_moment(self, tmp_path):
@@ -77,7 +77,8 @@ class TestKilled:
         moments = [1, *touches, chance.uniform(0.2, 1.0)]
         root = Path(__file__).parents[2]
         child = subprocess.run(
-            [sys.executable, "-W", "ignore", str(root / "tests" / "kill_at.py"), str(tmp_path), json.dumps(moments)],
+            [sys.executable, "-W", "ignore", str(root / "tests" / "workers" / "kill_at.py"), str(tmp_path),
+             json.dumps(moments)],
             env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, text=True, timeout=300,
         )  # fmt: skip
         assert child.returncode == 0, child.stderr

@@ -1,6 +1,5 @@
 """fit(): Trainer's loop, with runs that can be interrupted, repeated and believed."""
 
-import gc
 import json
 import math
 
@@ -10,79 +9,29 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from bayeslora import BayesLoRA, InputError, MonteCLoRAConfig, TrainingDivergedError, fit
+from bayeslora import BayesLoRA, InputError, TrainingDivergedError
 from bayeslora.inference.predict import Collator
 from bayeslora.storage.run_folder import last_checkpoint
 from bayeslora.training.monitor import effective_components
 from bayeslora.training.trainer import BayesTrainer
-from tests.conftest import tiny_dataset, tiny_network
-from tests.test_module import randomize_b
-
-NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _frozen_garbage():
-    """Accelerate collects garbage at the start of each run: 0.3 s over all that is imported, unless it is set aside."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-def base(**options):
-    return tiny_network(layers=1, **options)
-
-
-def new(seed=0, *, network_options=None, **options):
-    """Initial values from the seed, on the same base network always."""
-    network = base(**(network_options or {}))
-    torch.manual_seed(seed)
-    options = {"r": 2, "num_components": 3, "sample_scaler": 0.05, "lora_dropout": 0.1} | options
-    return BayesLoRA(network, MonteCLoRAConfig(**options))
-
-
-def run(folder, bayes=None, train=None, evaluate=None, **options):
-    """fit() for a few steps: 24 examples, 6 steps to an epoch."""
-    bayes = new() if bayes is None else bayes
-    train = tiny_dataset(24) if train is None else train
-    options = {"epochs": 1, "batch_size": 4, "learning_rate": 1e-2, "progress": False} | options
-    return fit(bayes, train, evaluate, output_dir=folder, **options)
-
-
-def state(bayes):
-    return {name: value.clone() for name, value in bayes.state_dict().items()}
-
-
-def equal(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+from tests.conftest import tiny_dataset
+from tests.modules import randomize_b
+from tests.runs import (
+    NO_DROPOUT,
+    At,
+    _frozen_garbage,  # noqa: F401  (a fixture)
+    base,
+    equal,
+    flipped,
+    interrupt,
+    new,
+    run,
+    state,
+)
 
 
 def logged(result, name):
     return {entry["step"]: entry[name] for entry in result.history if name in entry}
-
-
-def flipped(dataset):
-    return [example | {"labels": 1 - example["labels"]} for example in dataset]
-
-
-class At(TrainerCallback):
-    """Does something when a step begins (or ends)."""
-
-    def __init__(self, step, action, *, end=False):
-        self.step, self.action, self.end = step, action, end
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == self.step - 1 and not self.end:
-            self.action(kwargs)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step and self.end:
-            self.action(kwargs)
-
-
-def interrupt(*_):
-    raise KeyboardInterrupt
 
 
 class Watch(TrainerCallback):

@@ -1,9 +1,10 @@
 """Runs of a tiny network that kill themselves, for test_resume: every moment in a process of its own, forked from one
 that has imported everything.
 
-Usage: ``python kill_at.py ROOT MOMENTS``, where MOMENTS is a JSON list of numbers: an integer kills the run (SIGKILL)
-when it touches its folder for the n-th time, a fraction that many seconds after it began. ROOT/whole is the run that
-was not interrupted; ROOT/<moment> one that was, and was then resumed. Prints, for each moment, what the kill left.
+Usage: ``python tests/workers/kill_at.py ROOT MOMENTS``, where MOMENTS is a JSON list of numbers: an integer kills the
+run (SIGKILL) when it touches its folder for the n-th time, a fraction that many seconds after it began. ROOT/whole is
+the run that was not interrupted; ROOT/<moment> one that was, and was then resumed. Prints, for each moment, what the
+kill left.
 """
 
 import gc

@@ -1,6 +1,6 @@
-"""What a fresh process does for tests/test_architectures.py: reopen each network on its base and predict again.
+"""What a fresh process does for tests/adapters/test_architectures.py: each network reopens on its base and predicts.
 
-python tests/reopen_worker.py FOLDER: every FOLDER/NAME holds ``base`` and ``adapter``; writes FOLDER/NAME.npz.
+python tests/workers/reopen_worker.py FOLDER: every FOLDER/NAME holds ``base`` and ``adapter``; writes FOLDER/NAME.npz.
 """
 
 import sys

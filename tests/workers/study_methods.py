@@ -1,4 +1,4 @@
-"""Methods of the kind that users add, for tests/test_study.py; studies name them as ``tests.study_methods:Class``."""
+"""Methods of the kind that users add, for tests/study; studies name them as ``tests.workers.study_methods:Class``."""
 
 import os
 import signal
