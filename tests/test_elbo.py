@@ -1,4 +1,11 @@
-"""The objective against METHOD's formulas, term by term, and its independence of batch, accumulation and depth."""
+"""The objective against its formulas, term by term, and its independence of batch, accumulation and depth.
+
+With π ~ Dir(α) and Σ ~ Wishart(V, ν), V = diag(v), an adapter has KL_D = KL(Dir(α) ‖ Dir(1)),
+KL_W = (ν/2)(tr V − log|V| − r), E[L_C] = Σ_k α_k(α_k + 1) / (α_0(α_0 + 1)) where α_0 = Σ_k α_k, and for each column
+E[KL_N] = ½(ν·tr V − E[log|Σ|] − r). The loss is task + η·(KL_N + KL_W + KL_D) + λ·L_C. The paper takes means over the
+adapters and counts one column, N times, in each; the ELBO takes sums over the adapters with all of their columns, and
+divides them by the number of training examples.
+"""
 
 import math
 
@@ -70,7 +77,7 @@ def test_elbo_normalization(components, times):
 @pytest.mark.parametrize("normalization", ["paper", "elbo"])
 @pytest.mark.parametrize("size", [1, 3, 6])
 def test_kl_weight_does_not_depend_on_the_batch(normalization, size):
-    """PITFALLS 9."""
+    """The KL is that of the whole training set, however many of its examples the batch holds."""
     bayes = fitted(normalization=normalization)
     bayes(**tiny_batch(6))
     whole = bayes.elbo.parts.to_floats()["kl"]
@@ -79,7 +86,10 @@ def test_kl_weight_does_not_depend_on_the_batch(normalization, size):
 
 
 def test_accumulated_halves_give_the_gradient_of_the_whole():
-    """PITFALLS 9: at fixed noise, two half batches at weight ½ are one batch, KL included."""
+    """At fixed noise, two half batches at weight ½ are one batch, KL included.
+
+    A KL added in full to every micro-batch would count once for each step of accumulation.
+    """
     bayes = fitted(normalization="elbo")
     batch = tiny_batch(6)
     half = [{n: v[part] for n, v in batch.items()} for part in (slice(0, 3), slice(3, 6))]
@@ -123,7 +133,10 @@ def test_exact_terms_take_noise_away_and_nothing_else():
 
 
 def test_elbo_is_a_bound_where_the_evidence_is_known():
-    """PITFALLS 15: a Gaussian with a Gaussian prior; equality at the exact posterior, below it elsewhere."""
+    """A Gaussian with a Gaussian prior; equality at the exact posterior, below it elsewhere.
+
+    Only a case with a known answer shows a wrong sign, or a norm that was not squared: either still gives a number.
+    """
     import pyro
     import pyro.distributions as dist
 

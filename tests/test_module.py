@@ -1,4 +1,4 @@
-"""BayesLoRA on tiny networks of real architectures: the rows of the pitfalls list, made impossible."""
+"""BayesLoRA on tiny networks of real architectures: what goes silently wrong elsewhere cannot go wrong here."""
 
 import copy
 import math
@@ -20,7 +20,10 @@ KINDS = ["bert", "roberta", "gpt2", "llama"]
 @pytest.mark.parametrize("guide", ["amortized", "mean_field"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_task_gradient_reaches_mean_b_v_and_alpha(kind, guide):
-    """PITFALLS 1, with the KL and the cooperative loss switched off: only the data speak."""
+    """With the KL and the cooperative loss switched off only the data speak, and every part must hear them.
+
+    A posterior whose v and α get no gradient from the data learns nothing of them, however long it is trained.
+    """
     bayes = randomize_b(module(kind, guide=guide, kl_weight=0.0, cooperation=0.0))
     bayes(**tiny_batch()).loss.backward()
     by_kind = {"lora_A": [], "lora_B": [], "guide": []}
@@ -40,7 +43,7 @@ def test_task_gradient_reaches_mean_b_v_and_alpha(kind, guide):
 
 
 def test_forward_changes_no_parameter():
-    """PITFALLS 1: A must not walk by itself."""
+    """A must not walk by itself, as it does, even without data, where each forward pass writes its draw into A."""
     bayes = module()
     before = {name: value.clone() for name, value in bayes.state_dict().items()}
     for _ in range(3):
@@ -50,7 +53,7 @@ def test_forward_changes_no_parameter():
 
 
 def test_optimizer_step_moves_every_trained_parameter():
-    """PITFALLS 1: in the authors' code, A's change by step() was 0.0."""
+    """Where a forward pass puts a new tensor in A's place, the optimizer keeps the old one: step() changes A by 0.0."""
     bayes = randomize_b(module(guide="mean_field"))
     before = {n: p.detach().clone() for n, p in bayes.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW([p for p in bayes.parameters() if p.requires_grad], lr=1e-2)
@@ -63,7 +66,10 @@ def test_optimizer_step_moves_every_trained_parameter():
 @pytest.mark.parametrize("components", ["collapsed", "explicit"])
 @pytest.mark.parametrize("mixture", ["dense", "sparse"])
 def test_spread_of_the_draws(components, mixture):
-    """PITFALLS 2 and 4: sd = ε·sqrt(E[Σ_k w_k²]·E[Σ_jj]), ε once, the whole covariance."""
+    """sd = ε·sqrt(E[Σ_k w_k²]·E[Σ_jj]): ε once, the whole covariance.
+
+    With ε applied twice a draw hardly changes A; without its off-diagonal entries Σ loses a third of its mass.
+    """
     draws, epsilon = 400, 0.05
     bayes = module(guide="mean_field", components=components, mixture=mixture, alpha_init="ones",
                    target_modules=["query"], scale_init=0.5, degrees_of_freedom=3.0)  # fmt: skip
@@ -130,7 +136,7 @@ class TestPlainLoRA:
 
 
 class TestOneDrawOneFunction:
-    """PITFALLS 13."""
+    """One draw is one network, for every token of every sequence; without the adapters no noise stays behind."""
 
     def test_every_token_and_example_sees_the_same_weight(self):
         bayes = randomize_b(module(noise="shared")).eval()
@@ -164,8 +170,9 @@ class TestOneDrawOneFunction:
 
 
 def test_data_driven_posterior():
-    """PITFALLS 6: labels decide v, far more than seeds do; without data it stays at the prior.
+    """Labels decide v, far more than seeds do; without data it stays at the prior.
 
+    Where the KL drowns the task's gradient, v is the same whatever the labels are: the data never reach the posterior.
     The mean network is fitted to one labelling and then held fixed. Noise harms those labels and softens the
     errors on the flipped ones, so the two posteriors must part.
     """
@@ -231,7 +238,10 @@ def checkpointed_gradients(reentrant, *, by_hand=False, pyro_svi=False, **option
     {"noise": "shared"}, {"noise": "per_example"}, {"components": "explicit"}, {"pyro_svi": True}, {"by_hand": True}
 ], ids=str)  # fmt: skip
 def test_checkpointed_layers_recompute_the_same_draw(reentrant, options):
-    """PITFALLS 8; ``by_hand`` switches checkpointing on in the network, behind our back."""
+    """Layers recomputed with noise of their own would give gradients of another function, and no error.
+
+    ``by_hand`` switches checkpointing on in the network, behind our back.
+    """
     expected, found = checkpointed_gradients(None, **options), checkpointed_gradients(reentrant, **options)
     for name, gradient in expected.items():
         assert gradient.any() or "lora_A" not in name
@@ -256,7 +266,7 @@ def test_checkpointing_without_the_embeddings_is_an_error_not_a_missing_gradient
 
 
 def test_deepcopy_after_a_step_gives_an_independent_equal():
-    """PITFALLS 12."""
+    """A draw left on the module is part of an autograd graph, which deepcopy refuses."""
     bayes = randomize_b(module())
     bayes(**tiny_batch()).loss.backward()
     twin = copy.deepcopy(bayes)
@@ -275,7 +285,7 @@ def test_deepcopy_after_a_step_gives_an_independent_equal():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_adapters_keep_the_factors_in_float32(dtype):
-    """PITFALLS 12 and 18."""
+    """A Wishart draw with ν = r is too badly conditioned for bfloat16, where its Cholesky often fails."""
     bayes = module(r=4)
     bayes.network.to(dtype)
     output = bayes(**tiny_batch())
@@ -286,7 +296,7 @@ def test_low_precision_adapters_keep_the_factors_in_float32(dtype):
 
 
 def test_no_buffers_beyond_the_adapters_descriptions():
-    """PITFALLS 7: nothing per layer beside r + N numbers."""
+    """Nothing per layer beside r + N numbers: buffers of noise drawn in advance can outgrow the network itself."""
     bayes, plain = module(guide="mean_field"), get_peft_model(
         tiny_network(), LoraConfig(r=2, target_modules="all-linear", task_type="SEQ_CLS")
     )  # fmt: skip

@@ -105,7 +105,7 @@ def test_rank_pattern_makes_groups_of_different_rank():
 
 
 def test_deepcopy_leaves_the_draw_behind():
-    """PITFALLS 12: a draw is part of an autograd graph, which deepcopy refuses."""
+    """A draw is part of an autograd graph, which deepcopy refuses."""
     network = adapt(tiny_network(), MonteCLoRAConfig(r=2))
     groups = find_groups(network)
     leaf = torch.zeros((), requires_grad=True)

@@ -103,7 +103,10 @@ def test_examples_are_uncorrelated_to_first_order():
 
 
 def test_one_example_has_one_draw_for_all_its_tokens():
-    """PITFALLS 13: the matrix that explains an example's first tokens explains the rest, and not another example."""
+    """The matrix that explains an example's first tokens explains the rest, and not another example.
+
+    Noise that differs from token to token within one draw would be no function of the sequence.
+    """
     bayes = module()
     recorded = []
     layer = bayes.model.groups[0].adapters[0].lora_A

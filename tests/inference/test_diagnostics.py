@@ -219,7 +219,7 @@ class TestDiagnose:
     @pytest.mark.parametrize("components", ["collapsed", "explicit"])
     @pytest.mark.parametrize(("scaler", "verdict"), [(0.5, "good"), (1e-4, "bad")])
     def test_data_move_the_noise_of_a_large_perturbation_alone(self, components, scaler, verdict):
-        """PITFALLS 6: with a tiny ε the labels cannot be told from permuted ones."""
+        """With a tiny ε the labels cannot be told from permuted ones: the data do not reach the posterior."""
         bayes, data = fitted(sample_scaler=scaler, kl_weight=1e-3, components=components)
         assert answers(bayes, data)["data_drivenness"].verdict == verdict
 

@@ -58,7 +58,10 @@ def without_labels(dataset):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_probabilities_are_the_mean_over_coherent_draws(kind):
-    """PITFALLS 5; the last token that is no padding decides for gpt2 and llama, and padding does not leak."""
+    """A prediction averages over networks: evaluated at one point, a posterior would never be better calibrated.
+
+    The last token that is no padding decides for gpt2 and llama, and padding does not leak.
+    """
     bayes, data = fitted(kind), tiny_dataset(10)
     prediction = bayes.predict(data, num_samples=4, batch_size=5, seed=3)
     expected = outputs_by_hand(bayes, data, 4, seed=3).double().softmax(-1).numpy()
@@ -83,7 +86,7 @@ def test_no_draws_is_the_mean_network(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_batch_size_changes_nothing_but_rounding(kind):
-    """PITFALLS 16: batches are sorted by length, the result is not."""
+    """Batches are sorted by length, the result is not: nothing in it depends on which examples shared a batch."""
     bayes, data = fitted(kind), tiny_dataset(11)
     assert [len(e["input_ids"]) for e in data] != sorted([len(e["input_ids"]) for e in data], reverse=True)
     one, five, hundred = (bayes.predict(data, num_samples=3, batch_size=size) for size in (1, 5, 100))
@@ -94,7 +97,7 @@ def test_batch_size_changes_nothing_but_rounding(kind):
 
 
 def test_one_draw_is_one_function_for_all_batches():
-    """PITFALLS 13."""
+    """Noise drawn anew for every batch, or every token, would make predictions that no network makes."""
     bayes, example = fitted(), tiny_dataset(1)[0]
     draws = bayes.predict([example] * 5, num_samples=3, batch_size=2).sample_probs
     np.testing.assert_allclose(draws, draws[:, :1].repeat(5, axis=1), atol=1e-7)

@@ -64,7 +64,7 @@ class TestRoundTrip:
     @pytest.mark.parametrize("guide", ["amortized", "mean_field"])
     @pytest.mark.parametrize("kind", ["bert", "gpt2", "llama"])
     def test_mean_in_plain_peft_and_posterior_here(self, kind, guide, tmp_path):
-        """PITFALLS 11; the head is among what is saved."""
+        """Where only the mean is saved the posterior is lost without a word; the head is among what is saved too."""
         bayes = fitted(kind, guide=guide)
         bayes.save_pretrained(tmp_path / "adapter")
         plain = PeftModel.from_pretrained(tiny_network(kind), tmp_path / "adapter").eval()
@@ -76,7 +76,7 @@ class TestRoundTrip:
         assert not torch.equal(logits(bayes), logits(tiny_network(kind).eval()))
 
     def test_fresh_process(self, tmp_path):
-        """PITFALLS 11, both guides: nothing but the base model and the folder crosses over."""
+        """Equal draws under equal seeds, both guides: nothing but the base model and the folder crosses over."""
         tiny_network().save_pretrained(tmp_path / "base")
         expected = {}
         for guide in ("amortized", "mean_field"):

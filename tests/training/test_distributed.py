@@ -174,7 +174,10 @@ class TestFiles:
 class TestObjective:
     @pytest.mark.parametrize("normalization", ["paper", "elbo"])
     def test_gradient_is_that_of_one_process(self, normalization, folder, tmp_path):
-        """PITFALLS 9: 2 processes × 2 batches × 2 examples, with a KL of weight ½, against 8 examples at once."""
+        """2 processes × 2 batches × 2 examples, with a KL of weight ½, against 8 examples at once.
+
+        The weight of the KL must depend neither on accumulation nor on the number of devices.
+        """
         seen = Gradients()
         run(tmp_path / "run", new(normalization=normalization, **NOISELESS), tiny_dataset(8), batch_size=8, max_steps=1,
             max_grad_norm=0.0, callbacks=[seen])  # fmt: skip

@@ -128,7 +128,7 @@ class TestRun:
 
 class TestSeed:
     def test_decides_the_run(self, tmp_path):
-        """PITFALLS 10: order, dropout and noise, whatever was drawn before."""
+        """Order, dropout and noise, whatever was drawn before: nothing is fixed when the module is made."""
         ends = []
         for name, seed in (("one", 3), ("again", 3), ("other", 4)):
             bayes = new()
@@ -155,7 +155,10 @@ class TestResume:
         ids=["amortized", "mean_field, accumulated", "evaluated"],
     )
     def test_interrupted_is_uninterrupted(self, options, signal, tmp_path):
-        """PITFALLS 10, with dropout, in the middle of the second epoch, into a module initialised otherwise."""
+        """With dropout, in the middle of the second epoch, into a module initialised otherwise.
+
+        Noise that is in no saved state would differ after the interruption, and so would the run.
+        """
         options = dict(options)
         guide = options.pop("guide", "amortized")
         whole, broken = new(guide=guide), new(guide=guide)
@@ -293,7 +296,7 @@ class TestOptimizer:
         assert moved == {"network", "guide"} - {frozen}
 
     def test_accumulation_is_a_larger_batch(self, tmp_path):
-        """PITFALLS 9: the KL counts once a step, not once a micro-batch. SGD, and noise too small to matter."""
+        """The KL counts once a step, not once a micro-batch. SGD, and noise too small to matter."""
         steps = []
         for size, accumulation in ((12, 1), (4, 3)):
             bayes = randomize_b(new(guide="mean_field", sample_scaler=1e-7, kl_weight=0.1, scale_init=0.5,
