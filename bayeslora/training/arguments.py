@@ -1,6 +1,6 @@
 """Fields of ``TrainingArguments`` that cannot mean here what they mean in transformers are refused, before all else.
 
-All others work as they do there; the table in ``tests/test_trainer_manners.py`` has every field.
+All others work as they do there; the table in ``tests/training/test_trainer_manners.py`` has every field.
 """
 
 import dataclasses

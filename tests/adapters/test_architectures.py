@@ -124,7 +124,7 @@ class TestWhatIsSavedComesBack:
             examples = architecture.examples()
             np.testing.assert_allclose(probs(reopened, examples), probs(bayes, examples), atol=1e-6)
 
-    @pytest.mark.parametrize("name", ["bert_without_pooler", "deberta_v2", "llama", "vit", "wav2vec2"])
+    @pytest.mark.parametrize("name", ["bert_without_pooler", "llama", "vit"])
     def test_any_other_tensor_of_the_base_is_noticed(self, fitted, tmp_path, name):
         """Every parameter and buffer that the adapter does not bring, changed one at a time in one entry in fifty."""
         bayes, base = fitted(name)

@@ -63,7 +63,7 @@ def test_the_guide_in_the_documentation_is_the_examples():
 
 @pytest.mark.filterwarnings("ignore")  # ArviZ's own, about Pareto's k and few draws
 def test_arviz_tour(tmp_path, capsys):
-    small = {"train_examples": 16, "test_examples": 12, "num_samples": 25, "max_steps": 2}
+    small = {"train_examples": 8, "test_examples": 6, "num_samples": 25, "max_steps": 2}
     table = example("arviz_tour").main(str(tmp_path), **small)
     assert set(table.index) == {"LoRA", "MonteCLoRA", "Gaussian"}
     printed = capsys.readouterr().out

@@ -144,7 +144,7 @@ def test_trl_s_own_trainer_is_refused_before_anything_is_trained(tmp_path):
     before = {name: value.clone() for name, value in bayes.state_dict().items()}
     stock = trl.SFTTrainer(bayes, arguments(tmp_path, max_steps=1), train_dataset=rows(4),
                            processing_class=tiny_tokenizer())  # fmt: skip
-    with pytest.raises(InputError, match=r"use bayeslora\.sft\.BayesSFTTrainer"):
+    with pytest.raises(InputError, match=r"use bayeslora\.training\.sft\.BayesSFTTrainer"):
         stock.train()
     assert all(torch.equal(value, before[name]) for name, value in bayes.state_dict().items())
 

@@ -1,6 +1,6 @@
 """What two processes do for tests/training/test_distributed.py: each writes what it saw, and the test compares.
 
-python -m torch.distributed.run --standalone --nproc-per-node 2 tests/workers/distributed_worker.py SUITE FOLDER
+python -m torch.distributed.run --standalone --nproc-per-node 2 tests/workers/distributed_worker.py FOLDER
 """
 
 import gc
