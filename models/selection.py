@@ -5,11 +5,10 @@ from typing import Any
 from pyro.nn import PyroModule
 from torch import nn
 
+from bayeslora.adapters.provenance import CLASSIFIERS
 from bayeslora.errors import InputError
 from bayeslora.models.language import NextTokenLikelihood
 from bayeslora.models.likelihoods import CategoricalLikelihood, GaussianLikelihood, is_causal
-
-_CLASSIFIERS = ("ForSequenceClassification", "ForImageClassification", "ForAudioClassification")
 
 
 def likelihood_for(network: nn.Module) -> PyroModule:
@@ -23,7 +22,7 @@ def likelihood_for(network: nn.Module) -> PyroModule:
     """
     config: Any = network.config
     problem = getattr(config, "problem_type", None)
-    if type(network).__name__.endswith(_CLASSIFIERS) and problem != "multi_label_classification":
+    if type(network).__name__.endswith(CLASSIFIERS) and problem != "multi_label_classification":
         regression = problem == "regression" or (problem is None and config.num_labels == 1)
         if regression and config.num_labels != 1:
             raise InputError(f"problem_type='regression' with num_labels={config.num_labels}: one number is learnt, so "

@@ -18,6 +18,8 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
+from bayeslora.adapters.quantized import is_packed
+
 logger = logging.getLogger(__name__)
 
 _PROJECTIONS = 4
@@ -53,7 +55,7 @@ def base_tensors(network: nn.Module) -> Iterator[BaseTensor]:
             continue
         own = {**module._parameters, **{n: b for n, b in module._buffers.items()
                                         if n not in module._non_persistent_buffers_set}}  # fmt: skip
-        if any(tensor is not None and _is_packed(tensor) for tensor in own.values()):
+        if any(parameter is not None and is_packed(parameter) for parameter in module._parameters.values()):
             continue
         own.pop("num_batches_tracked", None)  # counts the steps of training, and nothing depends on it by default
         for name, tensor in own.items():
@@ -71,11 +73,6 @@ def _inner_modules(base: nn.Module) -> Iterator[str]:
             yield from (f"{name}.{child}." for child, _ in module.named_children() if child in own)
         elif isinstance(module, AuxiliaryTrainingWrapper):
             yield f"{name}."
-
-
-def _is_packed(tensor: Tensor) -> bool:
-    packed = type(tensor).__module__.startswith(("bitsandbytes.", "torchao."))
-    return packed or (isinstance(tensor, nn.Parameter) and not tensor.is_floating_point())
 
 
 def not_in_checkpoint(network: nn.Module) -> set[str]:
@@ -136,12 +133,12 @@ def _missing_keys(base: Any) -> set[str] | None:
     return set(found["missing_keys"])
 
 
-_CLASSIFIERS = ("ForSequenceClassification", "ForImageClassification", "ForAudioClassification")
+CLASSIFIERS = ("ForSequenceClassification", "ForImageClassification", "ForAudioClassification")
 
 
 def _is_head(base: nn.Module, name: str) -> bool:
     """Whether a classifier's tensor lies outside the backbone."""
-    if not type(base).__name__.endswith(_CLASSIFIERS):
+    if not type(base).__name__.endswith(CLASSIFIERS):
         return False
     backbone: str = getattr(base, "base_model_prefix", "")
     sizes = {n: sum(p.numel() for p in child.parameters()) for n, child in base.named_children()}

@@ -40,7 +40,9 @@ def keep_trainable(network: nn.Module) -> None:
 
 def is_quantized(module: nn.Module) -> bool:
     """Whether any weight is packed, rather than a plain tensor of floats."""
-    return any(
-        not parameter.is_floating_point() or type(parameter).__module__.startswith(("bitsandbytes.", "torchao."))
-        for parameter in module.parameters()
-    )
+    return any(map(is_packed, module.parameters()))
+
+
+def is_packed(parameter: Tensor) -> bool:
+    """Whether a parameter is not a plain tensor of floats."""
+    return not parameter.is_floating_point() or type(parameter).__module__.startswith(("bitsandbytes.", "torchao."))
