@@ -1,64 +1,14 @@
 """Posteriors for LoRA adapters: MonteCLoRA as a Pyro model over PEFT, with ArviZ diagnostics.
 
-Importing this package loads neither torch nor transformers; each public name is imported on first use.
+Importing this package loads neither torch nor transformers; each name of ``__init__.pyi`` is imported on first use.
 """
 
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from bayeslora._version import __version__
+import lazy_loader
 
 _here = Path(__file__).parent
 if not (_here / "models").is_dir():  # a checkout: models/, guides/ and analysis/ sit beside this folder
     __path__.append(str(_here.parent))
 
-_HOMES = {
-    "BayesLoRA": "bayeslora.module",
-    "CooperativeELBO": "bayeslora.elbo",
-    "InputError": "bayeslora.errors",
-    "MonteCLoRAConfig": "bayeslora.config",
-    "TrainingDivergedError": "bayeslora.errors",
-    "compare": "bayeslora.study.compare",
-    "diagnose": "bayeslora.inference.diagnostics",
-    "fit": "bayeslora.training.fit",
-    "load_task": "bayeslora.tasks.load",
-    "report": "bayeslora.command.reporting",
-}
-
-__all__ = [
-    "BayesLoRA",
-    "CooperativeELBO",
-    "InputError",
-    "MonteCLoRAConfig",
-    "TrainingDivergedError",
-    "__version__",
-    "compare",
-    "diagnose",
-    "fit",
-    "load_task",
-    "report",
-]
-
-if TYPE_CHECKING:
-    from bayeslora.command.reporting import report
-    from bayeslora.config import MonteCLoRAConfig
-    from bayeslora.elbo import CooperativeELBO
-    from bayeslora.errors import InputError, TrainingDivergedError
-    from bayeslora.inference.diagnostics import diagnose
-    from bayeslora.module import BayesLoRA
-    from bayeslora.study.compare import compare
-    from bayeslora.tasks.load import load_task
-    from bayeslora.training.fit import fit
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'bayeslora' has no attribute {name!r}")
-    value = getattr(import_module(_HOMES[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

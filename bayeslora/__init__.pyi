@@ -1,0 +1,11 @@
+from ._version import __version__ as __version__
+from .command.reporting import report as report
+from .config import MonteCLoRAConfig as MonteCLoRAConfig
+from .elbo import CooperativeELBO as CooperativeELBO
+from .errors import InputError as InputError
+from .errors import TrainingDivergedError as TrainingDivergedError
+from .inference.diagnostics import diagnose as diagnose
+from .module import BayesLoRA as BayesLoRA
+from .study.compare import compare as compare
+from .tasks.load import load_task as load_task
+from .training.fit import fit as fit
