@@ -21,7 +21,8 @@ def comparison_table(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     """Mean and sample standard deviation over seeds, for each split and method.
 
     Args:
-        rows: One mapping per run: ``method``, ``split``, ``seed``, and a number under each metric's name.
+        rows: One mapping per run: ``method``, ``split``, ``seed`` (None for what combines all seeds), and a number
+            under each metric's name.
 
     Returns:
         Indexed by ``(split, method)`` in the order in which splits and methods first appear. Columns are
@@ -33,8 +34,9 @@ def comparison_table(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
         InputError: No rows, a row without method, split or seed, the same run twice, a metric that is not a
             number, or no metric at all.
     """
-    frame = pd.DataFrame([dict(row) for row in rows])
-    metrics = _check_frame(frame)
+    runs = [dict(row) for row in rows]
+    frame = pd.DataFrame(runs)
+    metrics = _check_runs(runs, frame)
     groups = frame.groupby(["split", "method"], sort=False)
     columns: dict[tuple[str, str], pd.Series] = {}
     for metric in metrics:
@@ -70,12 +72,12 @@ def to_markdown(table: pd.DataFrame, *, metrics: Sequence[str] | None = None) ->
     return layout(header, body, num_text_columns=2)
 
 
-def _check_frame(frame: pd.DataFrame) -> list[str]:
+def _check_runs(runs: list[dict[str, Any]], frame: pd.DataFrame) -> list[str]:
     """Names of the metrics, in the order in which they first appear."""
     if frame.empty:
         raise InputError("rows is empty: a comparison needs at least one run")
     for name in RUN:
-        if name not in frame or frame[name].isna().any():
+        if any(name not in run for run in runs) or (name != "seed" and frame[name].isna().any()):
             raise InputError(f"every row needs a {name!r}; its keys are method, split, seed and the metrics")
     repeated = frame[frame.duplicated(list(RUN))]
     if len(repeated):

@@ -105,6 +105,15 @@ def test_wrong_rows_are_named(rows, message):
         comparison_table(rows)
 
 
+def test_what_combines_all_seeds_has_none():
+    rows = [run("a", "x", 0, nll=1.0), run("a", "x", 1, nll=3.0), run("ensemble", "x", None, nll=0.5)]
+    table = comparison_table(rows)
+    assert table["nll", "mean"].tolist() == [2.0, 0.5]
+    assert table["seeds", "count"].tolist() == [2, 1]
+    with pytest.raises(InputError, match=r"method=ensemble, seed=\w+ is given twice"):
+        comparison_table([*rows, rows[-1]])
+
+
 def test_unknown_metric_is_answered_with_the_known_ones():
     with pytest.raises(InputError, match="no metric 'f1'; it has accuracy, nll, ece"):
         to_markdown(comparison_table(ROWS), metrics=["f1"])
