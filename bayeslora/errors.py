@@ -8,6 +8,10 @@ class InputError(ValueError):
     """
 
 
+class FolderInUseError(InputError):
+    """Another process works in the folder: wait for it, stop it, or take another folder."""
+
+
 class TrainingDivergedError(RuntimeError):
     """The loss, a gradient or a parameter became NaN or infinite; the last good checkpoint is kept."""
 

@@ -66,7 +66,7 @@ def run_demo(
     save_arviz(idata, output / "posterior.nc")
     _say("4/4  pictures")
     plot_posterior_spread(idata).figure.savefig(output / "posterior_spread.png", dpi=200, bbox_inches="tight")
-    shown = {name: pair for name, pair in result.predictions("test", seed).items() if "mean" not in name}
+    shown = {name: pair for name, pair in result.predictions("test", seed).items() if name not in result.at_mean}
     plot_calibration(shown).figure.savefig(output / "calibration.png", dpi=200, bbox_inches="tight")
     _report(result, output, started)
     return result

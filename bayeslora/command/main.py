@@ -623,9 +623,9 @@ def _study(arguments: argparse.Namespace) -> "Any":
 
 
 def _ways() -> Sequence[str]:
-    from bayeslora.study.methods.monteclora import WAYS
+    from bayeslora.study.methods.monteclora import PREDICTORS
 
-    return WAYS
+    return PREDICTORS
 
 
 def _config(arguments: argparse.Namespace, kind: str) -> "MonteCLoRAConfig":

@@ -14,7 +14,7 @@ from bayeslora.errors import InputError, StorageError
 from bayeslora.inference.diagnostics import diagnose
 from bayeslora.module import BayesLoRA
 from bayeslora.storage.run_folder import ADAPTER_FOLDER, RUN_FILE
-from bayeslora.study.compare import SETTINGS_FILE
+from bayeslora.study.spec import SETTINGS_FILE
 from bayeslora.tasks.base import Task
 from bayeslora.tasks.load import load_task
 from bayeslora.untrusted import read_run

@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from safetensors import SafetensorError
 
-from bayeslora.errors import InputError, StorageError
+from bayeslora.errors import FolderInUseError, InputError, StorageError
 
 try:
     import fcntl
@@ -175,11 +176,14 @@ def reporting_full_disk(run: Path) -> Iterator[None]:
 
 
 def failed_write(error: Exception) -> str | None:
-    """What Python, safetensors and torch say, each in its own way, when the disk takes no more."""
+    """What Python, safetensors and torch say, each in its own way, when the disk takes no more.
+
+    safetensors and torch give no error number: their messages are all there is to tell it by.
+    """
     text = str(error)
     if isinstance(error, OSError):
         return text if error.errno in _FULL else None
-    if type(error).__name__ == "SafetensorError":
+    if isinstance(error, SafetensorError):
         return text if any(f"(os error {number})" in text for number in _FULL) else None
     if isinstance(error, RuntimeError) and ("inline_container" in text or "PytorchStreamWriter" in text):
         return "torch.save could not write all of a file"
@@ -202,7 +206,8 @@ def lock_folder(folder: Path) -> Iterator[None]:
     A lock left by a process that died on this host is taken over with a message.
 
     Raises:
-        InputError: if another process, or one on another host that cannot be asked, holds the lock.
+        FolderInUseError: if another process, or one on another host that cannot be asked, holds the lock.
+        InputError: if the folder cannot be written in.
     """
     path = folder / LOCK_FILE
     mine = _this_process()
@@ -253,9 +258,11 @@ def _one_at_a_time(file: Any) -> Iterator[None]:
 def _refuse_if_alive(path: Path, holder: dict[str, Any]) -> None:
     who = f"{path.parent} is in use by {_describe(holder)} (lock file {path})"
     if holder.get("host") != socket.gethostname():
-        raise InputError(f"{who}: whether it still runs cannot be seen from here; if it does not, delete the lock file")
+        raise FolderInUseError(
+            f"{who}: whether it still runs cannot be seen from here; if it does not, delete the lock file"
+        )
     if _identity(holder.get("pid")) in (holder.get("identity"), UNKNOWN):
-        raise InputError(f"{who}: wait for it, stop it, or give another folder")
+        raise FolderInUseError(f"{who}: wait for it, stop it, or give another folder")
 
 
 def _describe(holder: dict[str, Any] | None) -> str:

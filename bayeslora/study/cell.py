@@ -6,7 +6,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,9 @@ from bayeslora.analysis import calibration_summary
 from bayeslora.errors import InputError
 from bayeslora.storage.checkpoint import version_info
 from bayeslora.storage.run_folder import lock_folder, reporting_full_disk, write_json
-from bayeslora.study.bench import Bench
+from bayeslora.study.experiment import Experiment
 from bayeslora.study.methods.base import Lineup
-from bayeslora.study.outcome import Predictor, Trained
+from bayeslora.study.outcome import POST_HOC, TRAINED, Predict, Predicted, Predictor, Trained
 from bayeslora.study.predictions import PREDICTIONS_FILE, is_damaged, write_predictions
 from bayeslora.study.spec import Cell, Study, differing
 from bayeslora.untrusted import MAX_RUN_BYTES, read_json
@@ -40,7 +40,7 @@ def run_cell(study: Study, cell: Cell, output_dir: Path, *, progress: bool = Fal
         own_process: The process runs this cell only, so that its peak memory is the cell's.
 
     Returns:
-        ``rows``, one for each way to predict and split; ``curve``; ``versions``; ``digest``.
+        ``rows``, one for each predictor and split; ``curve``; ``versions``; ``digest``.
 
     Raises:
         InputError: among others if another process works on the cell, or if another cell's results lie in its folder.
@@ -92,73 +92,105 @@ def _refuse_other_cell(folder: Path, cell: Cell) -> None:
         return
     if other != cell:
         word = differing(cell, other)
-        raise InputError(f"{folder} holds results of {word.replace('_', ' ')} {getattr(other, word)!r}, and those of "
-                         f"{getattr(cell, word)!r} would take their place: change one of them, or give another "
-                         "output folder")  # fmt: skip
+        raise InputError(
+            f"{folder} holds results of {word.replace('_', ' ')} {getattr(other, word)!r}, and those of "
+            f"{getattr(cell, word)!r} would take their place: change one of them, or give another "
+            "output folder"
+        )
 
 
 def _work(study: Study, cell: Cell, lineup: Lineup, folder: Path, progress: bool, own_process: bool) -> dict:
     method, post_hoc = lineup.trained[cell.method], lineup.post_hoc[cell.method]
-    bench = Bench(study, cell, folder, progress=progress,
-                  checkpoints=max((later.checkpoints() for later in post_hoc), default=0))  # fmt: skip
-    trained = method.train(bench)
+    experiment = Experiment(
+        study, cell, folder, progress=progress, checkpoints=max((later.checkpoints() for later in post_hoc), default=0)
+    )
+    trained = method.train(experiment)
     peak = _peak_memory() if own_process else None
     rows: list[dict[str, Any]] = []
     arrays: dict[str, np.ndarray] = {}
     failures: list[dict[str, str]] = []
-    for label, kind, predict, seconds in _predictors(lineup, bench, trained, failures):
+    for predictor, kind, preparation in _predictors(lineup, experiment, trained, failures):
         try:
-            predictions = {split: predict(split) for split in bench.splits}
+            predictions = {split: predictor.predict(split) for split in experiment.splits}
         except Exception as error:
-            if kind == "trained":
+            if kind == TRAINED:
                 raise
-            failures.append({"method": label, "error": f"{type(error).__name__}: {error}"})
+            failures.append({"method": predictor.label, "error": f"{type(error).__name__}: {error}"})
             continue
-        for split, found in predictions.items():
-            information = found.mutual_information
-            rows.append({
-                "task": cell.task, "method": label, "trained": cell.method, "kind": kind, "split": split,
-                "learning_rate": cell.learning_rate, "batch_size": cell.batch_size, "rank": cell.rank,
-                "seed": cell.seed, "examples": len(found.labels), **calibration_summary(found.probs, found.labels),
-                "mutual_information": None if information is None else float(information.mean()),
-                "steps": trained.steps, "train_seconds": trained.seconds + seconds, "predict_seconds": found.seconds,
-                "peak_memory_mb": peak, **(trained.facts if kind == "trained" else {}),
-            })  # fmt: skip
-            arrays[f"{split}/{label}"] = found.probs.astype(np.float32)
-            arrays[f"{split}/labels"] = found.labels.astype(np.int64)
+        for split, predicted in predictions.items():
+            cost = {
+                "steps": trained.steps,
+                "train_seconds": trained.seconds + preparation,
+                "predict_seconds": predicted.seconds,
+                "peak_memory_mb": peak,
+            }
+            facts = trained.facts if kind == TRAINED else {}
+            rows.append({**_place(cell, predictor.label, kind, split), **_scores_of(predicted), **cost, **facts})
+            arrays[f"{split}/{predictor.label}"] = predicted.probs.astype(np.float32)
+            arrays[f"{split}/labels"] = predicted.labels.astype(np.int64)
     if study.keep_adapters:
-        method.save(trained, bench)
+        method.save(trained, experiment)
     shutil.rmtree(folder / TRAINING_FOLDER, ignore_errors=True)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     write_predictions(folder, arrays)
-    return {"cell": {**cell.__dict__}, "rows": rows, "curve": trained.curve, "failures": failures,
-            "versions": {**version_info(), "python": platform.python_version(), "numpy": np.__version__},
-            "host": platform.node(), "processors": os.cpu_count()}  # fmt: skip
+    return {
+        "cell": {**cell.__dict__},
+        "rows": rows,
+        "curve": trained.curve,
+        "failures": failures,
+        "versions": {**version_info(), "python": platform.python_version(), "numpy": np.__version__},
+        "host": platform.node(),
+        "processors": os.cpu_count(),
+    }
+
+
+def _place(cell: Cell, label: str, kind: str, split: str) -> dict[str, Any]:
+    """What tells a row of results from all others."""
+    return {
+        "task": cell.task,
+        "method": label,
+        "trained": cell.method,
+        "kind": kind,
+        "split": split,
+        "learning_rate": cell.learning_rate,
+        "batch_size": cell.batch_size,
+        "rank": cell.rank,
+        "seed": cell.seed,
+    }
+
+
+def _scores_of(predicted: Predicted) -> dict[str, Any]:
+    information = predicted.mutual_information
+    return {
+        "examples": len(predicted.labels),
+        **calibration_summary(predicted.probs, predicted.labels),
+        "mutual_information": None if information is None else float(information.mean()),
+    }
 
 
 def _predictors(
-    lineup: Lineup, bench: Bench, trained: Trained, failures: list[dict[str, str]]
-) -> Iterator[tuple[str, str, Predictor, float]]:
-    """Label, kind, predictor and seconds of preparation of every way to predict; post-hoc methods that fail are
-    noted and left out."""
+    lineup: Lineup, experiment: Experiment, trained: Trained, failures: list[dict[str, str]]
+) -> Iterator[tuple[Predictor, str, float]]:
+    """Every predictor of the cell, its kind, and the seconds of its preparation; post-hoc methods that fail are noted
+    and left out."""
     own = []
-    for label, predict, seconds in _timed(lineup.trained[bench.cell.method].predictors(trained, bench)):
-        own.append(predict)
-        yield label, "trained", predict, seconds
-    for method in lineup.post_hoc[bench.cell.method]:
+    for predictor, seconds in _timed(lineup.trained[experiment.cell.method].predictors(trained, experiment)):
+        own.append(predictor.predict)
+        yield predictor, TRAINED, seconds
+    for method in lineup.post_hoc[experiment.cell.method]:
         try:
-            for label, predict, seconds in _timed(method.predictors(trained, bench, own[0])):
-                yield label, "post-hoc", predict, seconds
+            for predictor, seconds in _timed(method.predictors(trained, experiment, own[0])):
+                yield predictor, POST_HOC, seconds
         except Exception as error:
-            failures.append({"method": bench.on_top(method.label), "error": f"{type(error).__name__}: {error}"})
+            failures.append({"method": experiment.on_top(method.label), "error": f"{type(error).__name__}: {error}"})
 
 
-def _timed(predictors: Iterator[tuple[str, Predictor]]) -> Iterator[tuple[str, Predictor, float]]:
+def _timed(predictors: Iterable[tuple[str, Predict] | Predictor]) -> Iterator[tuple[Predictor, float]]:
     """With the seconds that a method has spent on preparing so far."""
     spent, started = 0.0, time.perf_counter()
-    for label, predict in predictors:
+    for predictor in predictors:
         spent += time.perf_counter() - started
-        yield label, predict, spent
+        yield Predictor(*predictor), spent
         started = time.perf_counter()
 
 

@@ -13,8 +13,8 @@ from bayeslora.analysis.tables.study import METRICS
 from bayeslora.config import MonteCLoRAConfig
 from bayeslora.errors import InputError
 from bayeslora.study.predictions import read_predictions
-from bayeslora.study.runner import SETTINGS_FILE, run_study
-from bayeslora.study.spec import LORA_WORDS, Cell, Study
+from bayeslora.study.runner import run_study
+from bayeslora.study.spec import LORA_FIELDS, SETTINGS_FILE, Cell, Study
 from bayeslora.study.summary import headline
 from bayeslora.tasks.base import Task
 
@@ -26,11 +26,13 @@ METHODS = ("LoRA", "MonteCLoRA")
 
 @dataclass(frozen=True)
 class Comparison:
-    """``rows``, one per (method, split, seed) with its metrics; ``table`` over seeds; where the ``runs`` lie."""
+    """``rows``, one per (method, split, seed) with its metrics; ``table`` over seeds; where the ``runs`` lie; the
+    methods that predict ``at_mean``, with the posterior's mean."""
 
     rows: list[dict[str, Any]]
     table: pd.DataFrame
     runs: dict[tuple[str, int], Path]
+    at_mean: frozenset[str] = frozenset()
 
     def to_markdown(self) -> str:
         return to_markdown(self.table)
@@ -79,7 +81,7 @@ def compare(
         max_length: Tokens per example.
         progress: Say what runs.
         batch_size, learning_rate: As in :func:`bayeslora.fit`.
-        training: Further words of :func:`bayeslora.fit`: ``epochs`` (3), ``warmup``, ...
+        training: Further options of :func:`bayeslora.fit`: ``epochs`` (3), ``warmup``, ...
 
     Raises:
         InputError: for a regression task, ``mode="post_hoc"``, an ``output_dir`` that holds other settings or something
@@ -90,12 +92,23 @@ def compare(
         raise InputError("compare starts both methods from scratch, but mode='post_hoc' needs a trained LoRA")
     if task.kind not in ("classification", "choice"):
         raise InputError(f"a comparison scores class probabilities; task {task.name!r} is of kind {task.kind}")
-    study = Study.from_dict({
-        "model": str(model), "tasks": [task.recipe], **two_methods(config, task, test_split), "seeds": list(seeds),
-        "learning_rates": [learning_rate], "batch_sizes": [batch_size], "train_examples": train_examples,
-        "test_examples": test_examples, "test_split": test_split, "num_samples": num_samples, "max_length": max_length,
-        "training": {"epochs": 3, **training}, "keep_adapters": True,
-    })  # fmt: skip
+    study = Study.from_dict(
+        {
+            "model": str(model),
+            "tasks": [task.recipe],
+            **two_methods(config, task, test_split),
+            "seeds": list(seeds),
+            "learning_rates": [learning_rate],
+            "batch_sizes": [batch_size],
+            "train_examples": train_examples,
+            "test_examples": test_examples,
+            "test_split": test_split,
+            "num_samples": num_samples,
+            "max_length": max_length,
+            "training": {"epochs": 3, **training},
+            "keep_adapters": True,
+        }
+    )
     result = run_study(study, output_dir, isolate=False, progress=progress)
     if len(result.failures):
         raise InputError(f"a run of the comparison failed: {result.failures['error'].iloc[0]}")
@@ -105,18 +118,25 @@ def compare(
     tested = result.results[result.results["split"].isin(table.index.get_level_values("split"))]
     rows = tested[["method", "split", "seed", *METRICS]]
     setting = study.learning_rates[0], study.batch_sizes[0], study.ranks[0]
-    runs = {(method, seed): output_dir / Cell(task.name, method, *setting, seed).folder
-            for seed in seeds for method in METHODS}  # fmt: skip
-    return Comparison(rows.to_dict("records"), table, runs)
+    runs = {
+        (method, seed): output_dir / Cell(task.name, method, *setting, seed).folder
+        for seed in seeds
+        for method in METHODS
+    }
+    undrawn = (tested["trained"] == METHODS[1]) & tested["mutual_information"].isna()
+    return Comparison(rows.to_dict("records"), table, runs, frozenset(tested["method"][undrawn]))
 
 
 def two_methods(config: MonteCLoRAConfig, task: Task, test_split: str) -> dict[str, Any]:
-    """The words of a study of LoRA, its temperature where there are labels for one, and MonteCLoRA as configured."""
+    """The entries of a study of LoRA, its temperature where there are labels for one, and MonteCLoRA as configured."""
     values, defaults = config.to_dict(), MonteCLoRAConfig.preset("constant").to_dict()
-    changed = {word: value for word, value in values.items() if value != defaults[word] and word != "r"}
-    own = {word: value for word, value in changed.items() if word not in LORA_WORDS}
+    changed = {name: value for name, value in values.items() if value != defaults[name] and name != "r"}
+    own = {name: value for name, value in changed.items() if name not in LORA_FIELDS}
     ours = {"name": "monteclora", "label": METHODS[1], "preset": "constant", "predictions": ["mean", "draws"], **own}
     labelled = {split for split in (test_split, "validation") if split in task.splits and task.is_labelled(split)}
     temperature = ["temperature"] if test_split != "validation" and labelled == {test_split, "validation"} else []
-    return {"methods": ["lora", *temperature, ours], "ranks": [config.r],
-            "lora": {word: value for word, value in changed.items() if word in LORA_WORDS}}  # fmt: skip
+    return {
+        "methods": ["lora", *temperature, ours],
+        "ranks": [config.r],
+        "lora": {name: value for name, value in changed.items() if name in LORA_FIELDS},
+    }

@@ -1,6 +1,5 @@
-"""What the methods of one cell work with: data, a fresh network, and one way to train and to predict for all."""
+"""What the methods of one cell work with: data, a fresh network, and the same training and prediction for all."""
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -11,25 +10,25 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from bayeslora.analysis import mutual_information
 from bayeslora.data.batches import Collator, batches_by_length
-from bayeslora.errors import InputError, TrainingDivergedError
+from bayeslora.errors import InputError
 from bayeslora.models.likelihoods import network_outputs
 from bayeslora.study.outcome import Predicted, Trained
 from bayeslora.study.spec import Cell, Study
+from bayeslora.study.trainer import CheckpointCallback, PlainTrainer
 from bayeslora.tasks.base import Task
 from bayeslora.training.budget import trainer_settings
 from bayeslora.training.monitor import BriefProgress
 from bayeslora.training.record import run_record
-from bayeslora.training.trainer import trained_parameters
 
 PREDICTION_BATCH = 32
 
 
-class Bench:
+class Experiment:
     """One cell's data and budget.
 
     Args:
@@ -119,8 +118,10 @@ class Bench:
             InputError: there is no labelled validation split besides what is scored.
         """
         if not self.has_validation:
-            raise InputError(f"task {self.cell.task!r} has no labelled validation split besides what is scored; "
-                             "set hold_out to take one from the training examples")  # fmt: skip
+            raise InputError(
+                f"task {self.cell.task!r} has no labelled validation split besides what is scored; "
+                "set hold_out to take one from the training examples"
+            )
         limit = self._limit("validation")
         return self.data("validation", min(self.study.curve_examples, limit or self.study.curve_examples))
 
@@ -142,15 +143,18 @@ class Bench:
         record = run_record(bayes, self.arguments, self.arguments.learning_rate, len(self.train_data), self.metadata)
         return record | {"finished": True, "steps": trained.steps, "metrics": {}, "history": self.history}
 
-    def lora_words(self) -> dict[str, Any]:
-        """The study's words for every adapter, with the cell's rank."""
-        words = {name: tuple(value) if isinstance(value, list) else value for name, value in self.study.lora.items()}
-        return {**words, "r": self.cell.rank}
+    def lora_options(self) -> dict[str, Any]:
+        """The study's options of every adapter, with the cell's rank."""
+        options = {name: tuple(value) if isinstance(value, list) else value for name, value in self.study.lora.items()}
+        return {**options, "r": self.cell.rank}
 
     def budget(self, learning_rate_scale: float = 1.0) -> dict[str, Any]:
-        """The study's training options with the cell's own, in the words of :func:`bayeslora.fit`."""
-        own = {"batch_size": self.cell.batch_size, "learning_rate": self.cell.learning_rate * learning_rate_scale,
-               "seed": self.cell.seed}  # fmt: skip
+        """The study's training options with the cell's own, in the names of :func:`bayeslora.fit`."""
+        own = {
+            "batch_size": self.cell.batch_size,
+            "learning_rate": self.cell.learning_rate * learning_rate_scale,
+            "seed": self.cell.seed,
+        }
         shared = {"epochs": 5} | dict(self.study.training)
         return {**shared, **own, "evaluations": self.study.curve_points or None if self.curve_data else None}
 
@@ -164,10 +168,14 @@ class Bench:
         return max(round(-(-len(self.train_data) // step_size) * budget["epochs"]), 1)
 
     def train(
-        self, network: nn.Module, *, learning_rate_scale: float = 1.0,
+        self,
+        network: nn.Module,
+        *,
+        learning_rate_scale: float = 1.0,
         optimizer: Callable[[type, dict[str, Any]], Any] | None = None,
-        penalty: Callable[[nn.Module], Tensor | float] | None = None, callbacks: Sequence[TrainerCallback] = (),
-    ) -> Trained:  # fmt: skip
+        penalty: Callable[[nn.Module], Tensor | float] | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> Trained:
         """Train a network that is not ours within the budget: data order, schedule, warm-up, clipping, optimizer and
         seed are those of :func:`bayeslora.fit`.
 
@@ -187,13 +195,20 @@ class Bench:
         evaluating = "steps" if self.curve_data else "no"
         quiet = {"save_strategy": "no", "eval_strategy": evaluating, "report_to": []}
         arguments = TrainingArguments(**{**settings, **quiet, **self.study.trainer})
-        keeper = self.keeper(network)
+        checkpoints = self.checkpoint_callback(network)
         set_seed(self.cell.seed)
         trainer = PlainTrainer(
-            network, arguments, make_optimizer=optimizer, penalty=penalty, train_dataset=self.train_data,
-            eval_dataset=self.curve_data, data_collator=Collator.for_network(network), compute_metrics=_accuracy,
-            callbacks=[*callbacks, keeper], likelihood=self.task.likelihood(),
-        )  # fmt: skip
+            network,
+            arguments,
+            make_optimizer=optimizer,
+            penalty=penalty,
+            train_dataset=self.train_data,
+            eval_dataset=self.curve_data,
+            data_collator=Collator.for_network(network),
+            compute_metrics=_accuracy,
+            callbacks=[*callbacks, checkpoints],
+            likelihood=self.task.likelihood(),
+        )
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
         if self.progress:
@@ -203,106 +218,47 @@ class Bench:
         seconds = time.perf_counter() - started
         network.eval()
         self.arguments, self.history = arguments, trainer.state.log_history
-        return Trained(network, trainer.state.global_step, seconds, curve(trainer.state.log_history), keeper.kept)
+        return Trained(network, trainer.state.global_step, seconds, curve(trainer.state.log_history), checkpoints.kept)
 
-    def keeper(self, network: nn.Module) -> "CheckpointKeeper":
-        """Keeps as many checkpoints as the cell's methods ask for."""
-        return CheckpointKeeper(network, self.total_steps, self.checkpoints)
+    def checkpoint_callback(self, network: nn.Module) -> CheckpointCallback:
+        """Copies as many checkpoints as the cell's methods ask for."""
+        return CheckpointCallback(network, self.total_steps, self.checkpoints)
 
     @torch.inference_mode()
     def predict(
-        self, network: nn.Module, data: Sequence[dict[str, Any]],
+        self,
+        network: nn.Module,
+        data: Sequence[dict[str, Any]],
         run: Callable[[Mapping[str, Tensor]], Tensor] | None = None,
-    ) -> Predicted:  # fmt: skip
+    ) -> Predicted:
         """Probabilities of encoded examples, batch by batch; ``run`` maps inputs to probabilities (S, batch, C) of S
         draws. The network's logits at one draw if ``None``."""
         started = time.perf_counter()
         collate, device = Collator.for_network(network), next(network.parameters()).device
         batches, order = batches_by_length(data, PREDICTION_BATCH)
-        found, labels = [], []
+        probs, labels = [], []
         for batch in batches:
             inputs = collate(batch).to(device)
             labels.append(inputs.pop("labels").cpu())
-            probs = self.outputs(network, inputs).double().softmax(-1)[None] if run is None else run(inputs).double()
-            found.append(probs.cpu())
-        draws = torch.cat(found, 1).numpy()[:, order]
-        mean = draws.mean(0)
-        information = _entropy(mean) - _entropy(draws).mean(0) if len(draws) > 1 else None
-        return Predicted(mean, torch.cat(labels).numpy()[order], information, time.perf_counter() - started)
-
-
-class PlainTrainer(Trainer):
-    """``Trainer`` for networks that are not ours, with batches weighed and parameters decayed as ``fit`` does it."""
-
-    optimizer: Any
-
-    def __init__(self, *args: Any, make_optimizer: Any, penalty: Any, likelihood: Any = None, **kwargs: Any):
-        self.make_optimizer, self.penalty, self.likelihood = make_optimizer, penalty, likelihood
-        super().__init__(*args, **kwargs)
-        self.model_accepts_loss_kwargs = True  # each loss below is its batch's share of the step's
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        if self.optimizer is None:
-            cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            if self.make_optimizer is not None:
-                self.optimizer = self.make_optimizer(cls, options)
-            else:
-                decayed, plain = trained_parameters(self.model)
-                groups = [{"params": decayed, "weight_decay": self.args.weight_decay},
-                          {"params": plain, "weight_decay": 0.0}]  # fmt: skip
-                self.optimizer = cls([group for group in groups if group["params"]], **options)
-        return self.optimizer
-
-    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> int | None:
-        return sum(len(batch["labels"]) for batch in batch_samples) or None
-
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        if self.likelihood is None:
-            outputs = model(**inputs)
-        else:
-            given = {name: value for name, value in inputs.items() if name != "labels"}
-            logits = network_outputs(self.likelihood, model, given)
-            loss = nn.functional.cross_entropy(logits, inputs["labels"])
-            outputs = SequenceClassifierOutput(loss=loss, logits=logits)
-        if not model.training:  # AdaLoRA's own loss has its penalty in evaluation too
-            loss = nn.functional.cross_entropy(outputs.logits, inputs["labels"])
-        else:
-            loss = outputs.loss + (self.penalty(model) if self.penalty else 0.0)
-            loss = loss * (len(inputs["labels"]) / (num_items_in_batch or len(inputs["labels"])))
-        if not torch.isfinite(loss):
-            raise TrainingDivergedError(
-                f"the loss became {float(loss)} at step {self.state.global_step + 1}, so training stopped"
-            )
-        return (loss, outputs) if return_outputs else loss
-
-
-class CheckpointKeeper(TrainerCallback):
-    """Copies the trained parameters at ``count`` steps spread evenly over the second half of training, the last
-    step among them."""
-
-    def __init__(self, network: nn.Module, total_steps: int, count: int):
-        self.network = network
-        self.steps = {math.ceil(total_steps * (0.5 + 0.5 * (i + 1) / count)) for i in range(count)}
-        self.kept: list[dict[str, Tensor]] = []
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step in self.steps:
-            self.kept.append(
-                {name: p.detach().clone() for name, p in self.network.named_parameters() if p.requires_grad}
-            )
+            drawn = self.outputs(network, inputs).softmax(-1, torch.float64)[None] if run is None else run(inputs)
+            probs.append(drawn.double().cpu())
+        draws = torch.cat(probs, 1).numpy()[:, order]
+        information = mutual_information(draws) if len(draws) > 1 else None
+        return Predicted(draws.mean(0), torch.cat(labels).numpy()[order], information, time.perf_counter() - started)
 
 
 def curve(history: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
     """The evaluations in a Trainer's log."""
-    found = {entry["step"]: {"step": entry["step"], "loss": entry["eval_loss"], "accuracy": entry["eval_accuracy"]}
-             for entry in history if "eval_loss" in entry and "eval_accuracy" in entry}  # fmt: skip
-    return [*found.values()]
+    points = {
+        entry["step"]: {"step": entry["step"], "loss": entry["eval_loss"], "accuracy": entry["eval_accuracy"]}
+        for entry in history
+        if "eval_loss" in entry and "eval_accuracy" in entry
+    }
+    return [*points.values()]
 
 
 def check_budget(study: Study) -> None:
-    """Raise ``InputError`` for a word or value of ``training`` or ``trainer`` that Trainer does not take."""
+    """Raise ``InputError`` for a name or value of ``training`` or ``trainer`` that Trainer does not take."""
     shared = {name: value for name, value in study.training.items() if name != "variational_learning_rate"}
     settings = trainer_settings(1, Path(), progress=False, **{"epochs": 5, **shared})
     try:
@@ -343,7 +299,3 @@ def _is_labelled(task: Task, split: str) -> bool:
 
 def _accuracy(prediction: Any) -> dict[str, float]:
     return {"accuracy": float((np.asarray(prediction.predictions).argmax(-1) == prediction.label_ids).mean())}
-
-
-def _entropy(probs: np.ndarray) -> np.ndarray:
-    return -np.where(probs > 0, probs * np.log(np.maximum(probs, 1e-300)), 0.0).sum(-1)

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-if TYPE_CHECKING:
-    pass
+# What made a row of results: its own training, something built on one, or the trainings of all seeds together.
+TRAINED, POST_HOC, ACROSS_SEEDS = "trained", "post-hoc", "across seeds"
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,16 @@ class Predicted:
     seconds: float = 0.0
 
 
-Predictor = Callable[[str], Predicted]  # of a split
+Predict = Callable[[str], Predicted]  # of a split
+
+
+class Predictor(NamedTuple):
+    """One way to predict: the ``label`` that tables call it by, how to ``predict`` a split, and whether it averages
+    ``draws`` of a posterior. A plain ``(label, predict)`` will do where it does not."""
+
+    label: str
+    predict: Predict
+    draws: bool = False
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,21 @@ from typing import Any
 from bayeslora.errors import InputError
 from bayeslora.ranges import MOST, RANGES, Range
 
+SETTINGS_FILE = "comparison.json"  # in the folder of a study: the study, and what its cells have in common
 MOST_LETTERS = 200  # of a name, in a path; file systems take 255 bytes, with what is put around it
 AXES = ("tasks", "methods", "learning_rates", "batch_sizes", "ranks", "seeds")
 TRAINING_WORDS = ("epochs", "max_steps", "variational_learning_rate", "gradient_accumulation", "warmup", "schedule",
                   "weight_decay", "max_grad_norm")  # fmt: skip
-LORA_WORDS = ("lora_alpha", "target_modules", "lora_dropout", "modules_to_save", "layers_to_transform", "use_rslora",
-              "rank_pattern", "lora_options")  # fmt: skip
+LORA_FIELDS = (
+    "lora_alpha",
+    "target_modules",
+    "lora_dropout",
+    "modules_to_save",
+    "layers_to_transform",
+    "use_rslora",
+    "rank_pattern",
+    "lora_options",
+)
 
 
 @dataclass(frozen=True)
@@ -67,8 +76,10 @@ class Cell:
         return Path(setting) / f"{slug(self.method)}-seed{self.seed}"
 
     def __str__(self) -> str:
-        return (f"{self.method}, {self.task}, learning rate {self.learning_rate:g}, batch {self.batch_size}, "
-                f"rank {self.rank}, seed {self.seed}")  # fmt: skip
+        return (
+            f"{self.method}, {self.task}, learning rate {self.learning_rate:g}, batch {self.batch_size}, "
+            f"rank {self.rank}, seed {self.seed}"
+        )
 
 
 @dataclass(frozen=True)
@@ -137,14 +148,20 @@ class Study:
             repeated = [entry for entry in entries if entries.count(entry) > 1]
             if repeated:
                 raise InputError(f"study: {name} names {repeated[0]} twice")
-        for name, least in (("num_samples", 1), ("max_length", 2), ("hold_out", 0), ("curve_points", 0),
-                            ("curve_examples", 1), ("retries", 0)):  # fmt: skip
+        for name, least in (
+            ("num_samples", 1),
+            ("max_length", 2),
+            ("hold_out", 0),
+            ("curve_points", 0),
+            ("curve_examples", 1),
+            ("retries", 0),
+        ):
             _number(name, getattr(self, name), int, least=least, most=RANGES.get(name, Range()).most)
         for name in ("train_examples", "test_examples", "validation_examples"):
             if getattr(self, name) is not None:
                 _number(name, getattr(self, name), int, least=1)
-        _check_words("training", self.training, TRAINING_WORDS)
-        _check_words("lora", self.lora, LORA_WORDS)
+        _check_fields("training", self.training, TRAINING_WORDS)
+        _check_fields("lora", self.lora, LORA_FIELDS)
         if not isinstance(self.trainer, Mapping):
             raise InputError(f"study: trainer must be a mapping, got {shown(self.trainer)}")
         for name in ("model", "test_split"):
@@ -177,7 +194,7 @@ class Study:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Study":
         """From plain values, as :meth:`to_dict` and YAML files have them."""
-        _check_words("study", values, [f.name for f in dataclasses.fields(cls)])
+        _check_fields("study", values, [f.name for f in dataclasses.fields(cls)])
         missing = [name for name in ("model", "tasks", "methods") if not values.get(name)]
         if missing:
             raise InputError(f"study: {missing[0]!r} is missing; a study names at least a model, tasks and methods")
@@ -235,8 +252,10 @@ def check_folders(study: Study, trained: Sequence[str]) -> None:
         if other != cell:
             word = differing(cell, other)
             two = f"{getattr(other, word)!r} and {getattr(cell, word)!r}"
-            raise InputError(f"study: the {word.replace('_', ' ')}s {two} would both be written to "
-                             f"{cell.folder.as_posix()}: change one of them")  # fmt: skip
+            raise InputError(
+                f"study: the {word.replace('_', ' ')}s {two} would both be written to "
+                f"{cell.folder.as_posix()}: change one of them"
+            )
 
 
 def suggest(word: str, known: Sequence[str]) -> str:
@@ -246,7 +265,7 @@ def suggest(word: str, known: Sequence[str]) -> str:
     return f"{hint}there are {', '.join(known)}"
 
 
-def _check_words(where: str, values: Any, known: Sequence[str]) -> None:
+def _check_fields(where: str, values: Any, known: Sequence[str]) -> None:
     if not isinstance(values, Mapping):
         raise InputError(f"{where} must be a mapping, got {shown(values)}")
     for word in values:
@@ -281,7 +300,7 @@ def _task_spec(task: Any) -> TaskSpec:
     if isinstance(task, TaskSpec):
         return task
     values = {"name": task} if isinstance(task, str) else task
-    _check_words("tasks", values, [f.name for f in dataclasses.fields(TaskSpec)])
+    _check_fields("tasks", values, [f.name for f in dataclasses.fields(TaskSpec)])
     if "name" not in values:
         raise InputError(f"study: a task needs a name, got {shown(values)}")
     columns = values.get("text_columns")

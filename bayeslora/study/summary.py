@@ -29,6 +29,7 @@ from bayeslora.analysis.tables.study import (
     verdict,
 )
 from bayeslora.study.methods.base import Lineup
+from bayeslora.study.outcome import ACROSS_SEEDS
 from bayeslora.study.predictions import PREDICTIONS_FILE, read_predictions
 from bayeslora.study.spec import Cell, Study, slug
 
@@ -45,8 +46,10 @@ def write_summary(
             parts += _task_parts(study, str(task), results[results["task"] == task], curves, output_dir)
         parts.append(f"Versions: {results['versions'].iloc[0]}.")
     if len(failures):
-        parts += ["## Failed", *(f"- {_describe(row)}: {' '.join(row['error'].split())[:500]}"
-                                 for row in failures.to_dict("records"))]  # fmt: skip
+        parts += [
+            "## Failed",
+            *(f"- {_describe(row)}: {' '.join(row['error'].split())[:500]}" for row in failures.to_dict("records")),
+        ]
     text = "\n\n".join(parts) + "\n"
     (output_dir / "summary.md").write_text(text, encoding="utf-8")
     return text
@@ -58,9 +61,7 @@ def headline(results: pd.DataFrame) -> pd.DataFrame:
     tested = _at_best(results)
     if (tested["split"] != "validation").any():
         tested = tested[tested["split"] != "validation"]
-    rows = tested[["method", "split", "seed", *METRICS]].copy()
-    rows["seed"] = rows["seed"].fillna(-1)  # across seeds
-    return comparison_table(rows.to_dict("records"))
+    return comparison_table(tested[["method", "split", "seed", *METRICS]].to_dict("records"))
 
 
 def differences(study: Study, results: pd.DataFrame, output_dir: Path, split: str) -> pd.DataFrame:
@@ -93,8 +94,11 @@ def grid_differences(study: Study, results: pd.DataFrame, output_dir: Path, spli
     reference, rows = found[names[0]], []
     seeds = len(study.seeds)
     for name in names[1:]:
-        complete = [setting for setting, arrays in reference.items()
-                    if len(arrays) == seeds and len(found[name].get(setting, {})) in {1, seeds}]  # fmt: skip
+        complete = [
+            setting
+            for setting, arrays in reference.items()
+            if len(arrays) == seeds and len(found[name].get(setting, {})) in {1, seeds}
+        ]
         pairs = [_paired(found[name][setting], reference[setting]) for setting in complete]
         if len({(ours.shape, theirs.shape) for ours, theirs, _ in pairs}) != 1 or len(pairs) < 2:
             continue
@@ -121,9 +125,17 @@ def selective_differences(study: Study, results: pd.DataFrame, output_dir: Path,
         labels = next(labels for arrays in reference.values() for _, labels in arrays.values())
         ours, theirs = (_ranking(np.concatenate([pair[i] for pair in pairs]), labels) for i in range(2))
         change = bootstrap_interval(lambda *two: _area(*two[:2]) - _area(*two[2:]), *ours, *theirs, num_resamples=500)
-        rows.append({"method": name, "runs": ours[0].shape[1], "aurc": _area(*ours), "difference": change.estimate,
-                     "lower": change.lower, "upper": change.upper,
-                     "verdict": verdict(change, higher_is_better=False)})  # fmt: skip
+        rows.append(
+            {
+                "method": name,
+                "runs": ours[0].shape[1],
+                "aurc": _area(*ours),
+                "difference": change.estimate,
+                "lower": change.lower,
+                "upper": change.upper,
+                "verdict": verdict(change, higher_is_better=False),
+            }
+        )
     return pd.DataFrame(rows)
 
 
@@ -151,13 +163,20 @@ def _paired(ours: dict, theirs: dict) -> tuple[np.ndarray, np.ndarray, int]:
     """Probabilities of two methods, (seeds, n, C) each, and the number of seeds that they share: with none, one of
     them is a combination of all seeds."""
     both = [seed for seed in theirs if seed in ours]
-    return (np.stack([ours[seed][0] for seed in both or ours]), np.stack([theirs[seed][0] for seed in both or theirs]),
-            len(both))  # fmt: skip
+    return (
+        np.stack([ours[seed][0] for seed in both or ours]),
+        np.stack([theirs[seed][0] for seed in both or theirs]),
+        len(both),
+    )
 
 
 def _columns(metric: str, difference: Difference) -> dict[str, Any]:
-    return {metric: difference.estimate, f"{metric}_lower": difference.lower, f"{metric}_upper": difference.upper,
-            f"{metric}_verdict": difference.verdict}  # fmt: skip
+    return {
+        metric: difference.estimate,
+        f"{metric}_lower": difference.lower,
+        f"{metric}_upper": difference.upper,
+        f"{metric}_verdict": difference.verdict,
+    }
 
 
 def _task_parts(
@@ -176,8 +195,10 @@ def _task_parts(
         for one in splits:
             compared = differences(study, results, output_dir, one)
             if len(compared):
-                yield (f"Differences from {first} on {one}, in pairs, with 95 % bootstrap intervals over "
-                       f"{compared['examples'].iloc[0]} examples, and over seeds where both have several:")  # fmt: skip
+                yield (
+                    f"Differences from {first} on {one}, in pairs, with 95 % bootstrap intervals over "
+                    f"{compared['examples'].iloc[0]} examples, and over seeds where both have several:"
+                )
                 yield _difference_table(compared)
     if several:
         yield f"Over all settings of the grid, on {split} (means over seeds first; spread is best − worst):"
@@ -185,14 +206,18 @@ def _task_parts(
         for statistic in ("median", "spread"):
             compared = grid_differences(study, results, output_dir, split, statistic)
             if len(compared):
-                yield (f"Differences from {first} in the {statistic} over the settings that both "
-                       "have finished, with 95 % bootstrap intervals over examples and seeds:")  # fmt: skip
+                yield (
+                    f"Differences from {first} in the {statistic} over the settings that both "
+                    "have finished, with 95 % bootstrap intervals over examples and seeds:"
+                )
                 yield _difference_table(compared)
     for one in splits:
         compared = selective_differences(study, results, output_dir, one)
         if len(compared):
-            yield (f"Selective prediction on {one}: area under the risk-coverage curve in means over runs, and "
-                   f"differences from {first} with 95 % bootstrap intervals over examples:")  # fmt: skip
+            yield (
+                f"Selective prediction on {one}: area under the risk-coverage curve in means over runs, and "
+                f"differences from {first} with 95 % bootstrap intervals over examples:"
+            )
             yield _selective_markdown(compared)
     if not selected and several:
         yield "There is no labelled validation split to choose a setting by; hold_out takes one from the training set."
@@ -214,7 +239,7 @@ def _predictions(
     """Seed to probabilities (n, C) and labels (n,) of one method at one setting; the seed is None across seeds. Empty
     where a cell's predictions are not in ``output_dir``."""
     first = rows.iloc[0]
-    across = first["kind"] == "across seeds"
+    across = first["kind"] == ACROSS_SEEDS
     seeds = [int(seed) for seed in (study.seeds if across else rows["seed"])]
     setting = float(first["learning_rate"]), int(first["batch_size"]), int(first["rank"])
     folders = [output_dir / Cell(first["task"], first["trained"], *setting, seed).folder for seed in seeds]
@@ -224,7 +249,7 @@ def _predictions(
     if not across:
         return {seed: one[first["method"]] for seed, one in zip(seeds, found, strict=True)}
     methods = Lineup.of(study).across[first["trained"]]
-    method = next(m for m in methods if f"{first['trained']} {m.label}" == first["method"])
+    method = next(m for m in methods if m.label_on(first["trained"]) == first["method"])
     base = next(iter(found[0]))
     return {None: (method.combine(np.stack([one[base][0] for one in found])), found[0][base][1])}
 
@@ -244,9 +269,15 @@ def _difference_table(table: pd.DataFrame) -> str:
 
 
 def _selective_markdown(table: pd.DataFrame) -> str:
-    rows = [[row["method"], str(row["runs"]), f"{100 * row['aurc']:.2f}",
-             f"{100 * row['difference']:+.2f} [{100 * row['lower']:+.2f}, {100 * row['upper']:+.2f}] {row['verdict']}"]
-            for row in table.to_dict("records")]  # fmt: skip
+    rows = [
+        [
+            row["method"],
+            str(row["runs"]),
+            f"{100 * row['aurc']:.2f}",
+            f"{100 * row['difference']:+.2f} [{100 * row['lower']:+.2f}, {100 * row['upper']:+.2f}] {row['verdict']}",
+        ]
+        for row in table.to_dict("records")
+    ]
     return _markdown(["method", "runs", "AURC (%)", "difference"], rows)
 
 
@@ -264,9 +295,16 @@ def _robustness_markdown(table: pd.DataFrame) -> str:
 
 def _cost_markdown(table: pd.DataFrame) -> str:
     header = ["method", "training (s)", "ratio", "prediction (s per 1000)", "peak memory (MB)"]
-    rows = [[key[1], f"{row['train_seconds']:.1f}", f"{row['train_ratio']:.2f}", f"{row['predict_seconds']:.2f}",
-             "-" if np.isnan(row["peak_memory_mb"]) else f"{row['peak_memory_mb']:.0f}"]
-            for key, row in table.iterrows()]  # fmt: skip
+    rows = [
+        [
+            key[1],
+            f"{row['train_seconds']:.1f}",
+            f"{row['train_ratio']:.2f}",
+            f"{row['predict_seconds']:.2f}",
+            "-" if np.isnan(row["peak_memory_mb"]) else f"{row['peak_memory_mb']:.0f}",
+        ]
+        for key, row in table.iterrows()
+    ]
     return _markdown(header, rows)
 
 
@@ -280,13 +318,23 @@ def _speed(results: pd.DataFrame, curves: pd.DataFrame) -> str:
     target = means[means["trained"] == reference]["loss"].min()
     rows = []
     for name, points in means.groupby("trained", sort=False):
-        per_setting = {setting: steps_to_reach(rows_of.to_dict("records"), target)
-                       for setting, rows_of in points.groupby(SETTING, sort=False)}  # fmt: skip
+        per_setting = {
+            setting: steps_to_reach(rows_of.to_dict("records"), target)
+            for setting, rows_of in points.groupby(SETTING, sort=False)
+        }
         reached = [steps for steps in per_setting.values() if not np.isnan(steps)]
-        rows.append([str(name), f"{min(reached):.0f}" if reached else "-", f"{len(reached)} of {len(per_setting)}",
-                     f"{points['loss'].min():.3f}"])  # fmt: skip
-    return (f"Steps to a validation loss of {target:.3f}, the lowest of {reference} (at the mean, over seeds):\n\n"
-            + _markdown(["method", "fewest steps", "settings that reach it", "lowest loss"], rows))  # fmt: skip
+        rows.append(
+            [
+                str(name),
+                f"{min(reached):.0f}" if reached else "-",
+                f"{len(reached)} of {len(per_setting)}",
+                f"{points['loss'].min():.3f}",
+            ]
+        )
+    return (
+        f"Steps to a validation loss of {target:.3f}, the lowest of {reference} (at the mean, over seeds):\n\n"
+        + _markdown(["method", "fewest steps", "settings that reach it", "lowest loss"], rows)
+    )
 
 
 def _figures(task: str, results: pd.DataFrame, split: str, several: bool, output_dir: Path) -> Iterator[str]:
@@ -315,8 +363,10 @@ def _figures(task: str, results: pd.DataFrame, split: str, several: bool, output
 
 
 def _describe(row: dict) -> str:
-    return (f"{row['method']} ({row['task']}, learning rate {row['learning_rate']:g}, batch {row['batch_size']}, "
-            f"rank {row['rank']}, seed {row['seed']})")  # fmt: skip
+    return (
+        f"{row['method']} ({row['task']}, learning rate {row['learning_rate']:g}, batch {row['batch_size']}, "
+        f"rank {row['rank']}, seed {row['seed']})"
+    )
 
 
 def _markdown(header: list[str], rows: list[list[str]]) -> str:

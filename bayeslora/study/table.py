@@ -5,9 +5,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from optuna.trial import TrialState
 
 from bayeslora.analysis import calibration_summary
 from bayeslora.study.methods.base import Lineup
+from bayeslora.study.outcome import ACROSS_SEEDS
 from bayeslora.study.predictions import PREDICTIONS_FILE, read_predictions
 from bayeslora.study.spec import Cell, Study
 from bayeslora.study.summary import write_summary
@@ -21,9 +23,9 @@ def collect(study: Study, trials: Any, output_dir: Path) -> tuple[pd.DataFrame, 
     done: dict[Cell, dict] = {}
     failed: dict[Cell, str] = {}
     for trial in trials.get_trials(deepcopy=False):
-        if "result" in trial.user_attrs and trial.state.name == "COMPLETE":
+        if "result" in trial.user_attrs and trial.state == TrialState.COMPLETE:
             done.setdefault(Cell(**trial.user_attrs["result"]["cell"]), trial.user_attrs["result"])
-        elif trial.state.name == "FAIL" and len(trial.params) == len(Cell.__dataclass_fields__):
+        elif trial.state == TrialState.FAIL and len(trial.params) == len(Cell.__dataclass_fields__):
             failed[Cell(**trial.params)] = trial.user_attrs.get("error", "the process was interrupted")
     order = sorted(done, key=_key(study))
     rows = [row | _provenance(done[cell]) for cell in order for row in done[cell]["rows"]]
@@ -76,11 +78,22 @@ def _across_seeds(study: Study, done: dict[Cell, dict], output_dir: Path) -> lis
             probs, labels = np.stack([p for p, _ in found]), found[0][1]
             for method in methods:
                 combined = method.combine(probs)
-                seconds = {f"{what}_seconds": sum(rows_of[number][f"{what}_seconds"] for rows_of in own)
-                           for what in ("train", "predict")}  # fmt: skip
-                rows.append({**template, **_provenance(done[first]), **seconds, **calibration_summary(combined, labels),
-                             "method": f"{first.method} {method.label}", "kind": "across seeds", "seed": None,
-                             "members": len(members)})  # fmt: skip
+                seconds = {
+                    f"{what}_seconds": sum(rows_of[number][f"{what}_seconds"] for rows_of in own)
+                    for what in ("train", "predict")
+                }
+                rows.append(
+                    {
+                        **template,
+                        **_provenance(done[first]),
+                        **seconds,
+                        **calibration_summary(combined, labels),
+                        "method": method.label_on(first.method),
+                        "kind": ACROSS_SEEDS,
+                        "seed": None,
+                        "members": len(members),
+                    }
+                )
     return rows
 
 

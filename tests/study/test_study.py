@@ -18,10 +18,11 @@ from bayeslora.analysis import area_under_risk_coverage, fit_temperature, predic
 from bayeslora.config import PRESETS, MonteCLoRAConfig
 from bayeslora.errors import InputError
 from bayeslora.study import Study
-from bayeslora.study.bench import Bench
 from bayeslora.study.cell import run_cell
 from bayeslora.study.compare import compare, two_methods
+from bayeslora.study.experiment import Experiment
 from bayeslora.study.methods.base import Lineup, all_methods, make_method
+from bayeslora.study.methods.monteclora import PostHocMonteCLoRA
 from bayeslora.study.methods.peft import LoRA
 from bayeslora.study.predictions import read_predictions
 from bayeslora.study.runner import run_study
@@ -189,7 +190,7 @@ def test_lora_is_our_posterior_without_noise(study, tmp_path):
 def test_one_training_serves_all_that_builds_on_it(study, tmp_path, monkeypatch):
     trained = []
     train = LoRA.train
-    monkeypatch.setattr(LoRA, "train", lambda self, bench: trained.append(bench.cell) or train(self, bench))
+    monkeypatch.setattr(LoRA, "train", lambda self, given: trained.append(given.cell) or train(self, given))
     made = study("lora", "temperature", "mc_dropout", "checkpoint_ensemble", "deep_ensemble",
                  {"name": "monteclora", "mode": "post_hoc"}, seeds=[0, 1])  # fmt: skip
     result = run_study(made, tmp_path / "out", progress=False)
@@ -250,20 +251,21 @@ def test_post_hoc_methods_leave_the_network_as_it_was(study, tmp_path):
     post_hoc = {"name": "monteclora", "preset": "constant", "mode": "post_hoc"}
     made = study("lora", "mc_dropout", "checkpoint_ensemble", post_hoc)
     lineup = Lineup.of(made)
-    bench = Bench(made, only(made), tmp_path, checkpoints=5)
-    trained = lineup.trained["LoRA"].train(bench)
+    experiment = Experiment(made, only(made), tmp_path, checkpoints=5)
+    trained = lineup.trained["LoRA"].train(experiment)
     before = {name: value.clone() for name, value in trained.network.state_dict().items()}
-    ((_, predict),) = lineup.trained["LoRA"].predictors(trained, bench)
-    plain = predict("test").probs
-    found = {}
+    (own,) = lineup.trained["LoRA"].predictors(trained, experiment)
+    plain = own.predict("test").probs
+    predicted = {}
     for method in lineup.post_hoc["LoRA"]:
-        for label, way in method.predictors(trained, bench, predict):
-            found[label] = way("test")
+        for predictor in method.predictors(trained, experiment, own.predict):
+            assert predictor.draws == isinstance(method, PostHocMonteCLoRA)  # at the mean it is the LoRA itself
+            predicted[predictor.label] = predictor.predict("test")
         after = trained.network.state_dict()
         assert all(torch.equal(value, after[name]) for name, value in before.items())
         assert not trained.network.training
-    assert all(np.abs(way.probs - plain).max() > 1e-6 for way in found.values())
-    assert all((way.mutual_information >= -1e-12).all() for way in found.values())
+    assert all(np.abs(one.probs - plain).max() > 1e-6 for one in predicted.values())
+    assert all((one.mutual_information >= -1e-12).all() for one in predicted.values())
     assert len(trained.checkpoints) == 3  # of 6 steps, those after the first half
     last = trained.checkpoints[-1]
     assert all(torch.equal(last[name], p) for name, p in trained.network.named_parameters() if p.requires_grad)
@@ -452,9 +454,9 @@ def test_hold_out_makes_a_validation_split(study, place, tmp_path):
     assert {row["split"] for row in result["rows"]} == {"validation"}
     assert "hold_out" in result["failures"][0]["error"]
     made = study("lora", "temperature", tasks=task, hold_out=8)
-    bench = Bench(made, only(made), tmp_path)
-    assert (len(bench.train_data), len(bench.data("validation")), len(bench.data("test"))) == (24, 8, 16)
-    assert bench.splits == ("validation", "test")
+    experiment = Experiment(made, only(made), tmp_path)
+    assert (len(experiment.train_data), len(experiment.data("validation")), len(experiment.data("test"))) == (24, 8, 16)
+    assert experiment.splits == ("validation", "test")
     result = run_cell(made, only(made), tmp_path / "with")
     assert {row["method"] for row in result["rows"] if row["split"] == "test"} == {"LoRA", "LoRA + temperature*"}
 
@@ -469,6 +471,7 @@ def test_compare_in_python(place, tmp_path):
     names = ["LoRA", "LoRA + temperature*", "MonteCLoRA, mean", "MonteCLoRA, 3 draws"]
     assert list(found.table.index) == [("test", name) for name in names]
     assert len(found.rows) == 2 * len(names)
+    assert found.at_mean == {"MonteCLoRA, mean"}
     predictions = found.predictions("test", 1)
     assert set(names) <= set(predictions)
     for row in found.rows:

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from bayeslora import BayesLoRA, InputError, MonteCLoRAConfig, fit
 from bayeslora.inference.predict import Collator
 from bayeslora.models import ChoiceLikelihood, NextTokenLikelihood
-from bayeslora.study.bench import PlainTrainer
+from bayeslora.study.trainer import PlainTrainer
 from bayeslora.tasks.encoding import pack
 from bayeslora.training.arguments import FIT_WORDS, REFUSED_BY_FIT
 from tests.conftest import tiny_batch, tiny_dataset, tiny_network

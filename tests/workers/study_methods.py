@@ -28,24 +28,24 @@ class Prior(TrainedMethod):
     name: ClassVar[str] = "prior"
     title: ClassVar[str] = "shares of the classes"
 
-    def train(self, bench) -> Trained:
-        if bench.cell.seed == self.fail_on_seed and (not self.fail_while or Path(self.fail_while).exists()):
+    def train(self, experiment) -> Trained:
+        if experiment.cell.seed == self.fail_on_seed and (not self.fail_while or Path(self.fail_while).exists()):
             raise InputError("this seed brings bad luck")
-        if self.kill_while and bench.cell.seed == 1 and Path(self.kill_while).exists():
+        if self.kill_while and experiment.cell.seed == 1 and Path(self.kill_while).exists():
             os.kill(os.getpid(), signal.SIGKILL)
         if self.sleep_and_say_in:
             Path(self.sleep_and_say_in).write_text(str(os.getpid()), encoding="utf-8")
             time.sleep(60)
         if self.count_in:
             with open(self.count_in, "a", encoding="utf-8") as file:
-                file.write(f"{bench.cell.seed}\n")
-        bench.network()
-        labels = np.array([example["labels"] for example in bench.train_data])
+                file.write(f"{experiment.cell.seed}\n")
+        experiment.network()
+        labels = np.array([example["labels"] for example in experiment.train_data])
         return Trained(network=np.bincount(labels, minlength=2) / len(labels), steps=0, seconds=0.0)
 
-    def predictors(self, trained: Trained, bench) -> Iterator:
+    def predictors(self, trained: Trained, experiment) -> Iterator:
         def predict(split: str) -> Predicted:
-            labels = np.array([example["labels"] for example in bench.data(split)])
+            labels = np.array([example["labels"] for example in experiment.data(split)])
             return Predicted(np.tile(trained.network, (len(labels), 1)), labels)
 
         yield self.label, predict

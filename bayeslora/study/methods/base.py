@@ -2,13 +2,14 @@
 
 A method is one small frozen dataclass; its fields are its options. Those that train subclass :class:`TrainedMethod`,
 those that make more of a finished training :class:`PostHocMethod`, and those that combine the trainings of several
-seeds :class:`AcrossSeeds`. Register one of your own with :func:`register`, or name it in a study as
-``my_module:MyMethod``.
+seeds :class:`AcrossSeeds`. A file in this folder registers its own with :func:`register`; a study names one from
+elsewhere as ``my_module:MyMethod``.
 """
 
 import dataclasses
 import difflib
 import math
+import pkgutil
 import types
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -24,11 +25,10 @@ from bayeslora.study.outcome import Predictor, Trained
 from bayeslora.study.spec import MethodSpec, Study, check_folders, suggest
 
 if TYPE_CHECKING:
-    from bayeslora.study.bench import Bench
+    from bayeslora.study.experiment import Experiment
 
 METHODS: dict[str, type["Method"]] = {}
 KINDS = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text"}
-FAMILIES = ("peft", "monteclora", "post_hoc")
 
 
 @dataclass(frozen=True)
@@ -51,17 +51,20 @@ class Method(ABC):
 
     def default_label(self) -> str:
         """The title, and the options that are not the default."""
-        changed = [f"{f.name}={value}" for f in dataclasses.fields(self)
-                   if f.name not in ("label", "base") and (value := getattr(self, f.name)) != f.default]  # fmt: skip
+        changed = [
+            f"{f.name}={value}"
+            for f in dataclasses.fields(self)
+            if f.name not in ("label", "base") and (value := getattr(self, f.name)) != f.default
+        ]
         return f"{self.title} ({', '.join(changed)})" if changed else self.title
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> "Method":
         """The method with these options, as a study names them."""
         known = [f.name for f in dataclasses.fields(cls)]
-        for word in options:
-            if word not in known:
-                raise InputError(f"method {cls.name!r} has no option {word!r}; {suggest(str(word), known)}")
+        for option in options:
+            if option not in known:
+                raise InputError(f"method {cls.name!r} has no option {option!r}; {suggest(str(option), known)}")
         values: dict[str, Any] = {w: tuple(v) if isinstance(v, list) else v for w, v in options.items()}
         return cls(**values)
 
@@ -73,16 +76,16 @@ class TrainedMethod(Method):
     learning_rate_scale: float = 1.0
 
     @abstractmethod
-    def train(self, bench: "Bench") -> Trained:
-        """Train on ``bench.train``, from ``bench.network()``, within the study's budget."""
+    def train(self, experiment: "Experiment") -> Trained:
+        """Train on ``experiment.train``, from ``experiment.network()``, within the study's budget."""
 
     @abstractmethod
-    def predictors(self, trained: Trained, bench: "Bench") -> Iterator[tuple[str, Predictor]]:
-        """The ways to predict, each with its label; the first is what post-hoc methods build on."""
+    def predictors(self, trained: Trained, experiment: "Experiment") -> Iterator[Predictor]:
+        """The predictors; the first is what post-hoc methods build on."""
 
-    def save(self, trained: Trained, bench: "Bench") -> None:
-        """Keep what was trained in ``bench.folder``."""
-        trained.network.save_pretrained(bench.folder / "adapter")
+    def save(self, trained: Trained, experiment: "Experiment") -> None:
+        """Keep what was trained in ``experiment.folder``."""
+        trained.network.save_pretrained(experiment.folder / "adapter")
 
 
 @dataclass(frozen=True)
@@ -92,8 +95,8 @@ class PostHocMethod(Method):
     base: str = "lora"
 
     @abstractmethod
-    def predictors(self, trained: Trained, bench: "Bench", predict: Predictor) -> Iterator[tuple[str, Predictor]]:
-        """The ways to predict; ``predict`` is the base's own. ``trained.network`` must be left as it was."""
+    def predictors(self, trained: Trained, experiment: "Experiment", predict: Predictor) -> Iterator[Predictor]:
+        """The predictors; ``predict`` is the base's own. ``trained.network`` must be left as it was."""
 
     def checkpoints(self) -> int:
         """How many checkpoints of the training it needs."""
@@ -109,6 +112,10 @@ class AcrossSeeds(Method):
     @abstractmethod
     def combine(self, probs: np.ndarray) -> np.ndarray:
         """From (seeds, n, C) to (n, C)."""
+
+    def label_on(self, trained: str) -> str:
+        """What tables call the combination of the trainings of a method with this label."""
+        return f"{trained} {self.label}"
 
 
 def register(cls: type[Method]) -> type[Method]:
@@ -134,9 +141,15 @@ def make_method(spec: MethodSpec) -> Method:
 
 def all_methods() -> dict[str, type[Method]]:
     """Every registered method by its name."""
-    for family in FAMILIES:
-        import_module(f"bayeslora.study.methods.{family}")
+    for module in method_modules():
+        import_module(module)
     return METHODS
+
+
+def method_modules() -> list[str]:
+    """The files of this folder: a method is known once its file lies here."""
+    folder = import_module(__package__)
+    return [f"{__package__}.{file.name}" for file in pkgutil.iter_modules(folder.__path__)]
 
 
 @dataclass(frozen=True)
@@ -164,8 +177,12 @@ class Lineup:
             raise InputError("no method can be called 'labels': labels lie beside predictions; give it another label")
         trained = {method.label: method for _, method in made if isinstance(method, TrainedMethod)}
         check_folders(study, list(trained))
-        lineup = cls(trained, {label: [] for label in trained}, {label: [] for label in trained},
-                     {label: [] for label in trained})  # fmt: skip
+        lineup = cls(
+            trained,
+            {label: [] for label in trained},
+            {label: [] for label in trained},
+            {label: [] for label in trained},
+        )
         for spec, method in made:
             if isinstance(method, TrainedMethod):
                 lineup.specs[method.label].append(spec)
@@ -186,8 +203,10 @@ class Lineup:
         if not named:
             raise InputError(f"{method.label!r} builds on {method.base!r}, which the study does not train: add it")
         if len(named) > 1:
-            raise InputError(f"{method.label!r} builds on {method.base!r}, of which the study trains {len(named)}: "
-                             f"give base the label of one ({', '.join(named)})")  # fmt: skip
+            raise InputError(
+                f"{method.label!r} builds on {method.base!r}, of which the study trains {len(named)}: "
+                f"give base the label of one ({', '.join(named)})"
+            )
         return named[0]
 
 
@@ -210,6 +229,8 @@ def _import(path: str) -> type[Method]:
         raise InputError(f"method {path!r}: cannot import {module}: {error}") from error
     if not (isinstance(found, type) and issubclass(found, Method)):
         close = difflib.get_close_matches(name, dir(import_module(module)), n=1)
-        raise InputError(f"method {path!r}: {module} has no method class {name!r}"
-                         + (f"; did you mean {close[0]!r}?" if close else ""))  # fmt: skip
+        raise InputError(
+            f"method {path!r}: {module} has no method class {name!r}"
+            + (f"; did you mean {close[0]!r}?" if close else "")
+        )
     return found

@@ -1,4 +1,4 @@
-"""Ours: MonteCLoRA in any configuration, trained jointly or on a finished LoRA, and all its ways to predict."""
+"""Ours: MonteCLoRA in any configuration, trained jointly or on a finished LoRA, and all its predictors."""
 
 import copy
 import dataclasses
@@ -11,34 +11,34 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from bayeslora.analysis import apply_temperature, fit_temperature, mixture_entropy
+from bayeslora.analysis import apply_temperature, fit_temperature, mixture_entropy, negative_log_likelihood
 from bayeslora.config import MonteCLoRAConfig
 from bayeslora.errors import InputError
 from bayeslora.guides import MixtureGuide
 from bayeslora.module import BayesLoRA
 from bayeslora.storage.run_folder import ADAPTER_FOLDER, RUN_FILE
-from bayeslora.study.bench import curve
+from bayeslora.study.experiment import curve
 from bayeslora.study.methods.base import Method, PostHocMethod, TrainedMethod, register
-from bayeslora.study.outcome import Predicted, Predictor, Trained
+from bayeslora.study.outcome import Predict, Predicted, Predictor, Trained
 from bayeslora.study.spec import suggest
 from bayeslora.training.fit import fit
 from bayeslora.training.monitor import effective_components, noise_to_signal
 
 if TYPE_CHECKING:
-    from bayeslora.study.bench import Bench
+    from bayeslora.study.experiment import Experiment
 
-WAYS = ("mean", "draws", "mean_temperature", "draws_temperature", "scale_tuned")
+PREDICTORS = ("mean", "draws", "mean_temperature", "draws_temperature", "scale_tuned")
 FACTORS = (0.25, 0.5, 1.0, 1.5, 2.0)  # of the noise, tried on validation
 TUNING_DRAWS = 4
-CONFIG_WORDS = {f.name for f in dataclasses.fields(MonteCLoRAConfig)} - {"r"}
+CONFIG_FIELDS = {f.name for f in dataclasses.fields(MonteCLoRAConfig)} - {"r"}
 
 
 @dataclass(frozen=True)
 class Posterior:
     """The options of both methods here.
 
-    ``preset`` and ``config``: :class:`bayeslora.MonteCLoRAConfig`'s; a study writes the configuration's words next to
-    the others. ``predictions``: ways to predict, of :data:`WAYS`; those with a temperature and ``scale_tuned``, which
+    ``preset`` and ``config``: :class:`bayeslora.MonteCLoRAConfig`'s; a study writes the configuration's fields next to
+    the others. ``predictions``: which of :data:`PREDICTORS`; those with a temperature and ``scale_tuned``, which
     multiplies the noise by the one of :data:`FACTORS` with the lowest negative log-likelihood, tune on validation
     examples and are left out where there are none. ``num_samples``: draws, the study's if ``None``;
     ``antithetic``: in mirrored pairs (:func:`bayeslora.inference.predict.predict`).
@@ -46,7 +46,7 @@ class Posterior:
 
     preset: str = "calibrated"
     config: Mapping[str, Any] = field(default_factory=dict)
-    predictions: tuple[str, ...] = WAYS
+    predictions: tuple[str, ...] = PREDICTORS
     num_samples: int | None = None
     antithetic: bool = False
 
@@ -60,65 +60,82 @@ class Posterior:
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Any:
         own = [f.name for f in dataclasses.fields(cls) if f.name != "config"]
-        for word in options:
-            if word not in own and word not in CONFIG_WORDS:
-                raise InputError(f"method {cls.name!r} has no option {word!r}; "  # type: ignore[attr-defined]
-                                 f"{suggest(str(word), [*own, *sorted(CONFIG_WORDS)])}")  # fmt: skip
-        config = {word: tuple(value) if isinstance(value, list) else value
-                  for word, value in options.items() if word in CONFIG_WORDS}  # fmt: skip
-        rest = {word: value for word, value in options.items() if word in own}
+        for option in options:
+            if option not in own and option not in CONFIG_FIELDS:
+                raise InputError(
+                    f"method {cls.name!r} has no option {option!r}; "  # type: ignore[attr-defined]
+                    f"{suggest(str(option), [*own, *sorted(CONFIG_FIELDS)])}"
+                )
+        config = {
+            option: tuple(value) if isinstance(value, list) else value
+            for option, value in options.items()
+            if option in CONFIG_FIELDS
+        }
+        rest = {option: value for option, value in options.items() if option in own}
         if "predictions" in rest:
             rest["predictions"] = tuple(rest["predictions"])
-            for way in rest["predictions"]:
-                if way not in WAYS:
-                    raise InputError(f"method {cls.name!r}: no way to predict {way!r}; "  # type: ignore[attr-defined]
-                                     f"{suggest(str(way), WAYS)}")  # fmt: skip
+            for predictor in rest["predictions"]:
+                if predictor not in PREDICTORS:
+                    raise InputError(
+                        f"method {cls.name!r}: no way to predict {predictor!r}; "  # type: ignore[attr-defined]
+                        f"{suggest(str(predictor), PREDICTORS)}"
+                    )
         made = cls(config=config, **rest)
         MonteCLoRAConfig.preset(made.preset, **config)  # a mistake is found before anything is trained
         return made
 
-    def configuration(self, bench: "Bench", **changes: Any) -> MonteCLoRAConfig:
-        return MonteCLoRAConfig.preset(self.preset, **{**bench.lora_words(), **self.config, **changes})
+    def configuration(self, experiment: "Experiment", **changes: Any) -> MonteCLoRAConfig:
+        return MonteCLoRAConfig.preset(self.preset, **{**experiment.lora_options(), **self.config, **changes})
 
-    def fit(self, bayes: BayesLoRA, bench: "Bench", scale: float) -> Trained:
+    def fit(self, bayes: BayesLoRA, experiment: "Experiment", scale: float) -> Trained:
         """Within the study's budget."""
-        folder = bench.folder / "training"
-        keeper = bench.keeper(bayes.network)
+        folder = experiment.folder / "training"
+        checkpoints = experiment.checkpoint_callback(bayes.network)
         evaluating: dict[str, Any] = (
-            {"eval_strategy": "steps", "load_best_model_at_end": False} if bench.curve_data else {}
+            {"eval_strategy": "steps", "load_best_model_at_end": False} if experiment.curve_data else {}
         )
         started = time.perf_counter()
         result = fit(
-            bayes, bench.train_data, bench.curve_data, output_dir=folder, progress=bench.progress,
-            metadata=bench.metadata, callbacks=[keeper], save_strategy="no", **evaluating,
-            **bench.budget(scale), **bench.study.trainer,
-        )  # fmt: skip
+            bayes,
+            experiment.train_data,
+            experiment.curve_data,
+            output_dir=folder,
+            progress=experiment.progress,
+            metadata=experiment.metadata,
+            callbacks=[checkpoints],
+            save_strategy="no",
+            **evaluating,
+            **experiment.budget(scale),
+            **experiment.study.trainer,
+        )
         seconds = time.perf_counter() - started
         facts = posterior_facts(bayes) if bayes.sampling else {}
-        return Trained(bayes.network, result.steps, seconds, curve(result.history), keeper.kept, facts, bayes)
+        return Trained(bayes.network, result.steps, seconds, curve(result.history), checkpoints.kept, facts, bayes)
 
-    def ways(self, bayes: BayesLoRA, bench: "Bench", label: str) -> Iterator[tuple[str, Predictor]]:
-        """The ways to predict with a fitted posterior."""
-        count = self.num_samples or bench.study.num_samples
-        mean = cache(lambda split: predict(bayes, bench.data(split), 0))
-        draws = cache(lambda split: predict(bayes, bench.data(split), count, antithetic=self.antithetic))
+    def fitted_predictors(self, bayes: BayesLoRA, experiment: "Experiment", label: str) -> Iterator[Predictor]:
+        """The predictors of a fitted posterior."""
+        count = self.num_samples or experiment.study.num_samples
+        mean = cache(lambda split: predict(bayes, experiment.data(split), 0))
+        draws = cache(lambda split: predict(bayes, experiment.data(split), count, antithetic=self.antithetic))
         these = f"{count} antithetic draws" if self.antithetic else f"{count} draws"
         wanted = self.predictions if bayes.sampling else ("mean",)
-        tuned = bench.has_validation
+        tuned = experiment.has_validation
         if "mean" in wanted:
-            yield f"{label}, mean" if bayes.sampling else label, mean
+            yield Predictor(f"{label}, mean" if bayes.sampling else label, mean)
         if "draws" in wanted:
-            yield f"{label}, {these}", draws
+            yield Predictor(f"{label}, {these}", draws, draws=True)
         if "mean_temperature" in wanted and tuned:
-            yield f"{label}, mean + temperature*", tempered(mean)
+            yield Predictor(f"{label}, mean + temperature*", tempered(mean))
         if "draws_temperature" in wanted and tuned:
-            yield f"{label}, {these} + temperature*", tempered(draws)
+            yield Predictor(f"{label}, {these} + temperature*", tempered(draws), draws=True)
         if "scale_tuned" in wanted and tuned:
-            factor = best_factor(bayes, bench.tuning_data(), self.antithetic)
-            scaled = draws if factor == 1 else cache(
-                lambda split: predict(bayes, bench.data(split), count, factor, self.antithetic)
-            )  # fmt: skip
-            yield f"{label}, {these}, scale tuned*", scaled
+            factor = best_factor(bayes, experiment.tuning_data(), self.antithetic)
+            scaled = (
+                draws
+                if factor == 1
+                else cache(lambda split: predict(bayes, experiment.data(split), count, factor, self.antithetic))
+            )
+            yield Predictor(f"{label}, {these}, scale tuned*", scaled, draws=True)
 
 
 @register
@@ -135,16 +152,16 @@ class MonteCLoRA(Posterior, TrainedMethod):
             return PostHocMonteCLoRA.from_options({k: v for k, v in options.items() if k != "mode"})
         return super().from_options(options)
 
-    def train(self, bench: "Bench") -> Trained:
-        bayes = BayesLoRA(bench.network(), self.configuration(bench), likelihood=bench.task.likelihood())
-        return self.fit(bayes, bench, self.learning_rate_scale)
+    def train(self, experiment: "Experiment") -> Trained:
+        bayes = BayesLoRA(experiment.network(), self.configuration(experiment), likelihood=experiment.task.likelihood())
+        return self.fit(bayes, experiment, self.learning_rate_scale)
 
-    def predictors(self, trained: Trained, bench: "Bench") -> Iterator[tuple[str, Predictor]]:
-        return self.ways(trained.bayes, bench, self.label)
+    def predictors(self, trained: Trained, experiment: "Experiment") -> Iterator[Predictor]:
+        return self.fitted_predictors(trained.bayes, experiment, self.label)
 
-    def save(self, trained: Trained, bench: "Bench") -> None:
+    def save(self, trained: Trained, experiment: "Experiment") -> None:
         for name in (ADAPTER_FOLDER, RUN_FILE):
-            shutil.move(bench.folder / "training" / name, bench.folder / name)
+            shutil.move(experiment.folder / "training" / name, experiment.folder / name)
 
 
 @register
@@ -155,8 +172,8 @@ class GaussianPosterior(MonteCLoRA):
     name: ClassVar[str] = "gaussian"
     title: ClassVar[str] = "Gaussian guide"
 
-    def configuration(self, bench: "Bench", **changes: Any) -> MonteCLoRAConfig:
-        return super().configuration(bench, guide="gaussian", **changes)
+    def configuration(self, experiment: "Experiment", **changes: Any) -> MonteCLoRAConfig:
+        return super().configuration(experiment, guide="gaussian", **changes)
 
 
 @register
@@ -167,27 +184,28 @@ class PostHocMonteCLoRA(Posterior, PostHocMethod):
     name: ClassVar[str] = "monteclora_post_hoc"
     title: ClassVar[str] = "MonteCLoRA post-hoc"
 
-    def predictors(self, trained: Trained, bench: "Bench", predict: Predictor) -> Iterator[tuple[str, Predictor]]:
-        config = self.configuration(bench, mode="post_hoc")
-        bayes = BayesLoRA(copy.deepcopy(trained.network), config, likelihood=bench.task.likelihood())
+    def predictors(self, trained: Trained, experiment: "Experiment", predict: Predict) -> Iterator[Predictor]:
+        config = self.configuration(experiment, mode="post_hoc")
+        bayes = BayesLoRA(copy.deepcopy(trained.network), config, likelihood=experiment.task.likelihood())
         bayes.eval()
-        self.fit(bayes, bench, 1.0)
-        shutil.rmtree(bench.folder / "training")
-        for label, predictor in self.ways(bayes, bench, self.label):
-            if not label.startswith(f"{self.label}, mean"):  # the mean is the LoRA itself
-                yield label, predictor
+        self.fit(bayes, experiment, 1.0)
+        shutil.rmtree(experiment.folder / "training")
+        for predictor in self.fitted_predictors(bayes, experiment, self.label):
+            if predictor.draws or not bayes.sampling:  # at the mean it is the LoRA itself
+                yield predictor
 
 
 def predict(bayes: BayesLoRA, data: Any, num_samples: int, factor: float = 1.0, antithetic: bool = False) -> Predicted:
     """The posterior predictive; at the mean with no samples."""
     started = time.perf_counter()
-    found = bayes.predict(data, num_samples=num_samples, noise_factor=factor, antithetic=antithetic, keep_draws=False,
-                          progress=False)  # fmt: skip
+    found = bayes.predict(
+        data, num_samples=num_samples, noise_factor=factor, antithetic=antithetic, keep_draws=False, progress=False
+    )
     information = found.mutual_information if num_samples else None
     return Predicted(found.probs, found.labels, information, time.perf_counter() - started)
 
 
-def tempered(base: Predictor) -> Predictor:
+def tempered(base: Predict) -> Predict:
     """The same with a temperature that is fitted to the labels of the validation split, and to no other."""
     held_out = base("validation")
     temperature = fit_temperature(held_out.probs, held_out.labels)
@@ -201,8 +219,8 @@ def tempered(base: Predictor) -> Predictor:
 
 def best_factor(bayes: BayesLoRA, data: Any, antithetic: bool = False) -> float:
     """Of :data:`FACTORS`, the one whose noise gives the validation examples the lowest negative log-likelihood."""
-    found = {factor: predict(bayes, data, TUNING_DRAWS, factor, antithetic) for factor in FACTORS}
-    return min(found, key=lambda factor: _nll(found[factor]))
+    tried = {factor: predict(bayes, data, TUNING_DRAWS, factor, antithetic) for factor in FACTORS}
+    return min(tried, key=lambda factor: negative_log_likelihood(tried[factor].probs, tried[factor].labels.astype(int)))
 
 
 def posterior_facts(bayes: BayesLoRA) -> dict[str, float]:
@@ -214,8 +232,3 @@ def posterior_facts(bayes: BayesLoRA) -> dict[str, float]:
         facts["mixture_entropy"] = float(np.mean(mixture_entropy(weights)))
     ratio = noise_to_signal(bayes)
     return facts if ratio is None else {**facts, "noise_to_signal": float(ratio.mean())}
-
-
-def _nll(found: Predicted) -> float:
-    at_label = found.probs[np.arange(len(found.labels)), found.labels.astype(int)]
-    return float(-np.log(np.maximum(at_label, 1e-300)).mean())

@@ -19,15 +19,15 @@ from bayeslora.study.methods.base import TrainedMethod, register
 from bayeslora.study.outcome import Predictor, Trained
 
 if TYPE_CHECKING:
-    from bayeslora.study.bench import Bench
+    from bayeslora.study.experiment import Experiment
 
 
 @dataclass(frozen=True)
 class PointEstimate(TrainedMethod):
     """One network, and its softmax."""
 
-    def predictors(self, trained: Trained, bench: "Bench") -> Iterator[tuple[str, Predictor]]:
-        yield self.label, cache(lambda split: bench.predict(trained.network, bench.data(split)))
+    def predictors(self, trained: Trained, experiment: "Experiment") -> Iterator[Predictor]:
+        yield Predictor(self.label, cache(lambda split: experiment.predict(trained.network, experiment.data(split))))
 
 
 @register
@@ -38,10 +38,10 @@ class FullFineTuning(PointEstimate):
     name: ClassVar[str] = "full"
     title: ClassVar[str] = "full fine-tuning"
 
-    def train(self, bench: "Bench") -> Trained:
-        network = bench.network()
+    def train(self, experiment: "Experiment") -> Trained:
+        network = experiment.network()
         network.requires_grad_(True)
-        return bench.train(network, learning_rate_scale=self.learning_rate_scale)
+        return experiment.train(network, learning_rate_scale=self.learning_rate_scale)
 
 
 @register
@@ -56,32 +56,36 @@ class LoRA(PointEstimate):
     name: ClassVar[str] = "lora"
     title: ClassVar[str] = "LoRA"
 
-    def train(self, bench: "Bench") -> Trained:
-        network = bench.network()
-        network = get_peft_model(network, self.adapter(lora_config(network, self.configuration(bench)), bench))
-        return bench.train(network, learning_rate_scale=self.learning_rate_scale, **self.training(network, bench))
+    def train(self, experiment: "Experiment") -> Trained:
+        network = experiment.network()
+        network = get_peft_model(
+            network, self.adapter(lora_config(network, self.configuration(experiment)), experiment)
+        )
+        return experiment.train(
+            network, learning_rate_scale=self.learning_rate_scale, **self.training(network, experiment)
+        )
 
-    def configuration(self, bench: "Bench") -> MonteCLoRAConfig:
+    def configuration(self, experiment: "Experiment") -> MonteCLoRAConfig:
         """Plain LoRA's, as a posterior without noise."""
-        own = {word: getattr(self, word) for word in ("target_modules", "lora_alpha", "lora_dropout")}
-        given = {word: value for word, value in own.items() if value is not None}
-        return MonteCLoRAConfig(**{**bench.lora_words(), **given, "sample_scaler": 0.0})
+        own = {option: getattr(self, option) for option in ("target_modules", "lora_alpha", "lora_dropout")}
+        given = {option: value for option, value in own.items() if value is not None}
+        return MonteCLoRAConfig(**{**experiment.lora_options(), **given, "sample_scaler": 0.0})
 
-    def adapter(self, lora: LoraConfig, bench: "Bench") -> LoraConfig:
+    def adapter(self, lora: LoraConfig, experiment: "Experiment") -> LoraConfig:
         """The adapter's configuration, from plain LoRA's."""
         return lora
 
-    def training(self, network: nn.Module, bench: "Bench") -> dict[str, Any]:
-        """Further arguments of :meth:`bayeslora.study.bench.Bench.train`."""
+    def training(self, network: nn.Module, experiment: "Experiment") -> dict[str, Any]:
+        """Further arguments of :meth:`bayeslora.study.experiment.Experiment.train`."""
         return {}
 
-    def save(self, trained: Trained, bench: "Bench") -> None:
+    def save(self, trained: Trained, experiment: "Experiment") -> None:
         if type(self) is not LoRA:
-            return super().save(trained, bench)
-        bayes = BayesLoRA(trained.network, self.configuration(bench), likelihood=bench.task.likelihood())
-        bayes.num_examples = len(bench.train_data)
-        bayes.save_pretrained(bench.folder / ADAPTER_FOLDER)
-        write_json(bench.folder / RUN_FILE, bench.record(bayes, trained))
+            return super().save(trained, experiment)
+        bayes = BayesLoRA(trained.network, self.configuration(experiment), likelihood=experiment.task.likelihood())
+        bayes.num_examples = len(experiment.train_data)
+        bayes.save_pretrained(experiment.folder / ADAPTER_FOLDER)
+        write_json(experiment.folder / RUN_FILE, experiment.record(bayes, trained))
 
 
 @register
@@ -94,8 +98,8 @@ class LoRAPlus(LoRA):
     name: ClassVar[str] = "lora_plus"
     title: ClassVar[str] = "LoRA+"
 
-    def training(self, network: nn.Module, bench: "Bench") -> dict[str, Any]:
-        decay = bench.budget().get("weight_decay", 0.0)
+    def training(self, network: nn.Module, experiment: "Experiment") -> dict[str, Any]:
+        decay = experiment.budget().get("weight_decay", 0.0)
 
         def optimizer(cls: type, options: dict[str, Any]) -> Any:
             made = create_loraplus_optimizer(
@@ -115,7 +119,7 @@ class RsLoRA(LoRA):
     name: ClassVar[str] = "rslora"
     title: ClassVar[str] = "rsLoRA"
 
-    def adapter(self, lora: LoraConfig, bench: "Bench") -> LoraConfig:
+    def adapter(self, lora: LoraConfig, experiment: "Experiment") -> LoraConfig:
         return _changed(lora, use_rslora=True)
 
 
@@ -127,7 +131,7 @@ class DoRA(LoRA):
     name: ClassVar[str] = "dora"
     title: ClassVar[str] = "DoRA"
 
-    def adapter(self, lora: LoraConfig, bench: "Bench") -> LoraConfig:
+    def adapter(self, lora: LoraConfig, experiment: "Experiment") -> LoraConfig:
         return _changed(lora, use_dora=True)
 
 
@@ -146,19 +150,26 @@ class AdaLoRA(LoRA):
     name: ClassVar[str] = "adalora"
     title: ClassVar[str] = "AdaLoRA"
 
-    def adapter(self, lora: LoraConfig, bench: "Bench") -> LoraConfig:
-        steps, rank = bench.total_steps, bench.cell.rank
+    def adapter(self, lora: LoraConfig, experiment: "Experiment") -> LoraConfig:
+        steps, rank = experiment.total_steps, experiment.cell.rank
         if steps < 4:
             raise InputError(f"AdaLoRA needs at least 4 steps to shrink its ranks, but the budget is {steps}")
         return AdaLoraConfig(
-            init_r=max(round(self.initial_factor * rank), rank + 1), target_r=rank, total_step=steps,
-            tinit=int(self.warmup * steps), tfinal=max(int(self.final * steps), 1), task_type=lora.task_type,
-            lora_alpha=lora.lora_alpha, lora_dropout=lora.lora_dropout, target_modules=lora.target_modules,
-            modules_to_save=lora.modules_to_save, fan_in_fan_out=lora.fan_in_fan_out,
+            init_r=max(round(self.initial_factor * rank), rank + 1),
+            target_r=rank,
+            total_step=steps,
+            tinit=int(self.warmup * steps),
+            tfinal=max(int(self.final * steps), 1),
+            task_type=lora.task_type,
+            lora_alpha=lora.lora_alpha,
+            lora_dropout=lora.lora_dropout,
+            target_modules=lora.target_modules,
+            modules_to_save=lora.modules_to_save,
+            fan_in_fan_out=lora.fan_in_fan_out,
             layers_to_transform=lora.layers_to_transform,
-        )  # fmt: skip
+        )
 
-    def training(self, network: nn.Module, bench: "Bench") -> dict[str, Any]:
+    def training(self, network: nn.Module, experiment: "Experiment") -> dict[str, Any]:
         return {"callbacks": [_Allocate(network)]}
 
 
@@ -187,11 +198,11 @@ class PeftMonteCLoRA(LoRA):
     name: ClassVar[str] = "peft_monteclora"
     title: ClassVar[str] = "PEFT MonteCLoRA"
 
-    def adapter(self, lora: LoraConfig, bench: "Bench") -> LoraConfig:
+    def adapter(self, lora: LoraConfig, experiment: "Experiment") -> LoraConfig:
         options = {f.name: getattr(self, f.name) for f in fields(MontecloraConfig)}
         return _changed(lora, monteclora_config=MontecloraConfig(**options))
 
-    def training(self, network: Any, bench: "Bench") -> dict[str, Any]:
+    def training(self, network: Any, experiment: "Experiment") -> dict[str, Any]:
         return {"penalty": lambda _: network.base_model._get_monteclora_loss()}
 
 

@@ -13,13 +13,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from bayeslora.data.batches import batches_by_length
 from bayeslora.errors import InputError
-from bayeslora.study.bench import PREDICTION_BATCH
+from bayeslora.study.experiment import PREDICTION_BATCH
 from bayeslora.study.methods.base import AcrossSeeds, PostHocMethod, register
 from bayeslora.study.methods.monteclora import tempered
-from bayeslora.study.outcome import Predictor, Trained
+from bayeslora.study.outcome import Predict, Predictor, Trained
 
 if TYPE_CHECKING:
-    from bayeslora.study.bench import Bench
+    from bayeslora.study.experiment import Experiment
 
 
 @register
@@ -30,11 +30,13 @@ class Temperature(PostHocMethod):
     name: ClassVar[str] = "temperature"
     title: ClassVar[str] = "temperature*"
 
-    def predictors(self, trained: Trained, bench: "Bench", predict: Predictor) -> Iterator[tuple[str, Predictor]]:
-        if not bench.has_validation:
-            raise InputError(f"{self.label!r} needs a labelled validation split besides what is scored; "
-                             "set hold_out to take one from the training examples")  # fmt: skip
-        yield bench.on_top(self.label), tempered(predict)
+    def predictors(self, trained: Trained, experiment: "Experiment", predict: Predict) -> Iterator[Predictor]:
+        if not experiment.has_validation:
+            raise InputError(
+                f"{self.label!r} needs a labelled validation split besides what is scored; "
+                "set hold_out to take one from the training examples"
+            )
+        yield Predictor(experiment.on_top(self.label), tempered(predict))
 
 
 @register
@@ -48,26 +50,28 @@ class MCDropout(PostHocMethod):
     name: ClassVar[str] = "mc_dropout"
     title: ClassVar[str] = "MC dropout"
 
-    def predictors(self, trained: Trained, bench: "Bench", predict: Predictor) -> Iterator[tuple[str, Predictor]]:
+    def predictors(self, trained: Trained, experiment: "Experiment", predict: Predict) -> Iterator[Predictor]:
         network = trained.network
         if not any(isinstance(module, nn.Dropout) and module.p > 0 for module in network.modules()):
-            raise InputError(f"{type(network).__name__} has no dropout at a positive rate, so MC dropout would repeat "
-                             "one prediction: set lora_dropout in the study's lora words")  # fmt: skip
-        count = self.num_samples or bench.study.num_samples
+            raise InputError(
+                f"{type(network).__name__} has no dropout at a positive rate, so MC dropout would repeat "
+                "one prediction: set lora_dropout in the study's lora options"
+            )
+        count = self.num_samples or experiment.study.num_samples
 
         def run(inputs: Mapping[str, Tensor]) -> Tensor:
-            return torch.stack([bench.outputs(network, inputs).double().softmax(-1) for _ in range(count)])
+            return torch.stack([experiment.outputs(network, inputs).double().softmax(-1) for _ in range(count)])
 
         def predictor(split: str) -> Any:
             with torch.random.fork_rng():
-                torch.manual_seed(bench.cell.seed)
+                torch.manual_seed(experiment.cell.seed)
                 network.train()
                 try:
-                    return bench.predict(network, bench.data(split), run)
+                    return experiment.predict(network, experiment.data(split), run)
                 finally:
                     network.eval()
 
-        yield bench.on_top(self.label), cache(predictor)
+        yield Predictor(experiment.on_top(self.label), cache(predictor))
 
 
 @register
@@ -83,15 +87,15 @@ class CheckpointEnsemble(PostHocMethod):
     def checkpoints(self) -> int:
         return self.count
 
-    def predictors(self, trained: Trained, bench: "Bench", predict: Predictor) -> Iterator[tuple[str, Predictor]]:
+    def predictors(self, trained: Trained, experiment: "Experiment", predict: Predict) -> Iterator[Predictor]:
         members = list(trained.checkpoints)
         if not members:
             raise InputError(f"{self.label!r}: training kept no checkpoint")
 
         def predictor(split: str) -> Any:
-            return _ensemble(trained.network, members, bench, split)
+            return _ensemble(trained.network, members, experiment, split)
 
-        yield bench.on_top(self.label), cache(predictor)
+        yield Predictor(experiment.on_top(self.label), cache(predictor))
 
 
 @register
@@ -119,12 +123,15 @@ class Laplace(PostHocMethod):
     name: ClassVar[str] = "laplace"
     title: ClassVar[str] = "Laplace (last layer)"
 
-    def predictors(self, trained: Trained, bench: "Bench", predict: Predictor) -> Iterator[tuple[str, Predictor]]:
-        run = _last_layer_laplace(trained.network, bench)
-        yield bench.on_top(self.label), cache(lambda split: bench.predict(trained.network, bench.data(split), run))
+    def predictors(self, trained: Trained, experiment: "Experiment", predict: Predict) -> Iterator[Predictor]:
+        run = _last_layer_laplace(trained.network, experiment)
+        yield Predictor(
+            experiment.on_top(self.label),
+            cache(lambda split: experiment.predict(trained.network, experiment.data(split), run)),
+        )
 
 
-def _ensemble(network: nn.Module, members: Sequence[Mapping[str, Tensor]], bench: "Bench", split: str) -> Any:
+def _ensemble(network: nn.Module, members: Sequence[Mapping[str, Tensor]], experiment: "Experiment", split: str) -> Any:
     """The mean prediction with each member's values in turn; the network's own are put back."""
     parameters = dict(network.named_parameters())
     own = {name: parameters[name].detach().clone() for name in members[0]}
@@ -138,11 +145,11 @@ def _ensemble(network: nn.Module, members: Sequence[Mapping[str, Tensor]], bench
         found = []
         for member in members:
             use(member)
-            found.append(bench.outputs(network, inputs).double().softmax(-1))
+            found.append(experiment.outputs(network, inputs).double().softmax(-1))
         return torch.stack(found)
 
     try:
-        return bench.predict(network, bench.data(split), run)
+        return experiment.predict(network, experiment.data(split), run)
     finally:
         use(own)
 
@@ -151,14 +158,16 @@ def _laplace(*args: Any, **options: Any) -> Any:
     try:
         from laplace import Laplace as make
     except (ImportError, RuntimeError) as error:  # a torchvision for another torch breaks with a RuntimeError
-        raise InputError("laplace needs laplace-torch (pip install 'bayeslora[laplace]'), and a torchvision from where "
-                         f"torch came: {error}") from error  # fmt: skip
+        raise InputError(
+            "laplace needs laplace-torch (pip install 'bayeslora[laplace]'), and a torchvision from where "
+            f"torch came: {error}"
+        ) from error
     return make(*args, **options)
 
 
-def _last_layer_laplace(network: nn.Module, bench: "Bench") -> Callable[[Mapping[str, Tensor]], Tensor]:
+def _last_layer_laplace(network: nn.Module, experiment: "Experiment") -> Callable[[Mapping[str, Tensor]], Tensor]:
     """Laplace on the last linear layer alone, whose inputs the rest of the network computes once."""
-    head = _last_linear(network, bench)
+    head = _last_linear(network, experiment)
     features: list[Tensor] = []
     seen: list[Tensor] = []
 
@@ -168,13 +177,13 @@ def _last_layer_laplace(network: nn.Module, bench: "Bench") -> Callable[[Mapping
     handle = head.register_forward_pre_hook(remember)
 
     def run_features(inputs: Mapping[str, Tensor]) -> Tensor:
-        logits = bench.outputs(network, inputs)
+        logits = experiment.outputs(network, inputs)
         features.append(seen[0])
         return logits.softmax(-1)[None]
 
     try:
-        bench.predict(network, bench.train_data, run_features)
-        batches, _ = batches_by_length(bench.train_data, PREDICTION_BATCH)
+        experiment.predict(network, experiment.train_data, run_features)
+        batches, _ = batches_by_length(experiment.train_data, PREDICTION_BATCH)
         labels = torch.tensor([example["labels"] for batch in batches for example in batch])
     finally:
         handle.remove()
@@ -191,7 +200,7 @@ def _last_layer_laplace(network: nn.Module, bench: "Bench") -> Callable[[Mapping
     def run(inputs: Mapping[str, Tensor]) -> Tensor:
         handle = head.register_forward_pre_hook(remember)
         try:
-            bench.outputs(network, inputs)
+            experiment.outputs(network, inputs)
         finally:
             handle.remove()
         with torch.inference_mode(False), torch.enable_grad():
@@ -200,18 +209,23 @@ def _last_layer_laplace(network: nn.Module, bench: "Bench") -> Callable[[Mapping
     return run
 
 
-def _last_linear(network: nn.Module, bench: "Bench") -> nn.Linear:
+def _last_linear(network: nn.Module, experiment: "Experiment") -> nn.Linear:
     """The linear layer whose output are the logits."""
     outputs: list[tuple[nn.Module, Tensor]] = []
-    handles = [module.register_forward_hook(lambda m, _, output: outputs.append((m, output)))
-               for module in network.modules() if isinstance(module, nn.Linear)]  # fmt: skip
+    handles = [
+        module.register_forward_hook(lambda m, _, output: outputs.append((m, output)))
+        for module in network.modules()
+        if isinstance(module, nn.Linear)
+    ]
     try:
-        probs = bench.predict(network, bench.train_data[:2]).probs
+        probs = experiment.predict(network, experiment.train_data[:2]).probs
     finally:
         for handle in handles:
             handle.remove()
     module, output = outputs[-1]
     if not isinstance(module, nn.Linear) or output.shape != probs.shape:
-        raise InputError("laplace on the last layer needs a network that ends in a linear layer on one vector for each "
-                         f"example; {type(network).__name__} does not")  # fmt: skip
+        raise InputError(
+            "laplace on the last layer needs a network that ends in a linear layer on one vector for each "
+            f"example; {type(network).__name__} does not"
+        )
     return module

@@ -1,0 +1,123 @@
+"""A study's trials in Optuna, one for each cell, shared by all who work with one storage."""
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.trial import TrialState
+from tqdm.auto import tqdm
+
+from bayeslora.errors import InputError
+from bayeslora.study.journal import open_journal
+from bayeslora.study.predictions import is_damaged
+from bayeslora.study.spec import Cell
+
+logger = logging.getLogger(__name__)
+
+JOURNAL_FILE = "optuna.journal"
+POLL_SECONDS = 1.0
+OPENING_TRIES = 3
+
+
+def open_trials(study_name: str, sampler: optuna.samplers.BaseSampler, url: str | None, output_dir: Path) -> Any:
+    """The Optuna study at a storage URL, or in a journal in ``output_dir``, made if need be.
+
+    Raises:
+        InputError: for a storage that Optuna cannot open.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna.create_study(
+        storage=_storage(url, output_dir),
+        sampler=sampler,
+        load_if_exists=True,
+        study_name=study_name,
+        direction="minimize",
+    )
+
+
+def _storage(url: str | None, output_dir: Path) -> Any:
+    if url is None:
+        return optuna.storages.JournalStorage(open_journal(output_dir / JOURNAL_FILE))
+    for tries_left in reversed(range(OPENING_TRIES)):  # two workers that begin at once both create the tables
+        try:
+            return optuna.storages.get_storage(url)
+        except Exception as error:
+            if not tries_left:
+                raise InputError(f"Optuna cannot open the storage {url!r}: {str(error).splitlines()[0]}") from error
+        time.sleep(POLL_SECONDS)
+    raise AssertionError
+
+
+def queue_again(trials: Any, output_dir: Path) -> None:
+    """Queue every cell whose last trial failed and that never succeeded, or whose predictions are damaged."""
+    latest: dict[int, Any] = {}
+    for trial in trials.get_trials(deepcopy=False):
+        grid = trial.system_attrs.get("grid_id")
+        if grid is not None and not (grid in latest and latest[grid].state == TrialState.COMPLETE):
+            latest[grid] = trial
+    for trial in latest.values():
+        if trial.state == TrialState.FAIL or (trial.state == TrialState.COMPLETE and _has_lost(trial, output_dir)):
+            attributes = {"grid_id": trial.system_attrs["grid_id"], "search_space": trial.system_attrs["search_space"]}
+            trials.add_trial(optuna.trial.create_trial(state=TrialState.WAITING, system_attrs=attributes))
+
+
+def _has_lost(trial: Any, output_dir: Path) -> bool:
+    """Whether the predictions of a finished trial are in ``output_dir`` and damaged."""
+    lost = is_damaged(output_dir / Cell(**trial.params).folder)
+    if lost:
+        logger.warning("the predictions of %s are damaged: it is run again", Cell(**trial.params))
+    return lost
+
+
+def are_waiting(trials: Any) -> bool:
+    """Whether cells are queued again; the sampler takes them for visited."""
+    return bool(trials.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Failures are told by our own progress and table; Optuna's warnings repeat them with a traceback."""
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(before)
+
+
+class Progress:
+    """Says what runs, how far the study is and how long the rest will take."""
+
+    def __init__(self, total: int, trials: Any, shown: bool):
+        self.total, self.trials, self.shown = total, trials, shown
+        self.durations: list[float] = []
+        self.started = time.monotonic()
+
+    def done(self) -> int:
+        complete = self.trials.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        return len({trial.system_attrs.get("grid_id") for trial in complete})
+
+    def begin(self, cell: Cell) -> None:
+        self.started = time.monotonic()
+        if self.shown:
+            tqdm.write(f"[{self.done()}/{self.total}] {cell}")
+
+    def end(self, _: Any, trial: Any) -> None:
+        took = time.monotonic() - self.started
+        self.durations.append(took)
+        if not self.shown:
+            return
+        done = self.done()
+        left = (self.total - done) * sum(self.durations) / len(self.durations)
+        failed = trial.state == TrialState.FAIL
+        outcome = f"FAILED: {trial.user_attrs.get('error', '?')[:300]}" if failed else f"{took:.0f} s"
+        tqdm.write(f"[{done}/{self.total}] {outcome}; about {_clock(left)} left for one worker")
+
+
+def _clock(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"
