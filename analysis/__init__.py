@@ -1,6 +1,6 @@
 """What was learned: calibration, uncertainty, ArviZ data, pictures and tables. Arrays in, arrays out.
 
-Importing this package loads neither torch, ArviZ nor matplotlib; each name of ``__init__.pyi`` is imported on first use.
+Importing this package loads neither torch, ArviZ nor matplotlib; names of ``__init__.pyi`` are imported on first use.
 """
 
 import lazy_loader

@@ -19,11 +19,11 @@ from .metrics.bootstrap import bootstrap_interval as bootstrap_interval
 from .metrics.brier import brier_decomposition as brier_decomposition
 from .metrics.calibration import accuracy as accuracy
 from .metrics.calibration import brier_score as brier_score
-from .metrics.calibration import calibration_summary as calibration_summary
 from .metrics.calibration import negative_log_likelihood as negative_log_likelihood
 from .metrics.calibration import sharpness as sharpness
 from .metrics.detection import detection_curve as detection_curve
 from .metrics.detection import detection_scores as detection_scores
+from .metrics.registry import calibration_summary as calibration_summary
 from .metrics.reliability import classwise_calibration_error as classwise_calibration_error
 from .metrics.reliability import expected_calibration_error as expected_calibration_error
 from .metrics.reliability import maximum_calibration_error as maximum_calibration_error
@@ -60,9 +60,9 @@ from .plots.uncertainty import plot_agreement as plot_agreement
 from .plots.uncertainty import plot_detection as plot_detection
 from .plots.uncertainty import plot_entropy_parts as plot_entropy_parts
 from .plots.uncertainty import plot_risk_coverage as plot_risk_coverage
-from .report.page import RunResults as RunResults
-from .report.page import SplitResults as SplitResults
 from .report.page import report_html as report_html
+from .report.results import RunResults as RunResults
+from .report.results import SplitResults as SplitResults
 from .tables.comparison import comparison_table as comparison_table
 from .tables.comparison import to_markdown as to_markdown
 from .tables.diagnostics import Diagnostic as Diagnostic

@@ -1,6 +1,6 @@
 """Posteriors for LoRA adapters: MonteCLoRA as a Pyro model over PEFT, with ArviZ diagnostics.
 
-Importing this package loads neither torch nor transformers; each name of ``__init__.pyi`` is imported on first use.
+Importing this package loads neither torch nor transformers; names of ``__init__.pyi`` are imported on first use.
 """
 
 from pathlib import Path

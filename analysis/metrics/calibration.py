@@ -9,7 +9,6 @@ from numpy.typing import ArrayLike
 from sklearn.metrics import accuracy_score
 
 from bayeslora.analysis.metrics.checks import check_probs, check_probs_and_labels
-from bayeslora.analysis.metrics.reliability import expected_calibration_error
 
 
 def accuracy(probs: ArrayLike, labels: ArrayLike) -> float:
@@ -95,25 +94,3 @@ def sharpness(probs: ArrayLike) -> float:
         Gneiting, Balabdaoui and Raftery (2007), *Probabilistic forecasts, calibration and sharpness*.
     """
     return float(np.square(check_probs(probs)).sum(axis=1).mean())
-
-
-def calibration_summary(probs: ArrayLike, labels: ArrayLike) -> dict[str, float]:
-    """The four numbers of a results table, each over the whole set.
-
-    Args:
-        probs: Predictive probabilities, shape ``(examples, classes)``, rows summing to one.
-        labels: Class indices, shape ``(examples,)``.
-
-    Returns:
-        ``accuracy`` and ``ece`` (15 bins) as shares in ``[0, 1]``, ``nll`` in nats per example, ``brier`` in
-        ``[0, 2]``.
-
-    Raises:
-        InputError: The arrays do not fit that description.
-    """
-    return {
-        "accuracy": accuracy(probs, labels),
-        "nll": negative_log_likelihood(probs, labels),
-        "ece": expected_calibration_error(probs, labels),
-        "brier": brier_score(probs, labels),
-    }

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from bayeslora.analysis.metrics.registry import METRICS
 from bayeslora.analysis.plots.style import (
     BAND,
     COLOURS,
@@ -19,9 +20,6 @@ from bayeslora.analysis.plots.style import (
 from bayeslora.analysis.tables.study import SETTING, at_best_settings
 from bayeslora.errors import InputError
 
-TITLES = {"accuracy": ("accuracy (%)", 100.0), "ece": ("ECE (%)", 100.0), "nll": ("NLL (nats per example)", 1.0),
-          "brier": ("Brier score", 1.0)}  # fmt: skip
-
 
 def plot_grid_spread(results: pd.DataFrame, ax: Any = None, *, metric: str = "accuracy", split: str = "test") -> Any:
     """A box for each method over the settings of the grid, each setting's mean over seeds taken first.
@@ -29,7 +27,7 @@ def plot_grid_spread(results: pd.DataFrame, ax: Any = None, *, metric: str = "ac
     Args:
         results: A study's tidy table, of one task.
         ax: Where to draw; a new figure by default.
-        metric: ``"accuracy"``, ``"nll"``, ``"ece"`` or ``"brier"``.
+        metric: Of :data:`bayeslora.analysis.metrics.registry.METRICS`.
         split: Of which split.
 
     Returns:
@@ -40,16 +38,23 @@ def plot_grid_spread(results: pd.DataFrame, ax: Any = None, *, metric: str = "ac
     """
     chosen = _one_task(results, split)
     means = chosen.groupby(["method", *SETTING], sort=False)[metric].mean()
-    title, factor = TITLES[metric]
+    title, factor = METRICS[metric].axis, METRICS[metric].factor
     names = list(dict.fromkeys(means.index.get_level_values("method")))
     values = [factor * means.xs(name, level="method").dropna().to_numpy() for name in names]
     ax = new_axes(ax, **size_beside_names(names))
     rows = np.arange(len(names))
     ax.boxplot(
-        values, positions=rows, orientation="horizontal", whis=(0, 100), widths=0.55, showfliers=False,
-        medianprops={"color": COLOURS[1], "linewidth": 1.4}, boxprops={"linewidth": 0.8},
-        whiskerprops={"linewidth": 0.8}, capprops={"linewidth": 0.8},
-    )  # fmt: skip
+        values,
+        positions=rows,
+        orientation="horizontal",
+        whis=(0, 100),
+        widths=0.55,
+        showfliers=False,
+        medianprops={"color": COLOURS[1], "linewidth": 1.4},
+        boxprops={"linewidth": 0.8},
+        whiskerprops={"linewidth": 0.8},
+        capprops={"linewidth": 0.8},
+    )
     for row, found in zip(rows, values, strict=True):
         ax.plot(found, np.full(len(found), row), ".", color=COLOURS[0], markersize=3, alpha=0.6, zorder=3)
     frame(ax, x=title, y="")
@@ -63,7 +68,7 @@ def plot_learning_rates(results: pd.DataFrame, ax: Any = None, *, metric: str = 
     Args, Raises: as :func:`plot_grid_spread`.
     """
     chosen = _one_task(results, split)
-    title, factor = TITLES[metric]
+    title, factor = METRICS[metric].axis, METRICS[metric].factor
     ax = new_axes(ax, **size_below_legend(chosen["method"].unique()))
     for number, (name, rows) in enumerate(chosen.groupby("method", sort=False)):
         colour, marker = style(number)
@@ -86,14 +91,23 @@ def plot_accuracy_calibration(
     Args, Raises: as :func:`plot_grid_spread`.
     """
     chosen = _one_task(_at_best(results), split)
-    title, factor = TITLES[metric]
+    title, factor = METRICS[metric].axis, METRICS[metric].factor
     ax = new_axes(ax, **size_below_legend(chosen["method"].unique()))
     for number, (name, rows) in enumerate(chosen.groupby("method", sort=False)):
         colour, marker = style(number)
         x, y = 100 * rows["accuracy"], factor * rows[metric]
         bars = {"xerr": x.std(), "yerr": y.std()} if len(rows) > 1 else {}
-        ax.errorbar(x.mean(), y.mean(), **bars, color=colour, marker=marker, markersize=5, linewidth=0.8,
-                    linestyle="none", label=name)  # fmt: skip
+        ax.errorbar(
+            x.mean(),
+            y.mean(),
+            **bars,
+            color=colour,
+            marker=marker,
+            markersize=5,
+            linewidth=0.8,
+            linestyle="none",
+            label=name,
+        )
     frame(ax, x="accuracy (%)", y=title)
     legend_above(ax)
     return ax
@@ -105,12 +119,19 @@ def plot_cost(results: pd.DataFrame, ax: Any = None, *, metric: str = "nll", spl
     Args, Raises: as :func:`plot_grid_spread`.
     """
     chosen = _one_task(_at_best(results), split)
-    title, factor = TITLES[metric]
+    title, factor = METRICS[metric].axis, METRICS[metric].factor
     ax = new_axes(ax, **size_below_legend(chosen["method"].unique()))
     for number, (name, rows) in enumerate(chosen.groupby("method", sort=False)):
         colour, marker = style(number)
-        ax.plot(rows["train_seconds"].mean(), factor * rows[metric].mean(), color=colour, marker=marker, markersize=5,
-                linestyle="none", label=name)  # fmt: skip
+        ax.plot(
+            rows["train_seconds"].mean(),
+            factor * rows[metric].mean(),
+            color=colour,
+            marker=marker,
+            markersize=5,
+            linestyle="none",
+            label=name,
+        )
     ax.set_xlim(0, 1.08 * chosen.groupby("method")["train_seconds"].mean().max())
     frame(ax, x="seconds of training", y=title)
     legend_above(ax)

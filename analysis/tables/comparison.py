@@ -5,16 +5,10 @@ from typing import Any
 
 import pandas as pd
 
+from bayeslora.analysis.metrics.registry import METRICS
 from bayeslora.errors import InputError
 
 RUN = ("split", "method", "seed")
-
-FORMATS = {  # metric: (column title, factor, decimals)
-    "accuracy": ("accuracy (%)", 100.0, 1),
-    "ece": ("ECE (%)", 100.0, 1),
-    "nll": ("NLL", 1.0, 3),
-    "brier": ("Brier", 1.0, 3),
-}
 
 
 def comparison_table(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
@@ -100,7 +94,9 @@ def _first_seen(frame: pd.DataFrame) -> list[tuple[Any, Any]]:
 
 
 def _format(metric: str) -> tuple[str, float, int]:
-    return FORMATS.get(metric, (metric, 1.0, 3))
+    """Title, factor and decimals; a metric that nobody registered is shown as it is."""
+    known = METRICS.get(metric)
+    return (known.header, known.factor, known.decimals) if known else (metric, 1.0, 3)
 
 
 def _cells(key: tuple[Any, Any], row: pd.Series, metrics: Sequence[str]) -> list[str]:

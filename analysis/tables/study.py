@@ -5,21 +5,19 @@ Every function takes the tidy table of a study: one row for each run and split, 
 rank.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from bayeslora.analysis.metrics.bins import bin_scores
 from bayeslora.analysis.metrics.bootstrap import Interval, check_resamples
-from bayeslora.analysis.metrics.checks import check_level, check_probs_and_labels
+from bayeslora.analysis.metrics.checks import check_level
+from bayeslora.analysis.metrics.registry import METRICS
 from bayeslora.errors import InputError
 
 SETTING = ["learning_rate", "batch_size", "rank"]
-METRICS = ("accuracy", "nll", "ece", "brier")
-HIGHER_IS_BETTER = {"accuracy"}
 BETTER, WORSE, NO_DIFFERENCE = "better", "worse", "no difference seen"
 
 
@@ -32,7 +30,7 @@ class Difference(NamedTuple):
     verdict: str
 
 
-def robustness_table(results: pd.DataFrame, *, split: str = "test", metrics: Sequence[str] = METRICS) -> pd.DataFrame:
+def robustness_table(results: pd.DataFrame, *, split: str = "test", metrics: Iterable[str] = METRICS) -> pd.DataFrame:
     """Best, median, worst and spread over the settings, each setting's mean over seeds taken first.
 
     Spread is best − worst, and robustness the median, as in the MonteCLoRA paper. A run that failed counts for nothing:
@@ -47,14 +45,18 @@ def robustness_table(results: pd.DataFrame, *, split: str = "test", metrics: Seq
     """
     chosen = _rows(results, split)
     order = _first_seen(chosen, ["task", "method"])
-    means = chosen.groupby(["task", "method", *SETTING], sort=False)[list(metrics)].mean()
+    means = chosen.groupby(["task", "method", *SETTING], sort=False)[[*metrics]].mean()
     groups = means.groupby(["task", "method"], sort=False)
     columns: dict[tuple[str, str], pd.Series] = {}
     for metric in metrics:
         low, high = groups[metric].min(), groups[metric].max()
-        best, worst = (high, low) if metric in HIGHER_IS_BETTER else (low, high)
-        columns |= {(metric, "best"): best, (metric, "median"): groups[metric].median(), (metric, "worst"): worst,
-                    (metric, "spread"): (best - worst).abs()}  # fmt: skip
+        best, worst = (high, low) if _is_higher_better(metric) else (low, high)
+        columns |= {
+            (metric, "best"): best,
+            (metric, "median"): groups[metric].median(),
+            (metric, "worst"): worst,
+            (metric, "spread"): (best - worst).abs(),
+        }
     columns["settings", "count"] = groups.size()
     return pd.DataFrame(columns).loc[order]
 
@@ -72,7 +74,7 @@ def best_settings(results: pd.DataFrame, *, split: str = "validation", metric: s
     chosen = _rows(results, split)
     means = chosen.groupby(["task", "method", *SETTING], sort=False)[metric].mean().reset_index()
     means = means[means[metric].notna()]
-    means = means.sort_values(metric, ascending=metric not in HIGHER_IS_BETTER, kind="stable")
+    means = means.sort_values(metric, ascending=not _is_higher_better(metric), kind="stable")
     order = [
         pair
         for pair in _first_seen(chosen, ["task", "method"])
@@ -112,7 +114,7 @@ def paired_difference(
         method, reference: Probabilities, shapes ``(seeds, examples, classes)`` with the seeds in the same order. With
             different numbers of seeds, the means over seeds are compared and no seed is drawn.
         labels: Class indices, shape ``(examples,)``.
-        metric: ``"accuracy"``, ``"nll"``, ``"ece"`` (15 bins of equal width) or ``"brier"``.
+        metric: Of :data:`bayeslora.analysis.metrics.registry.METRICS`.
         num_resamples: Sets the bootstrap draws.
         level: Coverage of the interval.
         seed: Decides the sets.
@@ -131,8 +133,10 @@ def paired_difference(
     """
     ours, theirs = np.asarray(method, dtype=np.float64), np.asarray(reference, dtype=np.float64)
     if ours.ndim != 3 or theirs.ndim != 3 or ours.shape[1:] != theirs.shape[1:]:
-        raise InputError(f"probabilities must have shape (seeds, examples, classes), with the same examples and "
-                         f"classes; got {ours.shape} and {theirs.shape}")  # fmt: skip
+        raise InputError(
+            f"probabilities must have shape (seeds, examples, classes), with the same examples and "
+            f"classes; got {ours.shape} and {theirs.shape}"
+        )
     resampling = _Resampling(num_resamples, level, seed)
     return _compare(ours[None], theirs[None], labels, metric, "median", resampling)
 
@@ -172,8 +176,10 @@ def paired_robustness(
     ours, theirs = np.asarray(method, dtype=np.float64), np.asarray(reference, dtype=np.float64)
     same = ours.ndim == theirs.ndim == 4 and np.delete(ours.shape, 1).tolist() == np.delete(theirs.shape, 1).tolist()
     if not same:
-        raise InputError(f"probabilities must have shape (settings, seeds, examples, classes), with the same settings, "
-                         f"examples and classes; got {ours.shape} and {theirs.shape}")  # fmt: skip
+        raise InputError(
+            f"probabilities must have shape (settings, seeds, examples, classes), with the same settings, "
+            f"examples and classes; got {ours.shape} and {theirs.shape}"
+        )
     return _compare(ours, theirs, labels, metric, statistic, _Resampling(num_resamples, level, seed))
 
 
@@ -192,14 +198,16 @@ def _compare(
     check_resamples(num_resamples)
     if metric not in METRICS:
         raise InputError(f"metric must be one of {', '.join(METRICS)}, but is {metric!r}")
-    higher = metric in HIGHER_IS_BETTER
+    higher = METRICS[metric].higher_is_better
     rng = np.random.default_rng(seed)
     n = ours.shape[2]
     weights = np.vstack([np.ones(n), rng.multinomial(n, np.full(n, 1 / n), size=num_resamples)])
     seeds = ours.shape[1] if ours.shape[1] == theirs.shape[1] else 1
     found = []
     for array in (ours, theirs):
-        scores = np.array([[_weighted(metric, probs, labels)(weights) for probs in setting] for setting in array])
+        scores = np.array(
+            [[METRICS[metric].of_reweighted(probs, labels)(weights) for probs in setting] for setting in array]
+        )
         found.append(scores if seeds > 1 else scores.mean(1, keepdims=True))  # (settings, S, 1 + R)
     drawn = np.ones((1, 1 + num_resamples))
     if seeds > 1:
@@ -241,8 +249,10 @@ def steps_to_reach(curve: Sequence[Mapping[str, float]], loss: float) -> float:
         curve: ``{"step", "loss"}`` along training.
         loss: In nats per example.
     """
-    return next((float(point["step"]) for point in sorted(curve, key=lambda p: p["step"]) if point["loss"] <= loss),
-                float("nan"))  # fmt: skip
+    return next(
+        (float(point["step"]) for point in sorted(curve, key=lambda p: p["step"]) if point["loss"] <= loss),
+        float("nan"),
+    )
 
 
 def cost_table(results: pd.DataFrame, *, split: str = "test", reference: str = "LoRA") -> pd.DataFrame:
@@ -269,21 +279,9 @@ def cost_table(results: pd.DataFrame, *, split: str = "test", reference: str = "
     return table.loc[_first_seen(chosen, ["task", "method"])]
 
 
-def _weighted(metric: str, probs: np.ndarray, labels: ArrayLike) -> Callable[[np.ndarray], np.ndarray]:
-    """The metric of reweighted examples: from weights (R, n), each row summing to n, to (R,)."""
-    probs, found = check_probs_and_labels(probs, labels)
-    n = len(found)
-    correct = probs.argmax(1) == found
-    if metric == "ece":
-        confidence = probs.max(1)
-        bins = bin_scores(confidence, 15)
-        gaps = np.zeros((n, len(bins.size)))
-        gaps[np.arange(n), bins.members] = correct - confidence
-        return lambda weights: np.abs(weights @ gaps).sum(1) / n
-    at_label = np.maximum(probs[np.arange(n), found], np.nextafter(0.0, 1.0))
-    values = {"accuracy": correct.astype(np.float64), "nll": -np.log(at_label),
-              "brier": np.square(probs - np.eye(probs.shape[1])[found]).sum(1)}[metric]  # fmt: skip
-    return lambda weights: weights @ values / n
+def _is_higher_better(metric: str) -> bool:
+    """Lower is better for a column that nobody registered."""
+    return metric in METRICS and METRICS[metric].higher_is_better
 
 
 def _rows(results: pd.DataFrame, split: str) -> pd.DataFrame:

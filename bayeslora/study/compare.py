@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from bayeslora.analysis import to_markdown
-from bayeslora.analysis.tables.study import METRICS
+from bayeslora.analysis.metrics.registry import METRICS
 from bayeslora.config import MonteCLoRAConfig
 from bayeslora.errors import InputError
 from bayeslora.study.predictions import read_predictions

@@ -15,9 +15,9 @@ from bayeslora.analysis import (
     predictive_entropy,
     to_markdown,
 )
-from bayeslora.analysis.tables.comparison import FORMATS, layout
+from bayeslora.analysis.metrics.registry import METRICS
+from bayeslora.analysis.tables.comparison import layout
 from bayeslora.analysis.tables.study import (
-    METRICS,
     SETTING,
     Difference,
     at_best_settings,
@@ -34,6 +34,7 @@ from bayeslora.study.predictions import PREDICTIONS_FILE, read_predictions
 from bayeslora.study.spec import Cell, Study, slug
 
 FIGURES = "figures"
+GRID_METRICS = [name for name, metric in METRICS.items() if metric.over_grid]
 
 
 def write_summary(
@@ -259,13 +260,13 @@ def _difference_table(table: pd.DataFrame) -> str:
     for record in table.to_dict("records"):
         cells = [record["method"]]
         for metric in METRICS:
-            _, factor, decimals = FORMATS[metric]
+            factor, decimals = METRICS[metric].factor, METRICS[metric].decimals
             low, middle, high = (factor * record[f"{metric}{end}"] for end in ("_lower", "", "_upper"))
             cells.append(
                 f"{middle:+.{decimals}f} [{low:+.{decimals}f}, {high:+.{decimals}f}] {record[f'{metric}_verdict']}"
             )
         rows.append(cells)
-    return _markdown(["method", *(FORMATS[metric][0] for metric in METRICS)], rows)
+    return _markdown(["method", *(METRICS[metric].header for metric in METRICS)], rows)
 
 
 def _selective_markdown(table: pd.DataFrame) -> str:
@@ -282,13 +283,11 @@ def _selective_markdown(table: pd.DataFrame) -> str:
 
 
 def _robustness_markdown(table: pd.DataFrame) -> str:
-    columns = [
-        (metric, part) for metric in ("accuracy", "nll", "ece") for part in ("best", "median", "worst", "spread")
-    ]
-    header = ["method", "settings", *(f"{FORMATS[metric][0]} {part}" for metric, part in columns)]
+    columns = [(metric, part) for metric in GRID_METRICS for part in ("best", "median", "worst", "spread")]
+    header = ["method", "settings", *(f"{METRICS[metric].header} {part}" for metric, part in columns)]
     rows = []
     for (_, method), row in table.iterrows():
-        numbers = [f"{FORMATS[m][1] * row[m, part]:.{FORMATS[m][2]}f}" for m, part in columns]
+        numbers = [f"{METRICS[m].factor * row[m, part]:.{METRICS[m].decimals}f}" for m, part in columns]
         rows.append([method, str(int(row["settings", "count"])), *numbers])
     return _markdown(header, rows)
 
@@ -347,7 +346,7 @@ def _figures(task: str, results: pd.DataFrame, split: str, several: bool, output
         "cost": partial(plots.plot_cost, results, split=split),
     }
     if several:
-        for metric in ("accuracy", "nll", "ece"):
+        for metric in GRID_METRICS:
             pictures[f"grid-{metric}"] = partial(plots.plot_grid_spread, results, metric=metric, split=split)
     if results["learning_rate"].nunique() > 1:
         for metric in ("accuracy", "nll"):

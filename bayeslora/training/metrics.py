@@ -8,7 +8,7 @@ from transformers import (
     EvalPrediction,
 )
 
-from bayeslora.analysis.metrics.calibration import calibration_summary
+from bayeslora.analysis.metrics.registry import METRICS, calibration_summary
 from bayeslora.errors import InputError
 from bayeslora.models import CategoricalLikelihood
 from bayeslora.module import BayesLoRA
@@ -24,7 +24,7 @@ class Metrics:
     def __init__(self, bayes: BayesLoRA, compute_metrics: Callable[..., dict[str, Any]] | None, best_metric: str):
         self.of_classes = isinstance(bayes.model.likelihood, CategoricalLikelihood)
         self.compute, self.best = compute_metrics, best_metric
-        self.ours = ("loss", *(("accuracy", "nll", "ece", "brier") if self.of_classes else ()))
+        self.ours = ("loss", *(METRICS if self.of_classes else ()))
         self.any = self.of_classes or compute_metrics is not None
         if compute_metrics is None:
             self._check(self.ours)

@@ -1,0 +1,53 @@
+"""The columns of a page's table of scores."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from bayeslora.analysis.metrics.registry import METRICS
+from bayeslora.analysis.metrics.selective import area_under_risk_coverage
+
+
+@dataclass(frozen=True)
+class Column:
+    """A number per split and method: ``function`` of the arrays of :class:`SplitResults` named in ``of``."""
+
+    title: str
+    hint: str
+    function: Callable[..., float]
+    of: tuple[str, ...] = ("probs", "labels")
+    factor: float = 1.0
+    decimals: int = 3
+
+
+def _aurc(probs: np.ndarray, entropy: np.ndarray, labels: np.ndarray) -> float:
+    return area_under_risk_coverage(entropy, probs.argmax(1) != labels)
+
+
+CLASSIFICATION = (
+    *(Column(m.title, m.hint, m.function, factor=m.factor, decimals=m.decimals) for m in METRICS.values()),
+    Column("AURC", "%, lower is better", _aurc, ("probs", "entropy", "labels"), factor=100.0, decimals=1),
+)
+REGRESSION = (
+    Column(
+        "RMSE",
+        "in the labels' unit, lower is better",
+        lambda m, y: float(np.sqrt(np.mean((m - y) ** 2))),
+        ("mean", "labels"),
+    ),
+    Column(
+        "NLL",
+        "nats per example, normal predictive, lower is better",
+        lambda m, s, y: float(np.mean(((y - m) / s) ** 2 / 2 + np.log(s) + np.log(2 * np.pi) / 2)),
+        ("mean", "std", "labels"),
+    ),
+    Column(
+        "coverage",
+        "% of labels within the central 90 % interval; 90 is right",
+        lambda m, s, y: float(np.mean(np.abs(y - m) <= 1.6448536 * s)),
+        ("mean", "std", "labels"),
+        factor=100.0,
+        decimals=1,
+    ),
+)

@@ -1,0 +1,52 @@
+"""What a page is told about each run."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from bayeslora.analysis.tables.diagnostics import Diagnostic
+
+
+@dataclass(frozen=True)
+class SplitResults:
+    """Predictions for the n examples of one split.
+
+    Classification (C classes): ``probs`` (n, C), ``entropy`` and ``mutual_information`` (n,) in nats. Regression:
+    ``mean`` and ``std`` (n,). ``labels`` (n,), or None for a split without; ``texts``, n of them, or none to show.
+    """
+
+    labels: np.ndarray | None
+    texts: Sequence[str] = ()
+    probs: np.ndarray | None = None
+    entropy: np.ndarray | None = None
+    mutual_information: np.ndarray | None = None
+    mean: np.ndarray | None = None
+    std: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class RunResults:
+    """What the page says about one run.
+
+    Attributes:
+        name: How it is called on the page; every run has its own.
+        facts: What was trained on what: name to value, in the order of the page.
+        splits: Name to predictions; the first is the one that the run is judged by.
+        label_names: The classes; empty for regression.
+        history: The log of the run, as in ``run.json``.
+        adapters: Names of the adapters.
+        noise_to_signal: Noise over mean of each, over draws: ``(draws, adapters)``; None for a point estimate.
+        diagnostics: Answers of :func:`bayeslora.diagnose`.
+        command: The command line that makes this run again, where it is known.
+    """
+
+    name: str
+    facts: Mapping[str, str]
+    splits: Mapping[str, SplitResults]
+    label_names: Sequence[str] = ()
+    history: Sequence[Mapping[str, float]] = ()
+    adapters: Sequence[str] = ()
+    noise_to_signal: np.ndarray | None = None
+    diagnostics: Sequence[Diagnostic] = ()
+    command: str = ""
