@@ -1,4 +1,8 @@
-"""How far would a number move with another set of examples? The percentile bootstrap."""
+"""How far would a number move with another set of examples? The percentile bootstrap.
+
+``scipy.stats.bootstrap`` takes arrays of one dimension, would need the same handling of NaN around it, and its BCa
+evaluates the statistic once more for each example.
+"""
 
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
