@@ -16,12 +16,8 @@ import pandas as pd
 from bayeslora.analysis import to_markdown
 from bayeslora.analysis.tables.study import SETTING, robustness_table
 from bayeslora.study import Study
-from bayeslora.study.summary import (
-    differences,
-    grid_differences,
-    headline,
-    selective_differences,
-)
+from bayeslora.study.differences import differences, grid_differences, selective_differences
+from bayeslora.study.summary import headline
 
 HERE = Path(__file__).parent
 RATES = [3e-4, 1e-3, 3e-3]

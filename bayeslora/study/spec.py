@@ -1,7 +1,6 @@
 """What a study compares: methods x tasks x learning rates x batch sizes x ranks x seeds, from YAML or Python."""
 
 import dataclasses
-import difflib
 import hashlib
 import itertools
 import json
@@ -14,7 +13,18 @@ from reprlib import repr as shown
 from typing import Any
 
 from bayeslora.errors import InputError
-from bayeslora.ranges import MOST, RANGES, Range
+from bayeslora.ranges import RANGES, Range
+from bayeslora.study.entries import (
+    MethodSpec,
+    TaskSpec,
+    check_fields,
+    check_text,
+    listed,
+    method_specs,
+    number,
+    task_spec,
+)
+from bayeslora.study.study_file import read_study_file
 
 SETTINGS_FILE = "comparison.json"  # in the folder of a study: the study, and what its cells have in common
 MOST_LETTERS = 200  # of a name, in a path; file systems take 255 bytes, with what is put around it
@@ -31,31 +41,6 @@ LORA_FIELDS = (
     "rank_pattern",
     "lora_options",
 )
-
-
-@dataclass(frozen=True)
-class TaskSpec:
-    """What :func:`bayeslora.load_task` needs to read a task."""
-
-    name: str
-    data_dir: str | None = None
-    text_columns: tuple[str, ...] | None = None
-    label_column: str | None = None
-    label_names: tuple[str, ...] | None = None
-    prompting: Mapping[str, Any] | None = None
-
-    def load(self) -> Any:
-        from bayeslora.tasks.load import load_task
-
-        return load_task(**dataclasses.asdict(self))
-
-
-@dataclass(frozen=True)
-class MethodSpec:
-    """A method and its options: a ``name`` of :data:`bayeslora.study.methods.base.METHODS`, or ``"module:Class"``."""
-
-    name: str
-    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -135,13 +120,13 @@ class Study:
     retries: int = 1
 
     def __post_init__(self) -> None:
-        tasks = tuple(_task_spec(task) for task in _listed("tasks", self.tasks))
-        methods = tuple(spec for method in _listed("methods", self.methods) for spec in _method_specs(method))
+        tasks = tuple(task_spec(task) for task in listed("tasks", self.tasks))
+        methods = tuple(spec for method in listed("methods", self.methods) for spec in method_specs(method))
         object.__setattr__(self, "tasks", tasks)
         object.__setattr__(self, "methods", methods)
         for name, kind in (("learning_rates", float), ("batch_sizes", int), ("ranks", int), ("seeds", int)):
             most = RANGES[name.removesuffix("s")].most
-            values = tuple(_number(name, value, kind, most=most) for value in _listed(name, getattr(self, name)))
+            values = tuple(number(name, value, kind, most=most) for value in listed(name, getattr(self, name)))
             object.__setattr__(self, name, values)
         for name in AXES:
             entries = [json.dumps(_plain(value), sort_keys=True) for value in getattr(self, name)]
@@ -156,22 +141,22 @@ class Study:
             ("curve_examples", 1),
             ("retries", 0),
         ):
-            _number(name, getattr(self, name), int, least=least, most=RANGES.get(name, Range()).most)
+            number(name, getattr(self, name), int, least=least, most=RANGES.get(name, Range()).most)
         for name in ("train_examples", "test_examples", "validation_examples"):
             if getattr(self, name) is not None:
-                _number(name, getattr(self, name), int, least=1)
-        _check_fields("training", self.training, TRAINING_WORDS)
-        _check_fields("lora", self.lora, LORA_FIELDS)
+                number(name, getattr(self, name), int, least=1)
+        check_fields("training", self.training, TRAINING_WORDS)
+        check_fields("lora", self.lora, LORA_FIELDS)
         if not isinstance(self.trainer, Mapping):
             raise InputError(f"study: trainer must be a mapping, got {shown(self.trainer)}")
         for name in ("model", "test_split"):
-            _check_text(name, getattr(self, name))
+            check_text(name, getattr(self, name))
         for name in ("shift_splits", "keep_adapters"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"study: {name} takes true or false, got {shown(getattr(self, name))}")
         for name, value in self.training.items():
             if name == "schedule":
-                _check_text("schedule", value)
+                check_text("schedule", value)
             elif value is not None:
                 RANGES[name].check(f"study: {name}", value)
         names = [task.name for task in self.tasks]
@@ -187,14 +172,12 @@ class Study:
         Raises:
             InputError: as :func:`bayeslora.study.study_file.read_study_file` and :class:`Study`.
         """
-        from bayeslora.study.study_file import read_study_file
-
         return cls.from_dict(read_study_file(path))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Study":
         """From plain values, as :meth:`to_dict` and YAML files have them."""
-        _check_fields("study", values, [f.name for f in dataclasses.fields(cls)])
+        check_fields("study", values, [f.name for f in dataclasses.fields(cls)])
         missing = [name for name in ("model", "tasks", "methods") if not values.get(name)]
         if missing:
             raise InputError(f"study: {missing[0]!r} is missing; a study names at least a model, tasks and methods")
@@ -256,93 +239,6 @@ def check_folders(study: Study, trained: Sequence[str]) -> None:
                 f"study: the {word.replace('_', ' ')}s {two} would both be written to "
                 f"{cell.folder.as_posix()}: change one of them"
             )
-
-
-def suggest(word: str, known: Sequence[str]) -> str:
-    """How an error goes on that names an unknown ``word``."""
-    close = difflib.get_close_matches(word, known, n=2)
-    hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
-    return f"{hint}there are {', '.join(known)}"
-
-
-def _check_fields(where: str, values: Any, known: Sequence[str]) -> None:
-    if not isinstance(values, Mapping):
-        raise InputError(f"{where} must be a mapping, got {shown(values)}")
-    for word in values:
-        if word not in known:
-            raise InputError(f"{where}: unknown entry {word!r}; {suggest(str(word), known)}")
-
-
-def _listed(name: str, values: Any) -> list[Any]:
-    """A list with something in it; one value stands for a list of one."""
-    found = list(values) if isinstance(values, list | tuple) else [values]
-    if not found:
-        raise InputError(f"study: {name} is empty")
-    return found
-
-
-def _check_text(name: str, value: Any) -> None:
-    if not isinstance(value, str) or not value.strip():
-        raise InputError(f"study: {name} takes text, got {shown(value)}; a number or a truth value as text is quoted")
-
-
-def _number(name: str, value: Any, kind: type, *, least: float | None = None, most: float = MOST) -> Any:
-    least = {"learning_rates": 0, "seeds": 0}.get(name, 1) if least is None else least
-    wanted = (int, float) if kind is float else (int,)
-    fits = isinstance(value, wanted) and not isinstance(value, bool) and least <= value <= most
-    if not fits or (kind is float and value == 0):
-        what = "a positive number" if kind is float else f"an integer of at least {least}, {most} at most"
-        raise InputError(f"study: {name} takes {what}, got {shown(value)}")
-    return kind(value)
-
-
-def _task_spec(task: Any) -> TaskSpec:
-    if isinstance(task, TaskSpec):
-        return task
-    values = {"name": task} if isinstance(task, str) else task
-    _check_fields("tasks", values, [f.name for f in dataclasses.fields(TaskSpec)])
-    if "name" not in values:
-        raise InputError(f"study: a task needs a name, got {shown(values)}")
-    columns = values.get("text_columns")
-    columns = (columns,) if isinstance(columns, str) else columns
-    folder = values.get("data_dir")
-    names = values.get("label_names")
-    for word in ("name", "label_column"):
-        if values.get(word) is not None or word == "name":
-            _check_text(f"{word} of a task", values[word])
-    for word, entries in (("text_columns", columns), ("label_names", names)):
-        if isinstance(entries, str) or not isinstance(entries or (), Sequence):
-            raise InputError(f"study: {word} of a task takes a list of texts, got {shown(entries)}")
-        for entry in entries or ():
-            _check_text(f"{word} of a task", entry)
-    if not isinstance(values.get("prompting") or {}, Mapping):
-        raise InputError(f"study: prompting of a task must be a mapping, got {shown(values['prompting'])}")
-    words = {
-        "text_columns": columns and tuple(columns),
-        "label_names": names and tuple(names),
-        "data_dir": folder and str(folder),
-    }
-    return TaskSpec(**{**values, **words})
-
-
-def _method_specs(method: Any) -> list[MethodSpec]:
-    """One, or one for every combination of a sweep."""
-    if isinstance(method, MethodSpec):
-        return [method]
-    if isinstance(method, str):
-        return [MethodSpec(method)]
-    if not isinstance(method, Mapping) or not isinstance(method.get("name"), str):
-        raise InputError(f"study: a method is a name, or a mapping with one, got {shown(method)}")
-    if set(method) == {"name", "options"} and isinstance(method["options"], Mapping):
-        return [MethodSpec(method["name"], dict(method["options"]))]
-    options = {word: value for word, value in method.items() if word not in ("name", "sweep")}
-    sweep = method.get("sweep", {})
-    if not isinstance(sweep, Mapping) or not all(isinstance(values, list) and values for values in sweep.values()):
-        raise InputError(f"study: sweep maps options of {method['name']!r} to lists, got {shown(sweep)}")
-    if sweep and "label" in options:
-        raise InputError(f"study: the methods of a sweep get their own labels; leave label out of {method['name']!r}")
-    combinations = itertools.product(*sweep.values())
-    return [MethodSpec(method["name"], {**options, **dict(zip(sweep, values, strict=True))}) for values in combinations]
 
 
 def _plain(value: Any) -> Any:

@@ -20,6 +20,7 @@ from bayeslora.errors import InputError
 from bayeslora.study import Study
 from bayeslora.study.cell import run_cell
 from bayeslora.study.compare import compare, two_methods
+from bayeslora.study.differences import grid_differences, selective_differences
 from bayeslora.study.experiment import Experiment
 from bayeslora.study.methods.base import Lineup, all_methods, make_method
 from bayeslora.study.methods.monteclora import PostHocMonteCLoRA
@@ -27,7 +28,6 @@ from bayeslora.study.methods.peft import LoRA
 from bayeslora.study.predictions import read_predictions
 from bayeslora.study.runner import run_study
 from bayeslora.study.spec import Cell, MethodSpec, cells
-from bayeslora.study.summary import grid_differences, selective_differences
 from bayeslora.tasks.load import load_task
 from tests.conftest import VOCABULARY, tiny_network
 

@@ -14,13 +14,12 @@ from transformers import BertTokenizerFast
 from bayeslora.command.main import main
 from bayeslora.errors import InputError, StorageError
 from bayeslora.study import Study
-from bayeslora.study.journal import open_journal
 from bayeslora.study.methods.base import Lineup
 from bayeslora.study.predictions import read_predictions
 from bayeslora.study.runner import run_study
 from bayeslora.study.spec import Cell, cells, slug
 from bayeslora.study.study_file import read_study_file
-from bayeslora.study.trials import JOURNAL_FILE
+from bayeslora.study.trials import JOURNAL_FILE, open_journal
 from tests.conftest import VOCABULARY, tiny_network
 from tests.folders import FullAfter
 

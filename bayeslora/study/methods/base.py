@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, get_args
 import numpy as np
 
 from bayeslora.errors import InputError
+from bayeslora.study.entries import MethodSpec, suggest
 from bayeslora.study.outcome import Predictor, Trained
-from bayeslora.study.spec import MethodSpec, Study, check_folders, suggest
+from bayeslora.study.spec import Study, check_folders
 
 if TYPE_CHECKING:
     from bayeslora.study.experiment import Experiment

@@ -17,10 +17,10 @@ from bayeslora.errors import InputError
 from bayeslora.guides import MixtureGuide
 from bayeslora.module import BayesLoRA
 from bayeslora.storage.run_folder import ADAPTER_FOLDER, RUN_FILE
+from bayeslora.study.entries import suggest
 from bayeslora.study.experiment import curve
 from bayeslora.study.methods.base import Method, PostHocMethod, TrainedMethod, register
 from bayeslora.study.outcome import Predict, Predicted, Predictor, Trained
-from bayeslora.study.spec import suggest
 from bayeslora.training.fit import fit
 from bayeslora.training.monitor import effective_components, noise_to_signal
 

@@ -1,0 +1,162 @@
+"""How the methods of a study differ: in pairs, on the same examples and seeds, with intervals and verdicts."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from bayeslora.analysis import area_under_risk_coverage, bootstrap_interval, predictive_entropy
+from bayeslora.analysis.metrics.registry import METRICS
+from bayeslora.analysis.tables.study import (
+    SETTING,
+    Difference,
+    at_best_settings,
+    paired_difference,
+    paired_robustness,
+    verdict,
+)
+from bayeslora.study.methods.base import Lineup
+from bayeslora.study.outcome import ACROSS_SEEDS
+from bayeslora.study.predictions import PREDICTIONS_FILE, read_predictions
+from bayeslora.study.spec import Cell, Study
+
+
+def differences(study: Study, results: pd.DataFrame, output_dir: Path, split: str) -> pd.DataFrame:
+    """Every method against the study's first, each at its own best setting: estimate, interval and verdict of every
+    metric. Empty where predictions do not lie in ``output_dir``."""
+    chosen = at_best(results)
+    chosen = chosen[chosen["split"] == split]
+    groups = chosen.groupby("method", sort=False)
+    found = {str(name): _predictions(study, rows, output_dir, split) for name, rows in groups}
+    names = [name for name, arrays in found.items() if arrays]
+    if len(names) < 2:
+        return pd.DataFrame()
+    reference = found[names[0]]
+    labels = next(iter(reference.values()))[1]
+    rows = []
+    for name in names[1:]:
+        ours, theirs, seeds = _paired(found[name], reference)
+        row = {"method": name, "seeds": seeds, "examples": len(labels)}
+        for metric in METRICS:
+            row |= _columns(metric, paired_difference(ours, theirs, labels, metric=metric))
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def grid_differences(study: Study, results: pd.DataFrame, output_dir: Path, split: str, statistic: str) -> pd.DataFrame:
+    """Every method against the study's first in a statistic over the grid, as :func:`differences` has them at single
+    settings; over the settings that both have finished with the same seeds."""
+    found = _by_setting(study, results, output_dir, split)
+    names = list(found)
+    reference, rows = found[names[0]], []
+    seeds = len(study.seeds)
+    for name in names[1:]:
+        complete = [
+            setting
+            for setting, arrays in reference.items()
+            if len(arrays) == seeds and len(found[name].get(setting, {})) in {1, seeds}
+        ]
+        pairs = [_paired(found[name][setting], reference[setting]) for setting in complete]
+        if len({(ours.shape, theirs.shape) for ours, theirs, _ in pairs}) != 1 or len(pairs) < 2:
+            continue
+        ours, theirs = (np.stack([pair[i] for pair in pairs]) for i in range(2))
+        labels = next(iter(reference[complete[0]].values()))[1]
+        row = {"method": name, "settings": len(pairs), "seeds": pairs[0][2], "examples": len(labels)}
+        for metric in METRICS:
+            row |= _columns(metric, paired_robustness(ours, theirs, labels, metric=metric, statistic=statistic))
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def selective_differences(study: Study, results: pd.DataFrame, output_dir: Path, split: str) -> pd.DataFrame:
+    """Selective prediction: the area under the risk-coverage curve of every method (``aurc``), examples in order of the
+    entropy of its probabilities, and its ``difference`` from the study's first, with a 95 % bootstrap interval over
+    examples and a ``verdict``: means over the ``runs`` at the settings and seeds that both have finished. With two
+    classes a temperature leaves the order, and so the area, as they are."""
+    (_, reference), *others = _by_setting(study, results, output_dir, split).items()
+    rows = []
+    for name, settings in others:
+        pairs = [_paired(settings[at], arrays) for at, arrays in reference.items() if arrays and settings.get(at)]
+        if not pairs:
+            continue
+        labels = next(labels for arrays in reference.values() for _, labels in arrays.values())
+        ours, theirs = (_ranking(np.concatenate([pair[i] for pair in pairs]), labels) for i in range(2))
+        change = bootstrap_interval(lambda *two: _area(*two[:2]) - _area(*two[2:]), *ours, *theirs, num_resamples=500)
+        rows.append(
+            {
+                "method": name,
+                "runs": ours[0].shape[1],
+                "aurc": _area(*ours),
+                "difference": change.estimate,
+                "lower": change.lower,
+                "upper": change.upper,
+                "verdict": verdict(change, higher_is_better=False),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _ranking(probs: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Uncertainty and error, (examples, runs) each, of probabilities (runs, examples, C)."""
+    return np.stack([predictive_entropy(run) for run in probs], 1), (probs.argmax(-1) != labels).T
+
+
+def _area(uncertainty: np.ndarray, wrong: np.ndarray) -> float:
+    return float(np.mean([area_under_risk_coverage(*run) for run in zip(uncertainty.T, wrong.T, strict=True)]))
+
+
+def _by_setting(
+    study: Study, results: pd.DataFrame, output_dir: Path, split: str
+) -> dict[str, dict[tuple, dict[int | None, tuple[np.ndarray, np.ndarray]]]]:
+    """Method to setting to what :func:`_predictions` finds."""
+    found: dict[str, dict[tuple, dict]] = {}
+    chosen = results[results["split"] == split]
+    for (name, *setting), rows in chosen.groupby(["method", *SETTING], sort=False):
+        found.setdefault(str(name), {})[tuple(setting)] = _predictions(study, rows, output_dir, split)
+    return found
+
+
+def _paired(ours: dict, theirs: dict) -> tuple[np.ndarray, np.ndarray, int]:
+    """Probabilities of two methods, (seeds, n, C) each, and the number of seeds that they share: with none, one of
+    them is a combination of all seeds."""
+    both = [seed for seed in theirs if seed in ours]
+    return (
+        np.stack([ours[seed][0] for seed in both or ours]),
+        np.stack([theirs[seed][0] for seed in both or theirs]),
+        len(both),
+    )
+
+
+def _columns(metric: str, difference: Difference) -> dict[str, Any]:
+    return {
+        metric: difference.estimate,
+        f"{metric}_lower": difference.lower,
+        f"{metric}_upper": difference.upper,
+        f"{metric}_verdict": difference.verdict,
+    }
+
+
+def _predictions(
+    study: Study, rows: pd.DataFrame, output_dir: Path, split: str
+) -> dict[int | None, tuple[np.ndarray, np.ndarray]]:
+    """Seed to probabilities (n, C) and labels (n,) of one method at one setting; the seed is None across seeds. Empty
+    where a cell's predictions are not in ``output_dir``."""
+    first = rows.iloc[0]
+    across = first["kind"] == ACROSS_SEEDS
+    seeds = [int(seed) for seed in (study.seeds if across else rows["seed"])]
+    setting = float(first["learning_rate"]), int(first["batch_size"]), int(first["rank"])
+    folders = [output_dir / Cell(first["task"], first["trained"], *setting, seed).folder for seed in seeds]
+    if not all((folder / PREDICTIONS_FILE).is_file() for folder in folders):
+        return {}
+    found = [read_predictions(folder, split) for folder in folders]
+    if not across:
+        return {seed: one[first["method"]] for seed, one in zip(seeds, found, strict=True)}
+    methods = Lineup.of(study).across[first["trained"]]
+    method = next(m for m in methods if m.label_on(first["trained"]) == first["method"])
+    base = next(iter(found[0]))
+    return {None: (method.combine(np.stack([one[base][0] for one in found])), found[0][base][1])}
+
+
+def at_best(results: pd.DataFrame) -> pd.DataFrame:
+    return at_best_settings(results) if "validation" in set(results["split"]) else results
