@@ -1,4 +1,8 @@
-"""Several processes that fit one posterior: noise of its own for each, and what one does for all."""
+"""Several processes that fit one posterior: noise of its own for each, and what one does for all.
+
+``accelerate.PartialState`` knows rank and number too, but making one lets the processes meet, on a backend of its own
+choice; here they are asked before ``TrainingArguments`` has chosen it. Nor does it hand on results and errors.
+"""
 
 import logging
 import os

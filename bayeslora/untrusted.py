@@ -1,12 +1,10 @@
-"""Adapter folders come from strangers: JSON and tensor headers are checked here before anything is built from them.
+"""Adapter folders come from strangers: LoRA's options and tensors are checked here before anything is built from them.
 
 Hashes in a folder only detect accidents, since whoever edits a file can compute them again. So nothing read from it is
 executed, imported, matched as a pattern or allocated: names are compared with the network's own, and every shape with
 the network and with the file that has to hold it.
 """
 
-import json
-import os
 import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -22,108 +20,10 @@ from transformers.pytorch_utils import Conv1D
 
 from bayeslora.config import REFUSED_LORA_OPTIONS
 from bayeslora.errors import InputError
+from bayeslora.files.records import is_integer, is_names, is_number, is_object_of, read_json
 
-MAX_JSON_BYTES = 4 * 2**20
-MAX_RUN_BYTES = 256 * 2**20  # run.json holds the log of every adapter
-MAX_JSON_DEPTH = 20
 FLOATS = ("F16", "BF16", "F32", "F64")
 PREFIX = "base_model.model."  # PEFT's, before the name of a module of the base network
-
-
-def read_json(path: Path, *, most_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        InputError: if it is not a regular file, or not one JSON object of reasonable size and depth with every name
-            given once.
-    """
-    if not path.is_file():
-        raise InputError(f"{path} is missing or not a regular file")
-    try:
-        if path.stat().st_size > most_bytes:
-            raise ValueError(f"more than {most_bytes} bytes")
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
-        if not isinstance(value, dict):
-            raise ValueError(f"a {type(value).__name__}, not an object")
-        if _deeper_than(value, MAX_JSON_DEPTH):
-            raise ValueError(f"nested more than {MAX_JSON_DEPTH} deep")
-    except (ValueError, OSError, RecursionError) as error:
-        raise InputError(f"{path} is damaged ({error}): use another copy") from error
-    return value
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a name is given twice")
-    return found
-
-
-def _deeper_than(value: Any, levels: int) -> bool:
-    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return levels == 0 or any(_deeper_than(child, levels - 1) for child in children)
-
-
-def is_integer(value: Any, least: int = 0) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**53
-
-
-def is_number(value: Any) -> bool:
-    """A finite number whose square is finite in float64 as well."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1e100
-
-
-def is_names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) for name in value)
-
-
-def is_object_of(value: Any, holds: Callable[[Any], bool]) -> bool:
-    return isinstance(value, dict) and all(holds(entry) for entry in value.values())
-
-
-def is_path(value: Any) -> bool:
-    """A path or a hub name; the home directory it starts with, if any, must exist."""
-    return isinstance(value, str) and not (value.startswith("~") and os.path.expanduser(value) == value)
-
-
-_RECIPE_WORDS: dict[str, Callable[[Any], bool]] = {
-    "name": lambda v: isinstance(v, str),
-    "data_dir": lambda v: v is None or is_path(v),
-    "text_columns": lambda v: v is None or isinstance(v, str) or is_names(v),
-    "label_column": lambda v: v is None or isinstance(v, str),
-    "label_names": lambda v: v is None or is_names(v),
-    "prompting": lambda v: v is None or is_object_of(v, lambda word: isinstance(word, str | bool)),
-}
-
-
-def _is_recipe(value: Any) -> bool:
-    """What :func:`bayeslora.load_task` takes."""
-    if not isinstance(value, dict) or "name" not in value or not value.keys() <= _RECIPE_WORDS.keys():
-        return False
-    return all(_RECIPE_WORDS[word](entry) for word, entry in value.items())
-
-
-_RUN_WORDS: dict[str, Callable[[Any], bool]] = {
-    "model": is_path,
-    "task": _is_recipe,
-    "max_length": lambda v: is_integer(v, 1) and v <= 2**20,
-}
-
-
-def read_run(path: Path) -> dict[str, Any]:
-    """A run's ``run.json``, which must say which model and task it was fitted to.
-
-    Raises:
-        InputError: naming the first entry that is missing or of the wrong type.
-    """
-    record = read_json(path, most_bytes=MAX_RUN_BYTES)
-    for word, fits in _RUN_WORDS.items():
-        if not fits(record.get(word)):
-            raise InputError(
-                f"{path} does not say which model and task it was fitted to ({word!r} is missing or damaged): "
-                "was it fitted from the command line?"
-            )
-    return record
 
 
 class TensorHeader(NamedTuple):
@@ -151,18 +51,18 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
     return header
 
 
-def load_state(path: Path, module_state: Mapping[str, Tensor], stranger: str) -> dict[str, Tensor]:
+def load_state(path: Path, module_state: Mapping[str, Tensor], unknown: str) -> dict[str, Tensor]:
     """The tensors of a safetensors file, which must be those of ``module_state``, in its dtypes.
 
     Raises:
-        InputError: starting with ``stranger`` for other names or shapes; for NaN or infinite values.
+        InputError: starting with ``unknown`` for other names or shapes; for NaN or infinite values.
     """
     header = read_header(path)
     for name in [*module_state, *header]:
         here = tuple(module_state[name].shape) if name in module_state else None
         there = header[name].shape if name in header else None
         if here != there:
-            raise InputError(f"{stranger}: {name!r:.200} has shape {here} here, {there} in {path.name}")
+            raise InputError(f"{unknown}: {name!r:.200} has shape {here} here, {there} in {path.name}")
     state = {name: value.to(module_state[name].dtype) for name, value in load_file(path).items()}
     for name, value in state.items():
         if not torch.isfinite(value).all():
@@ -197,9 +97,9 @@ def _are_alphas(value: Any) -> bool:
     )
 
 
-# Every word of adapter_config.json that is honoured, and what it may be. The other patterns are kept but never run
+# Every entry of adapter_config.json that is honoured, and what it may be. The other patterns are kept but never run
 # (one can be built to match for ever): the weights say which layers are adapted, and their ranks.
-_LORA_WORDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+_LORA_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "peft_type": (lambda v: v == "LORA", '"LORA"'),
     "task_type": (_optional(lambda v: isinstance(v, str) and v in list(TaskType)), "null or a task type of PEFT's"),
     "r": (lambda v: is_integer(v, 1), "an integer of at least 1"),
@@ -221,7 +121,7 @@ _LORA_WORDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "alpha_pattern": (_are_alphas, "an object of positive numbers by layer name, without wildcards"),
 }
 # What only says where the adapter came from, or how it is used at the moment.
-_IGNORED_WORDS = {
+_IGNORED_FIELDS = {
     "auto_mapping",
     "base_model_name_or_path",
     "fan_in_fan_out",
@@ -234,19 +134,19 @@ _IGNORED_WORDS = {
 
 
 def read_lora_config(path: Path) -> LoraConfig:
-    """PEFT's ``adapter_config.json``: the words we honour, by type; any other must be unused.
+    """PEFT's ``adapter_config.json``: the fields we honour, by type; any other must be unused.
 
     Raises:
-        InputError: naming the first word that is missing, of the wrong type, or cannot be honoured.
+        InputError: naming the first field that is missing, of the wrong type, or cannot be honoured.
     """
     values = read_json(path)
-    for word in ("peft_type", "r", "lora_alpha", "target_modules"):
-        if word not in values:
-            raise InputError(f"{path}: {word!r} is missing: expected the configuration of a LoRA adapter")
+    for field in ("peft_type", "r", "lora_alpha", "target_modules"):
+        if field not in values:
+            raise InputError(f"{path}: {field!r} is missing: expected the configuration of a LoRA adapter")
     check_lora_words(values, f"{path}: ")
-    words = {word: values[word] for word in _LORA_WORDS if word in values and word != "peft_type"}
+    given = {field: values[field] for field in _LORA_FIELDS if field in values and field != "peft_type"}
     try:
-        return LoraConfig(**words)
+        return LoraConfig(**given)
     except (ValueError, TypeError) as error:
         raise InputError(f"{path} is not a LoRA configuration PEFT takes: {error}") from error
 
@@ -257,33 +157,33 @@ def check_lora_words(values: Mapping[str, Any], where: str = "", *, except_for: 
     Args:
         values: As in ``adapter_config.json``.
         where: What the error begins with.
-        except_for: Words to pass over.
+        except_for: Fields to pass over.
 
     Raises:
-        InputError: naming the first word that is of the wrong type, or cannot be honoured.
+        InputError: naming the first field that is of the wrong type, or cannot be honoured.
     """
     defaults = LoraConfig().to_dict()
-    for word, value in values.items():
-        if word in except_for:
+    for field, value in values.items():
+        if field in except_for:
             continue
-        if word in _LORA_WORDS:
-            fits, expected = _LORA_WORDS[word]
+        if field in _LORA_FIELDS:
+            fits, expected = _LORA_FIELDS[field]
             if not fits(value):
-                raise InputError(f"{where}{word} must be {expected}, got {shown(value)}")
-        elif word not in _IGNORED_WORDS and value and value != defaults.get(word):
-            reason = REFUSED_LORA_OPTIONS.get(word, "it is unknown here, or would change what the adapter computes")
-            raise InputError(f"{where}{word!r:.100} cannot be combined with bayeslora: {reason}")
+                raise InputError(f"{where}{field} must be {expected}, got {shown(value)}")
+        elif field not in _IGNORED_FIELDS and value and value != defaults.get(field):
+            reason = REFUSED_LORA_OPTIONS.get(field, "it is unknown here, or would change what the adapter computes")
+            raise InputError(f"{where}{field!r:.100} cannot be combined with bayeslora: {reason}")
 
 
 def adapter_ranks(
-    network: nn.Module, lora: LoraConfig, header: Mapping[str, TensorHeader], stranger: str
+    network: nn.Module, lora: LoraConfig, header: Mapping[str, TensorHeader], unknown: str
 ) -> dict[str, int]:
     """Name of every layer that the file adapts, and its rank, once all shapes fit the network and the configuration.
 
     After this, building what the file describes takes no more memory than the file.
 
     Raises:
-        InputError: starting with ``stranger``, naming the first tensor that does not fit.
+        InputError: starting with ``unknown``, naming the first tensor that does not fit.
     """
     modules = dict(network.named_modules())
     allowed = {lora.r, *lora.rank_pattern.values()}
@@ -294,37 +194,37 @@ def adapter_ranks(
         name = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
         sizes = linear_sizes(modules.get(name))
         if sizes is None or not key.startswith(PREFIX):
-            raise InputError(f"{stranger}: {type(network).__name__} has no linear layer {name!r:.200}")
+            raise InputError(f"{unknown}: {type(network).__name__} has no linear layer {name!r:.200}")
         rank = shape[0] if shape else 0
         if rank not in allowed:
-            raise InputError(f"{stranger}: {key!r:.200} has rank {rank}, {sorted(allowed)[:3]} in the configuration")
+            raise InputError(f"{unknown}: {key!r:.200} has rank {rank}, {sorted(allowed)[:3]} in the configuration")
         other = key.replace(".lora_A.", ".lora_B.")
         for matrix, expected in ((key, (rank, sizes[0])), (other, (sizes[1], rank))):
             found = header[matrix].shape if matrix in header else None
             if found != expected:
-                raise InputError(f"{stranger}: {matrix!r:.200} has shape {expected} here, {found} in the file")
+                raise InputError(f"{unknown}: {matrix!r:.200} has shape {expected} here, {found} in the file")
         ranks[name] = rank
     if not ranks:
-        raise InputError(f"{stranger}: it holds no lora_A at all")
-    _check_saved_modules(modules, lora, header, stranger)
+        raise InputError(f"{unknown}: it holds no lora_A at all")
+    _check_saved_modules(modules, lora, header, unknown)
     return ranks
 
 
 def _check_saved_modules(
-    modules: Mapping[str, nn.Module], lora: LoraConfig, header: Mapping[str, TensorHeader], stranger: str
+    modules: Mapping[str, nn.Module], lora: LoraConfig, header: Mapping[str, TensorHeader], unknown: str
 ) -> None:
     """Modules saved whole are copied by PEFT, so the file must hold each of them."""
     for saved in lora.modules_to_save or ():
         matched = [name for name in modules if name.endswith(saved)]  # PEFT's own rule
         if not matched and saved not in ("classifier", "score"):  # PEFT lists both heads for every classifier
-            raise InputError(f"{stranger}: the network has no module {saved!r:.200} of modules_to_save")
+            raise InputError(f"{unknown}: the network has no module {saved!r:.200} of modules_to_save")
         for name in matched:
             for parameter, value in modules[name].state_dict().items():
                 key = f"{PREFIX}{name}.{parameter}"
                 if key not in header or header[key].shape != tuple(value.shape):
                     found = header[key].shape if key in header else None
                     raise InputError(
-                        f"{stranger}: {key!r:.200} has shape {tuple(value.shape)} here, {found} in the file"
+                        f"{unknown}: {key!r:.200} has shape {tuple(value.shape)} here, {found} in the file"
                     )
 
 

@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 
 from bayeslora import BayesLoRA, MonteCLoRAConfig
 from bayeslora.assets.fetch import demo_encoder
-from bayeslora.storage.checkpoint import version_info
+from bayeslora.storage.manifest import version_info
 
 LORA = "PEFT LoRA"
 METHODS = (

@@ -3,15 +3,15 @@
 import json
 import resource
 
-from bayeslora.storage import checkpoint
-from bayeslora.storage.checkpoint import FILES, MANIFEST
+from bayeslora.files.writing import sha256_of
+from bayeslora.storage.manifest import FILES, MANIFEST, digest_of
 
 
 def reseal(folder, **changes):
     """Make the manifest agree with files that were changed on purpose."""
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8")) | changes
-    manifest["sha256"] = {name: checkpoint._sha256(folder / name) for name in FILES}
-    manifest["digest"] = checkpoint._digest(manifest)
+    manifest["sha256"] = {name: sha256_of(folder / name) for name in FILES}
+    manifest["digest"] = digest_of(manifest)
     (folder / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
 
 

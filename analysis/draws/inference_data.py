@@ -7,7 +7,6 @@ this library uses.
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ import numpy as np
 from bayeslora.analysis.draws.groups import Groups, posterior_groups, prediction_groups
 from bayeslora.analysis.draws.training_history import history_group, read_history
 from bayeslora.errors import InputError
+from bayeslora.files.writing import replacing_path
 
 if TYPE_CHECKING:
     import xarray
@@ -213,10 +213,8 @@ def save_arviz(data: Any, path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     if not path.parent.is_dir():
         raise InputError(f"cannot save {path}: there is no folder {path.parent}; make it first")
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        unfinished = Path(folder) / path.name
+    with replacing_path(path) as unfinished:
         data.to_netcdf(str(unfinished), engine=ENGINE)
-        os.replace(unfinished, path)
     return path
 
 

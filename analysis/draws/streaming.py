@@ -1,7 +1,6 @@
 """Draws to the disk in blocks, as many as there is room for there, with one block in memory at a time."""
 
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 from bayeslora.analysis.draws.groups import Groups
 from bayeslora.analysis.draws.inference_data import add_history, build_dataset, description, draw_groups
 from bayeslora.errors import InputError
+from bayeslora.files.writing import replacing_path
 
 ZARR_FORMAT = 2  # in the third, text has no specification
 
@@ -53,8 +53,7 @@ def stream_arviz(
     if num_samples < 1 or block < 1:
         raise InputError(f"num_samples and block must be at least 1, got {num_samples} and {block}")
     options: dict[str, Any] = {"seed": seed, "adapters": adapters, "batch_size": batch_size, "prior": prior}
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        unfinished = Path(folder) / path.name
+    with replacing_path(path) as unfinished:
         for first in range(0, num_samples, block):
             count = min(block, num_samples - first)
             groups = draw_groups(bayes, dataset, num_samples=count, first_draw=first, **options)
@@ -64,7 +63,6 @@ def stream_arviz(
             else:
                 store.append(unfinished, groups, first)
             del groups  # before the next block is drawn
-        os.replace(unfinished, path)
     return path
 
 

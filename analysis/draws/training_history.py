@@ -9,6 +9,7 @@ import numpy as np
 
 from bayeslora.analysis.draws.groups import Groups
 from bayeslora.errors import InputError
+from bayeslora.files.records import MAX_RUN_BYTES, read_json
 
 SITE = "elbo/kl_"  # before the name of a site, in the names that KLs are logged under
 ADAPTER = "noise_to_signal/"  # before the name of an adapter
@@ -24,8 +25,6 @@ def read_history(run: str | os.PathLike[str]) -> list[dict[str, Any]]:
     Raises:
         InputError: There is no ``run.json``, it is damaged, or the run has not finished.
     """
-    from bayeslora.untrusted import MAX_RUN_BYTES, read_json
-
     path = Path(run) / "run.json"
     history = read_json(path, most_bytes=MAX_RUN_BYTES).get("history")
     if not isinstance(history, list) or not all(isinstance(entry, dict) for entry in history):

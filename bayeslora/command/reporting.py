@@ -11,13 +11,13 @@ from tqdm.auto import tqdm
 
 from bayeslora.analysis.report.page import RunResults, SplitResults, report_html
 from bayeslora.errors import InputError, StorageError
+from bayeslora.files.records import read_run
 from bayeslora.inference.diagnostics import diagnose
 from bayeslora.module import BayesLoRA
 from bayeslora.storage.run_folder import ADAPTER_FOLDER, RUN_FILE
 from bayeslora.study.spec import SETTINGS_FILE
 from bayeslora.tasks.base import Task
 from bayeslora.tasks.load import load_task
-from bayeslora.untrusted import read_run
 
 if TYPE_CHECKING:
     from bayeslora.inference.predict import Prediction

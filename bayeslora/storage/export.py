@@ -1,13 +1,12 @@
 """Draws of the posterior as ordinary LoRA adapters, for whatever loads PEFT adapters."""
 
-import tempfile
 from pathlib import Path
 
 from bayeslora.errors import InputError
+from bayeslora.files.writing import replacing_folder, write_json
 from bayeslora.inference.predict import sample_sites
 from bayeslora.posterior import Posterior
-from bayeslora.storage.checkpoint import write_peft_files
-from bayeslora.storage.run_folder import write_json
+from bayeslora.storage.peft_files import write_peft_files
 
 MEAN_FOLDER = "mean"
 INDEX_FILE = "draws.json"
@@ -38,10 +37,8 @@ def export_draws(bayes: Posterior, folder: str | Path, num_draws: int, *, seed: 
     if bayes.monteclora_config.sample_scaler == 0:
         raise InputError("sample_scaler=0 is plain LoRA: it has no draws; save_pretrained writes its one adapter")
     names = [f"draw-{index:03}" for index in range(num_draws)]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
-        new = Path(scratch) / "new"
-        (new / MEAN_FOLDER).mkdir(parents=True)
+    with replacing_folder(folder) as new:
+        (new / MEAN_FOLDER).mkdir()
         write_peft_files(bayes, new / MEAN_FOLDER)
         for name, sites in zip(names, sample_sites(bayes, num_draws, seed), strict=True):
             drawn = bayes.model.weights(sites)
@@ -53,7 +50,4 @@ def export_draws(bayes: Posterior, folder: str | Path, num_draws: int, *, seed: 
             (new / name).mkdir()
             write_peft_files(bayes, new / name, lora_A=matrices)
         write_json(new / INDEX_FILE, {"seed": seed, "mean": MEAN_FOLDER, "draws": names})
-        if folder.exists():
-            folder.rmdir()
-        new.rename(folder)
     return [folder / name for name in names]

@@ -14,14 +14,16 @@ import numpy as np
 
 from bayeslora.analysis import calibration_summary
 from bayeslora.errors import InputError
-from bayeslora.storage.checkpoint import version_info
-from bayeslora.storage.run_folder import lock_folder, reporting_full_disk, write_json
+from bayeslora.files.records import MAX_RUN_BYTES, read_json
+from bayeslora.files.writing import write_json
+from bayeslora.storage.lock import lock_folder
+from bayeslora.storage.manifest import version_info
+from bayeslora.storage.run_folder import reporting_full_disk
 from bayeslora.study.experiment import Experiment
 from bayeslora.study.methods.base import Lineup
 from bayeslora.study.outcome import POST_HOC, TRAINED, Predict, Predicted, Predictor, Trained
 from bayeslora.study.predictions import PREDICTIONS_FILE, is_damaged, write_predictions
 from bayeslora.study.spec import Cell, Study, differing
-from bayeslora.untrusted import MAX_RUN_BYTES, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -91,10 +93,10 @@ def _refuse_other_cell(folder: Path, cell: Cell) -> None:
     except (KeyError, TypeError):  # nothing, or remains
         return
     if other != cell:
-        word = differing(cell, other)
+        name = differing(cell, other)
         raise InputError(
-            f"{folder} holds results of {word.replace('_', ' ')} {getattr(other, word)!r}, and those of "
-            f"{getattr(cell, word)!r} would take their place: change one of them, or give another "
+            f"{folder} holds results of {name.replace('_', ' ')} {getattr(other, name)!r}, and those of "
+            f"{getattr(cell, name)!r} would take their place: change one of them, or give another "
             "output folder"
         )
 

@@ -47,9 +47,9 @@ def suggest(name: str, known: Sequence[str]) -> str:
 def check_fields(where: str, values: Any, known: Sequence[str]) -> None:
     if not isinstance(values, Mapping):
         raise InputError(f"{where} must be a mapping, got {shown(values)}")
-    for word in values:
-        if word not in known:
-            raise InputError(f"{where}: unknown entry {word!r}; {suggest(str(word), known)}")
+    for name in values:
+        if name not in known:
+            raise InputError(f"{where}: unknown entry {name!r}; {suggest(str(name), known)}")
 
 
 def listed(name: str, values: Any) -> list[Any]:
@@ -86,22 +86,22 @@ def task_spec(task: Any) -> TaskSpec:
     columns = (columns,) if isinstance(columns, str) else columns
     folder = values.get("data_dir")
     names = values.get("label_names")
-    for word in ("name", "label_column"):
-        if values.get(word) is not None or word == "name":
-            check_text(f"{word} of a task", values[word])
-    for word, entries in (("text_columns", columns), ("label_names", names)):
+    for name in ("name", "label_column"):
+        if values.get(name) is not None or name == "name":
+            check_text(f"{name} of a task", values[name])
+    for name, entries in (("text_columns", columns), ("label_names", names)):
         if isinstance(entries, str) or not isinstance(entries or (), Sequence):
-            raise InputError(f"study: {word} of a task takes a list of texts, got {shown(entries)}")
+            raise InputError(f"study: {name} of a task takes a list of texts, got {shown(entries)}")
         for entry in entries or ():
-            check_text(f"{word} of a task", entry)
+            check_text(f"{name} of a task", entry)
     if not isinstance(values.get("prompting") or {}, Mapping):
         raise InputError(f"study: prompting of a task must be a mapping, got {shown(values['prompting'])}")
-    words = {
+    given = {
         "text_columns": columns and tuple(columns),
         "label_names": names and tuple(names),
         "data_dir": folder and str(folder),
     }
-    return TaskSpec(**{**values, **words})
+    return TaskSpec(**{**values, **given})
 
 
 def method_specs(method: Any) -> list[MethodSpec]:
@@ -114,7 +114,7 @@ def method_specs(method: Any) -> list[MethodSpec]:
         raise InputError(f"study: a method is a name, or a mapping with one, got {shown(method)}")
     if set(method) == {"name", "options"} and isinstance(method["options"], Mapping):
         return [MethodSpec(method["name"], dict(method["options"]))]
-    options = {word: value for word, value in method.items() if word not in ("name", "sweep")}
+    options = {name: value for name, value in method.items() if name not in ("name", "sweep")}
     sweep = method.get("sweep", {})
     if not isinstance(sweep, Mapping) or not all(isinstance(values, list) and values for values in sweep.values()):
         raise InputError(f"study: sweep maps options of {method['name']!r} to lists, got {shown(sweep)}")

@@ -1,38 +1,34 @@
-"""A cell in a process of its own: its peak memory is then the cell's, and a crash fails one cell."""
+"""A call in a process of its own: its peak memory is then the call's, and a crash ends nothing else."""
 
 import contextlib
 import multiprocessing
 import traceback
 import warnings
-from dataclasses import asdict
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from bayeslora.errors import FolderInUseError, InputError, StorageError, TrainingDivergedError
-from bayeslora.study.cell import run_cell
-from bayeslora.study.methods.base import method_modules
-from bayeslora.study.spec import Cell, Study
 
 OUR_ERRORS = (FolderInUseError, InputError, TrainingDivergedError, StorageError)  # a subclass before its base
 
 
 class Outcome(NamedTuple):
-    """What a cell's process sends back: a result, or the error that ended it."""
+    """What the process sends back: a result, or the error that ended it."""
 
-    result: dict[str, Any] | None = None
+    result: Any = None
     error: Exception | None = None
 
 
-def run_isolated(study: Study, cell: Cell, output_dir: Path) -> dict[str, Any]:
-    """Run a cell in a fresh process.
+def call_isolated(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Call a function of a module in a fresh process; what it takes and returns is pickled.
 
     Raises:
-        InputError, TrainingDivergedError, StorageError: what the cell raised.
-        RuntimeError: for any other error of the cell, and where its process died.
+        InputError, TrainingDivergedError, StorageError: what the function raised.
+        RuntimeError: for any other error of it, and where its process died.
     """
     context: Any = multiprocessing.get_context(_start_method())
     here, there = context.Pipe(duplex=False)
-    worker = context.Process(target=_work, args=(there, study.to_dict(), asdict(cell), str(output_dir)), daemon=True)
+    worker = context.Process(target=_work, args=(there, function, args, options), daemon=True)
     worker.start()
     there.close()
     try:
@@ -51,16 +47,14 @@ def run_isolated(study: Study, cell: Cell, output_dir: Path) -> dict[str, Any]:
         here.close()
     if outcome.error is not None:
         raise outcome.error
-    assert outcome.result is not None
     return outcome.result
 
 
-def _work(pipe: Any, study: dict, cell: dict, output_dir: str) -> None:
-    """What a cell's process does."""
+def _work(pipe: Any, function: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """What the process does."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
-        result = run_cell(Study.from_dict(study), Cell(**cell), Path(output_dir), own_process=True)
-        pipe.send(Outcome(result))
+        pipe.send(Outcome(function(*args, **options)))
     except Exception as error:
         pipe.send(Outcome(error=_portable(error)))
     finally:
@@ -75,16 +69,11 @@ def _portable(error: Exception) -> Exception:
     return RuntimeError(f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
 
 
+def preload(modules: Sequence[str]) -> None:
+    """Have the server that processes are forked from import these once; it passes over those that it cannot find."""
+    if _start_method() == "forkserver":
+        multiprocessing.get_context("forkserver").set_forkserver_preload([*modules])
+
+
 def _start_method() -> str:
     return "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-
-
-def preload() -> None:
-    """The server that cells' processes are forked from imports everything once, and computes nothing."""
-    if _start_method() == "forkserver":
-        multiprocessing.get_context("forkserver").set_forkserver_preload(preloaded_modules())
-
-
-def preloaded_modules() -> list[str]:
-    """What a cell needs; the server passes over names that it cannot import."""
-    return [run_cell.__module__, *method_modules()]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bayeslora.storage.run_folder import replacing
+from bayeslora.files.writing import replacing
 
 PREDICTIONS_FILE = "predictions.npz"
 

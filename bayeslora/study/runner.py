@@ -14,16 +14,17 @@ import optuna
 import pandas as pd
 
 from bayeslora.errors import FolderInUseError, InputError, StorageError, TrainingDivergedError
-from bayeslora.storage.run_folder import failed_write, foreign_entry, free_space, write_json
+from bayeslora.files.records import read_json
+from bayeslora.files.writing import write_json
+from bayeslora.storage.run_folder import failed_write, foreign_entry, free_space
 from bayeslora.study.cell import run_cell
 from bayeslora.study.experiment import check_budget
-from bayeslora.study.isolation import preload, run_isolated
-from bayeslora.study.methods.base import Lineup
+from bayeslora.study.isolation import call_isolated, preload
+from bayeslora.study.methods.base import Lineup, method_modules
 from bayeslora.study.predictions import read_predictions
 from bayeslora.study.spec import SETTINGS_FILE, Cell, Study, axes, cells
 from bayeslora.study.table import collect, write_tables
 from bayeslora.study.trials import POLL_SECONDS, Progress, are_waiting, open_trials, queue_again, quiet
-from bayeslora.untrusted import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ def _run_cells(
 
     def run(cell: Cell) -> dict:
         if isolate:
-            return run_isolated(study, cell, output_dir)
+            return call_isolated(run_cell, study, cell, output_dir, own_process=True)
         return run_cell(study, cell, output_dir, progress=progress)
 
     def objective(trial: Any) -> float:
@@ -108,7 +109,7 @@ def _run_cells(
         return _value(result)
 
     if isolate:
-        preload()
+        preload(cell_modules())
     with quiet():
         while not ended_by and (are_waiting(trials) or not sampler.is_exhausted(trials)):
             trials.optimize(objective, catch=(Exception,), callbacks=[said.end])
@@ -117,6 +118,11 @@ def _run_cells(
     results, curves, failures = collect(study, trials, output_dir)
     write_tables(study, results, curves, failures, output_dir)
     return StudyResult(study, results, curves, failures, output_dir)
+
+
+def cell_modules() -> list[str]:
+    """What the process of a cell needs."""
+    return [run_cell.__module__, *method_modules()]
 
 
 def _with_retries(run: Callable[[Cell], dict], cell: Cell, retries: int) -> dict:

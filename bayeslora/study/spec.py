@@ -73,7 +73,7 @@ class Study:
 
     Args:
         model: A folder, a hub name, or ``"demo"``.
-        tasks: Names of tasks, or mappings with the words of :func:`bayeslora.load_task`.
+        tasks: Names of tasks, or mappings with the names of :func:`bayeslora.load_task`.
         methods: Names, or mappings with ``name`` and the method's options; ``sweep: {option: [values]}`` stands for
             one method for every combination. ``label`` is what tables call it.
         learning_rates, batch_sizes, ranks, seeds: The grid; every method is trained at each of its points.
@@ -84,9 +84,9 @@ class Study:
         hold_out: Training examples set aside as validation where the task's own validation split is what is scored.
         max_length: Tokens per example.
         num_samples: Draws of every method that draws.
-        training: The budget, equal for all, in the words of :func:`bayeslora.fit`: ``epochs`` (5), ``warmup``, ...
+        training: The budget, equal for all, by the names of :func:`bayeslora.fit`: ``epochs`` (5), ``warmup``, ...
         trainer: Further fields of ``transformers.TrainingArguments`` for all, such as ``bf16: true``.
-        lora: Words for every adapter: ``lora_alpha``, ``target_modules``, ``lora_dropout``, ...
+        lora: Options of every adapter: ``lora_alpha``, ``target_modules``, ``lora_dropout``, ...
         curve_points: Evaluations on the validation split while training; 0 records no learning curve.
         curve_examples: Of the validation split, for the curve and wherever a method tunes its own noise.
         keep_adapters: Keep what was trained; else only predictions, scores and curves stay.
@@ -223,7 +223,7 @@ def cells(study: Study, trained: Sequence[str]) -> Iterator[Cell]:
 
 
 def differing(one: Cell, other: Cell) -> str:
-    """The first word in which two cells differ."""
+    """The first field in which two cells differ."""
     return next(f.name for f in dataclasses.fields(Cell) if getattr(one, f.name) != getattr(other, f.name))
 
 
@@ -233,10 +233,10 @@ def check_folders(study: Study, trained: Sequence[str]) -> None:
     for cell in cells(study, trained):
         other = taken.setdefault(cell.folder, cell)
         if other != cell:
-            word = differing(cell, other)
-            two = f"{getattr(other, word)!r} and {getattr(cell, word)!r}"
+            name = differing(cell, other)
+            two = f"{getattr(other, name)!r} and {getattr(cell, name)!r}"
             raise InputError(
-                f"study: the {word.replace('_', ' ')}s {two} would both be written to "
+                f"study: the {name.replace('_', ' ')}s {two} would both be written to "
                 f"{cell.folder.as_posix()}: change one of them"
             )
 

@@ -21,16 +21,16 @@ from transformers.integrations import TensorBoardCallback
 from bayeslora.data.checks import check_to_learn_from
 from bayeslora.distributed import check_parallelism, on_main_process
 from bayeslora.errors import InputError
+from bayeslora.files.writing import write_json
 from bayeslora.module import BayesLoRA
 from bayeslora.noise_schedules import NoiseScheduleCallback
 from bayeslora.storage.checkpoint import load_adapter
+from bayeslora.storage.lock import lock_folder
 from bayeslora.storage.run_folder import (
     ADAPTER_FOLDER,
     CHECKPOINT_FOLDER,
     RUN_FILE,
-    lock_folder,
     reporting_full_disk,
-    write_json,
 )
 from bayeslora.training.arguments import check_fit_arguments, check_words
 from bayeslora.training.budget import trainer_settings

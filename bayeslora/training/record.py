@@ -12,16 +12,16 @@ from transformers import (
 )
 
 from bayeslora.errors import InputError
+from bayeslora.files.records import MAX_RUN_BYTES, read_json
+from bayeslora.files.writing import write_json
 from bayeslora.module import BayesLoRA
-from bayeslora.storage.checkpoint import read_manifest, version_info
+from bayeslora.storage.manifest import read_manifest, version_info
 from bayeslora.storage.run_folder import (
     ADAPTER_FOLDER,
     RUN_FILE,
     foreign_entry,
     last_checkpoint,
-    write_json,
 )
-from bayeslora.untrusted import MAX_RUN_BYTES, read_json
 
 logger = logging.getLogger(__name__)
 

@@ -177,7 +177,7 @@ class TestWhatIsNewAndNotTrained:
 
     def test_pefts_own_folder_with_embeddings(self, fitted, tmp_path):
         """As PEFT writes it where rows were added: it goes on from there, and saves them again."""
-        from bayeslora.storage.checkpoint import open_peft_adapter
+        from bayeslora.storage.peft_files import open_peft_adapter
 
         architecture, base = ARCHITECTURES["llama"], fitted("llama")[1]
         networks = [architecture.load(base, seed=seed) for seed in range(3)]

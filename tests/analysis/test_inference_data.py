@@ -590,8 +590,9 @@ def test_no_part_of_the_package_needs_torch():
     code = "import numpy; from bayeslora.analysis import *; "
     code += "build_inference_data({'posterior': {'x': numpy.zeros((1, 2))}}, {}, {}, {})"
     loaded = modules_loaded_by(code)
-    files = Path(bayeslora.analysis.__path__[0]).glob("[!_]*.py")
-    assert {f"bayeslora.analysis.{file.stem}" for file in files} | {"arviz"} <= loaded
+    root = Path(bayeslora.analysis.__path__[0])
+    files = [file.relative_to(root).with_suffix("") for file in root.rglob("[!_]*.py")]
+    assert {".".join(("bayeslora.analysis", *file.parts)) for file in files} | {"arviz"} <= loaded
     assert not loaded & {"torch", "transformers", "pyro", "datasets"}
 
 

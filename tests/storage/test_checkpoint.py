@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from bayeslora import BayesLoRA, InputError, MonteCLoRAConfig, fit
 from bayeslora.guides import MeanFieldGuide
 from bayeslora.storage import checkpoint
-from bayeslora.storage.checkpoint import ADAPTER_WEIGHTS, FILES, MANIFEST, POSTERIOR
+from bayeslora.storage.manifest import ADAPTER_WEIGHTS, FILES, MANIFEST, POSTERIOR
 from tests.conftest import tiny_batch, tiny_dataset, tiny_network
 from tests.folders import reseal
 from tests.modules import fitted, head, logits, module

@@ -22,8 +22,9 @@ from safetensors.torch import load_file, save_file
 
 from bayeslora import BayesLoRA, InputError, MonteCLoRAConfig
 from bayeslora.command.main import main
-from bayeslora.storage.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, FILES, MANIFEST, POSTERIOR, open_peft_adapter
-from bayeslora.untrusted import MAX_JSON_BYTES, read_json, read_run
+from bayeslora.files.records import MAX_JSON_BYTES, read_json, read_run
+from bayeslora.storage.manifest import ADAPTER_CONFIG, ADAPTER_WEIGHTS, FILES, MANIFEST, POSTERIOR
+from bayeslora.storage.peft_files import open_peft_adapter
 from tests import conftest
 from tests.folders import reseal
 from tests.modules import fitted, logits
@@ -620,9 +621,9 @@ class TestFileSystem:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         del manifest["digest"]
         manifest["sha256"][path] = "0" * 64
-        from bayeslora.storage.checkpoint import _digest
+        from bayeslora.storage.manifest import digest_of
 
-        (folder / MANIFEST).write_text(json.dumps(manifest | {"digest": _digest(manifest)}), encoding="utf-8")
+        (folder / MANIFEST).write_text(json.dumps(manifest | {"digest": digest_of(manifest)}), encoding="utf-8")
         assert opens(folder) is None
         reseal(folder, adapters={path: [2, 16]})
         assert f"has no layer {path!r}" in opens(folder)

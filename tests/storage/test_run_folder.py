@@ -16,19 +16,18 @@ import safetensors.torch
 import torch
 
 from bayeslora import InputError
-from bayeslora.errors import StorageError
+from bayeslora.errors import FolderInUseError, StorageError
+from bayeslora.files.writing import write_json
+from bayeslora.storage.lock import LOCK_FILE, lock_folder
 from bayeslora.storage.run_folder import (
-    LOCK_FILE,
     SEAL_FILE,
     delete,
     foreign_entry,
     is_whole,
     last_checkpoint,
-    lock_folder,
     reporting_full_disk,
     rotate,
     seal,
-    write_json,
 )
 from tests.folders import FullAfter
 
@@ -183,7 +182,7 @@ HOLD = """
 import sys
 from pathlib import Path
 from bayeslora import InputError
-from bayeslora.storage.run_folder import lock_folder
+from bayeslora.storage.lock import lock_folder
 print("ready", flush=True)
 sys.stdin.readline()
 try:
@@ -236,7 +235,7 @@ class TestLock:
 
     def test_twice_in_one_process(self, tmp_path):
         with lock_folder(tmp_path):
-            with pytest.raises(InputError, match=f"is in use by process {os.getpid()} on"), lock_folder(tmp_path):
+            with pytest.raises(FolderInUseError, match=f"by process {os.getpid()} on"), lock_folder(tmp_path):
                 pass
             assert (tmp_path / LOCK_FILE).exists()
 
@@ -288,7 +287,7 @@ class TestLock:
         write_json(tmp_path / LOCK_FILE, record)
         with (
             pytest.raises(
-                InputError, match=r"process 7 on node-42, started yesterday .* if it does not, delete the lock"
+                FolderInUseError, match=r"process 7 on node-42, started yesterday .* if it does not, delete the lock"
             ),
             lock_folder(tmp_path),
         ):

@@ -15,6 +15,7 @@ from bayeslora.errors import FolderInUseError, InputError, StorageError, Trainin
 from bayeslora.study import Study, isolation, methods
 from bayeslora.study.methods.base import METHODS, Lineup, make_method
 from bayeslora.study.outcome import Predictor
+from bayeslora.study.runner import cell_modules
 from bayeslora.study.spec import MethodSpec
 
 A_METHOD = """
@@ -52,13 +53,13 @@ def coin(tmp_path, monkeypatch):
 def test_a_method_is_one_file(coin):
     study = Study(model="demo", tasks=("sst2",), methods=({"name": "coin", "sides": 3},))
     assert list(Lineup.of(study).trained) == ["a coin (sides=3)"]
-    assert "bayeslora.study.methods.coin" in isolation.preloaded_modules()
+    assert "bayeslora.study.methods.coin" in cell_modules()
     with pytest.raises(InputError, match="did you mean 'coin'"):
         make_method(MethodSpec("coins"))
 
 
 def test_processes_are_forked_with_modules_that_exist():
-    names = isolation.preloaded_modules()
+    names = cell_modules()
     assert {"bayeslora.study.cell", "bayeslora.study.methods.peft"} <= set(names)
     assert [name for name in names if importlib.util.find_spec(name) is None] == []
 

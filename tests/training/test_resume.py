@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from bayeslora import InputError
 from bayeslora.errors import StorageError
-from bayeslora.storage.run_folder import lock_folder
+from bayeslora.storage.lock import lock_folder
 from tests.conftest import tiny_dataset
 from tests.folders import FullAfter
 from tests.runs import (

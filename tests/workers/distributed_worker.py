@@ -21,7 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from bayeslora import BayesLoRA, InputError, MonteCLoRAConfig, TrainingDivergedError, fit
 from bayeslora.inference.predict import Collator
-from bayeslora.storage.checkpoint import read_manifest
+from bayeslora.storage.manifest import read_manifest
 from tests.conftest import tiny_batch, tiny_dataset, tiny_network
 from tests.language import tiny_language_model
 

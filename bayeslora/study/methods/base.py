@@ -22,7 +22,7 @@ import numpy as np
 
 from bayeslora.errors import InputError
 from bayeslora.study.entries import MethodSpec, suggest
-from bayeslora.study.outcome import Predictor, Trained
+from bayeslora.study.outcome import Predict, Predictor, Trained
 from bayeslora.study.spec import Study, check_folders
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class PostHocMethod(Method):
     base: str = "lora"
 
     @abstractmethod
-    def predictors(self, trained: Trained, experiment: "Experiment", predict: Predictor) -> Iterator[Predictor]:
+    def predictors(self, trained: Trained, experiment: "Experiment", predict: Predict) -> Iterator[Predictor]:
         """The predictors; ``predict`` is the base's own. ``trained.network`` must be left as it was."""
 
     def checkpoints(self) -> int:

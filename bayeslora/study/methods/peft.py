@@ -13,8 +13,9 @@ from transformers import TrainerCallback
 from bayeslora.adapters.inject import lora_config
 from bayeslora.config import MonteCLoRAConfig
 from bayeslora.errors import InputError
+from bayeslora.files.writing import write_json
 from bayeslora.module import BayesLoRA
-from bayeslora.storage.run_folder import ADAPTER_FOLDER, RUN_FILE, write_json
+from bayeslora.storage.run_folder import ADAPTER_FOLDER, RUN_FILE
 from bayeslora.study.methods.base import TrainedMethod, register
 from bayeslora.study.outcome import Predictor, Trained
 

@@ -1,0 +1,1 @@
+"""Files as such: how they are written whole, and what is checked before one is believed."""
