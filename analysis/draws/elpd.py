@@ -28,8 +28,9 @@ def leave_one_out(data: Any) -> Any:
     """
     draws = _draws(_pointwise(data))
     if len(draws) < FEWEST_DRAWS:
-        raise InputError(f"PSIS-LOO needs at least {FEWEST_DRAWS} draws, and there are {len(draws)}: "
-                         "raise num_samples in to_arviz")  # fmt: skip
+        raise InputError(
+            f"PSIS-LOO needs at least {FEWEST_DRAWS} draws, and there are {len(draws)}: raise num_samples in to_arviz"
+        )
     equal = (draws == draws[0]).all(axis=0)
     if equal.all():
         raise InputError(
@@ -38,8 +39,10 @@ def leave_one_out(data: Any) -> Any:
             "was not trained on"
         )
     if equal.any():
-        raise InputError(f"all draws give example {int(equal.argmax())} the same log-likelihood, so that PSIS-LOO has "
-                         "no weights for it: leave it out, or use held_out_elpd on other data")  # fmt: skip
+        raise InputError(
+            f"all draws give example {int(equal.argmax())} the same log-likelihood, so that PSIS-LOO has "
+            "no weights for it: leave it out, or use held_out_elpd on other data"
+        )
     import arviz
 
     return arviz.loo(data, pointwise=True)
@@ -74,15 +77,31 @@ def held_out_elpd(data: Any) -> Any:
         from arviz_stats.utils import ELPDData
 
         return ELPDData(
-            elpd=total, se=error, p=np.nan, n_samples=len(draws), n_data_points=count, scale="log", warning=False,
-            good_k=np.nan, elpd_i=pointwise,
-        )  # fmt: skip
+            elpd=total,
+            se=error,
+            p=np.nan,
+            n_samples=len(draws),
+            n_data_points=count,
+            scale="log",
+            warning=False,
+            good_k=np.nan,
+            elpd_i=pointwise,
+        )
     from arviz.stats.stats_utils import ELPDData
 
-    return ELPDData({
-        "elpd_loo": total, "se": error, "p_loo": np.nan, "n_samples": len(draws), "n_data_points": count,
-        "warning": False, "loo_i": pointwise, "scale": "log", "good_k": np.nan,
-    })  # fmt: skip
+    return ELPDData(
+        {
+            "elpd_loo": total,
+            "se": error,
+            "p_loo": np.nan,
+            "n_samples": len(draws),
+            "n_data_points": count,
+            "warning": False,
+            "loo_i": pointwise,
+            "scale": "log",
+            "good_k": np.nan,
+        }
+    )
 
 
 def _pointwise(data: Any) -> Any:

@@ -111,8 +111,9 @@ def plot_brier_parts(
         colour, marker = style(number)
         place = rows + 0.16 * (number - (len(predictions) - 1) / 2)
         label = f"{name} (Brier {whole.brier:.3f})"
-        ax.errorbar(_three(whole), place, xerr=1.96 * error, fmt=marker, color=colour, markersize=4, elinewidth=1.2,
-                    label=label)  # fmt: skip
+        ax.errorbar(
+            _three(whole), place, xerr=1.96 * error, fmt=marker, color=colour, markersize=4, elinewidth=1.2, label=label
+        )
     name_rows(ax, list(PARTS.values()))
     ax.set_xlim(left=min(0.0, ax.get_xlim()[0]))
     ax.set_xlabel("part of the Brier score (± 1.96 standard errors)", fontsize=SMALL_TEXT_SIZE)

@@ -36,8 +36,16 @@ def plot_rank_ecdf(ranks: Mapping[str, ArrayLike], num_draws: int, ax: Any = Non
     curves = {name: rank_ecdf(values, num_draws, level=level) for name, values in ranks.items()}
     ax = new_axes(ax)
     band = next(iter(curves.values()))
-    ax.fill_between(band.z, band.lower, band.upper, step="mid", color="0.5", alpha=BAND, linewidth=0,
-                    label=f"{100 * level:g} % band")  # fmt: skip
+    ax.fill_between(
+        band.z,
+        band.lower,
+        band.upper,
+        step="mid",
+        color="0.5",
+        alpha=BAND,
+        linewidth=0,
+        label=f"{100 * level:g} % band",
+    )
     for number, (name, curve) in enumerate(curves.items()):
         ax.step(curve.z, curve.difference, where="mid", color=style(number)[0], linewidth=1.2, label=name)
     ax.axhline(0, color="0.45", linewidth=0.8, linestyle="--")

@@ -11,8 +11,13 @@ from torch import Tensor
 from bayeslora.errors import InputError
 
 _TYPES = {0: np.float32, 1: np.int8, 2: np.int16, 3: np.int32, 4: np.float16}
-_BLOCK = {"self_attention/layer_norm": "self_attn_layer_norm", "self_attention/linear_1": "self_attn.out_proj",
-          "ffn/linear_0": "fc1", "ffn/linear_1": "fc2", "ffn/layer_norm": "final_layer_norm"}  # fmt: skip
+_BLOCK = {
+    "self_attention/layer_norm": "self_attn_layer_norm",
+    "self_attention/linear_1": "self_attn.out_proj",
+    "ffn/linear_0": "fc1",
+    "ffn/linear_1": "fc2",
+    "ffn/layer_norm": "final_layer_norm",
+}
 _WORDS = {"weight": "weight", "bias": "bias", "gamma": "weight", "beta": "bias"}
 
 
@@ -32,16 +37,25 @@ def unpack(file: Path, folder: Path) -> None:
         positions, width = state["embed_positions.weight"].shape
         heads = int(values["encoder/num_heads"])
         config = WhisperConfig(
-            num_mel_bins=state["conv1.weight"].shape[1], d_model=width, encoder_layers=layers,
-            encoder_attention_heads=heads, decoder_attention_heads=heads, decoder_layers=layers,
-            encoder_ffn_dim=state["layers.0.fc1.weight"].shape[0], max_source_positions=positions,
-            vocab_size=values["decoder/embeddings/weight"].shape[0], architectures=["WhisperForAudioClassification"],
-        )  # fmt: skip
+            num_mel_bins=state["conv1.weight"].shape[1],
+            d_model=width,
+            encoder_layers=layers,
+            encoder_attention_heads=heads,
+            decoder_attention_heads=heads,
+            decoder_layers=layers,
+            encoder_ffn_dim=state["layers.0.fc1.weight"].shape[0],
+            max_source_positions=positions,
+            vocab_size=values["decoder/embeddings/weight"].shape[0],
+            architectures=["WhisperForAudioClassification"],
+        )
     except (KeyError, ValueError) as error:
         raise InputError(f"{file.name} is not a Whisper of CTranslate2: {error}") from error
     folder.mkdir(parents=True)
-    save_file({f"encoder.{name}": value for name, value in state.items()}, folder / "model.safetensors",
-              metadata={"format": "pt"})  # fmt: skip
+    save_file(
+        {f"encoder.{name}": value for name, value in state.items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     config.save_pretrained(folder)
     WhisperFeatureExtractor(feature_size=config.num_mel_bins).save_pretrained(folder)
 

@@ -44,8 +44,10 @@ def _check_nothing_lost(folder: Path, brought: Collection[str], network: PeftMod
     missing = not_in_checkpoint(network)
     lost = [t.name for t in base_tensors(network) if t.name in missing and PREFIX + t.key not in brought]
     if lost:
-        raise InputError(f"{folder} was written by an earlier version, which did not keep {lost[0]!r}; the checkpoint "
-                         "does not hold it either, so the network cannot be had again: fit it anew")  # fmt: skip
+        raise InputError(
+            f"{folder} was written by an earlier version, which did not keep {lost[0]!r}; the checkpoint "
+            "does not hold it either, so the network cannot be had again: fit it anew"
+        )
 
 
 def check_base(folder: Path, manifest: dict[str, Any], network: nn.Module) -> None:
