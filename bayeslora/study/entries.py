@@ -24,7 +24,7 @@ class TaskSpec:
     prompting: Mapping[str, Any] | None = None
 
     def load(self) -> Any:
-        from bayeslora.tasks.load import load_task
+        from bayeslora.tasks.load import load_task  # here, so that a study is read without transformers
 
         return load_task(**dataclasses.asdict(self))
 

@@ -10,7 +10,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from bayeslora.errors import TrainingDivergedError
 from bayeslora.models.likelihoods import network_outputs
-from bayeslora.training.trainer import trained_parameters
+from bayeslora.training.parameters import trained_parameters
 
 
 class PlainTrainer(Trainer):

@@ -14,7 +14,7 @@ from transformers import (
 from bayeslora.errors import InputError
 from bayeslora.files.records import MAX_RUN_BYTES, read_json
 from bayeslora.files.writing import write_json
-from bayeslora.module import BayesLoRA
+from bayeslora.posterior import Posterior
 from bayeslora.storage.manifest import read_manifest, version_info
 from bayeslora.storage.run_folder import (
     ADAPTER_FOLDER,
@@ -83,7 +83,7 @@ def _check_same_run(output_dir: Path, before: dict[str, Any], now: dict[str, Any
 
 
 def run_record(
-    bayes: BayesLoRA,
+    bayes: Posterior,
     arguments: TrainingArguments,
     variational_learning_rate: float,
     num_examples: int,

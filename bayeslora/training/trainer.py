@@ -24,6 +24,7 @@ from bayeslora.storage.run_folder import (
     seal,
 )
 from bayeslora.training.monitor import posterior_logs
+from bayeslora.training.parameters import trained_parameters
 
 
 class BayesTrainer(Trainer):
@@ -206,9 +207,3 @@ def parameter_groups(bayes: BayesLoRA) -> tuple[list[Tensor], list[Tensor], list
     """The network's matrices, its vectors, and the posterior's parameters."""
     posterior = [*bayes.guide.parameters(), *bayes.model.parameters()]
     return *trained_parameters(bayes.network), [p for p in posterior if p.requires_grad]
-
-
-def trained_parameters(network: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """The network's trained matrices, which weight decay shrinks, and its trained vectors, which it does not."""
-    trained = [p for p in network.parameters() if p.requires_grad]
-    return [p for p in trained if p.dim() > 1], [p for p in trained if p.dim() <= 1]

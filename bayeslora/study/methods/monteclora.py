@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from bayeslora.analysis import apply_temperature, fit_temperature, mixture_entropy, negative_log_likelihood
+from bayeslora.analysis import mixture_entropy, negative_log_likelihood
 from bayeslora.config import MonteCLoRAConfig
 from bayeslora.errors import InputError
 from bayeslora.guides import MixtureGuide
@@ -20,6 +20,7 @@ from bayeslora.storage.run_folder import ADAPTER_FOLDER, RUN_FILE
 from bayeslora.study.entries import suggest
 from bayeslora.study.experiment import curve
 from bayeslora.study.methods.base import Method, PostHocMethod, TrainedMethod, register
+from bayeslora.study.methods.post_hoc import tempered
 from bayeslora.study.outcome import Predict, Predicted, Predictor, Trained
 from bayeslora.training.fit import fit
 from bayeslora.training.monitor import effective_components, noise_to_signal
@@ -203,18 +204,6 @@ def predict(bayes: BayesLoRA, data: Any, num_samples: int, factor: float = 1.0, 
     )
     information = found.mutual_information if num_samples else None
     return Predicted(found.probs, found.labels, information, time.perf_counter() - started)
-
-
-def tempered(base: Predict) -> Predict:
-    """The same with a temperature that is fitted to the labels of the validation split, and to no other."""
-    held_out = base("validation")
-    temperature = fit_temperature(held_out.probs, held_out.labels)
-
-    def predictor(split: str) -> Predicted:
-        found = base(split)
-        return dataclasses.replace(found, probs=apply_temperature(found.probs, temperature))
-
-    return predictor
 
 
 def best_factor(bayes: BayesLoRA, data: Any, antithetic: bool = False) -> float:

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from bayeslora.analysis import apply_temperature, fit_temperature
 from bayeslora.data.batches import batches_by_length
 from bayeslora.errors import InputError
 from bayeslora.study.experiment import PREDICTION_BATCH
 from bayeslora.study.methods.base import AcrossSeeds, PostHocMethod, register
-from bayeslora.study.methods.monteclora import tempered
-from bayeslora.study.outcome import Predict, Predictor, Trained
+from bayeslora.study.outcome import Predict, Predicted, Predictor, Trained
 
 if TYPE_CHECKING:
     from bayeslora.study.experiment import Experiment
@@ -129,6 +129,18 @@ class Laplace(PostHocMethod):
             experiment.on_top(self.label),
             cache(lambda split: experiment.predict(trained.network, experiment.data(split), run)),
         )
+
+
+def tempered(base: Predict) -> Predict:
+    """The same with a temperature that is fitted to the labels of the validation split, and to no other."""
+    held_out = base("validation")
+    temperature = fit_temperature(held_out.probs, held_out.labels)
+
+    def predictor(split: str) -> Predicted:
+        predicted = base(split)
+        return replace(predicted, probs=apply_temperature(predicted.probs, temperature))
+
+    return predictor
 
 
 def _ensemble(network: nn.Module, members: Sequence[Mapping[str, Tensor]], experiment: "Experiment", split: str) -> Any:
