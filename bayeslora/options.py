@@ -1,10 +1,15 @@
-"""Which numbers the options of commands and studies take, by the word that Python has for each."""
+"""An option in one place: its default, the numbers it takes and what it is for, as a field of a dataclass.
 
+Signatures, flags, study files and records read them from there: :class:`bayeslora.training.budget.FitOptions` has those
+of a training, :class:`bayeslora.MonteCLoRAConfig` those of the method.
+"""
+
+import dataclasses
 from dataclasses import dataclass
+from functools import cache
 from reprlib import repr as shown
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from bayeslora.config import MAX_COMPONENTS, MAX_RANK
 from bayeslora.errors import InputError
 
 MOST = 2**31 - 1  # what every library below us takes as a count
@@ -57,32 +62,37 @@ COUNT = Range()
 FROM_ZERO = Range(least=0)
 POSITIVE = Range(float, 0, 1e12, above=True)
 NOT_NEGATIVE = Range(float, 0, 1e12)
+SEED = Range(least=0, most=2**32 - 1)  # NumPy's
+LENGTH = Range(least=2, most=2**20)  # of a text, in tokens
 
-RANGES: dict[str, Range] = {
-    "epochs": Range(float, 0, 1e6, above=True),
-    "max_steps": COUNT,
-    "batch_size": COUNT,
-    "learning_rate": POSITIVE,
-    "variational_learning_rate": NOT_NEGATIVE,
-    "gradient_accumulation": COUNT,
-    "warmup": Range(float, 0, 1, below=True),
-    "weight_decay": NOT_NEGATIVE,
-    "max_grad_norm": NOT_NEGATIVE,
-    "early_stopping": COUNT,
-    "seed": Range(least=0, most=2**32 - 1),  # NumPy's
-    "rank": Range(most=MAX_RANK),
-    "lora_alpha": POSITIVE,
-    "num_components": Range(most=MAX_COMPONENTS),
-    "sample_scaler": NOT_NEGATIVE,
-    "kl_weight": NOT_NEGATIVE,
-    "cooperation": NOT_NEGATIVE,
-    "max_length": Range(least=2, most=2**20),
-    "num_samples": FROM_ZERO,
-    **dict.fromkeys(
-        ("train_examples", "test_examples", "max_examples", "max_train_examples", "max_test_examples"), COUNT
-    ),
-    "steps": COUNT,
-    "max_new_tokens": COUNT,
-    "temperature": NOT_NEGATIVE,
-    "top_p": Range(float, 0, 1, above=True),
-}
+
+def option(
+    default: Any, help: str, takes: Range | None = None, *, flag: bool = True, trainer: str | None = None
+) -> Any:
+    """A dataclass field that knows what it is for.
+
+    Args:
+        default: Its value unless given.
+        help: What it is, in a few words.
+        takes: The numbers it takes; ``None`` for other values.
+        flag: Whether the command line has it too.
+        trainer: The field of ``TrainingArguments`` that it sets, if it is one.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "takes": takes, "flag": flag, "trainer": trainer})
+
+
+def ranges(owner: type) -> dict[str, Range]:
+    """The numbers that each numeric option of a dataclass takes."""
+    return {f.name: f.metadata["takes"] for f in dataclasses.fields(owner) if f.metadata.get("takes")}
+
+
+def flags(owner: type) -> list[dataclasses.Field[Any]]:
+    """The options of a dataclass that the command line has."""
+    return [f for f in dataclasses.fields(owner) if f.metadata.get("flag")]
+
+
+@cache
+def choices(owner: type) -> dict[str, tuple[str, ...]]:
+    """The words between which options of a dataclass choose, from their ``Literal`` types."""
+    hints = get_type_hints(owner)
+    return {f.name: get_args(hints[f.name]) for f in dataclasses.fields(owner) if get_origin(hints[f.name]) is Literal}

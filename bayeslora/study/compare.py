@@ -13,12 +13,10 @@ from bayeslora.analysis.tables.study import METRICS
 from bayeslora.config import MonteCLoRAConfig
 from bayeslora.errors import InputError
 from bayeslora.study.predictions import read_predictions
-from bayeslora.study.runner import SETTINGS_FILE, run_study
+from bayeslora.study.runner import run_study
 from bayeslora.study.spec import LORA_WORDS, Cell, Study
 from bayeslora.study.summary import headline
 from bayeslora.tasks.base import Task
-
-__all__ = ["SETTINGS_FILE", "Comparison", "compare", "two_methods"]
 
 TABLE_FILE = "comparison.md"
 METHODS = ("LoRA", "MonteCLoRA")

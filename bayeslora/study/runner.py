@@ -19,13 +19,12 @@ from bayeslora.storage.run_folder import failed_write, foreign_entry, free_space
 from bayeslora.study.bench import check_budget
 from bayeslora.study.methods.base import Lineup
 from bayeslora.study.predictions import is_damaged, read_predictions
-from bayeslora.study.spec import Cell, Study, axes, cells
+from bayeslora.study.spec import SETTINGS_FILE, Cell, Study, axes, cells
 from bayeslora.study.table import collect, write_tables
 from bayeslora.untrusted import read_json
 
 logger = logging.getLogger(__name__)
 
-SETTINGS_FILE = "comparison.json"
 JOURNAL_FILE = "optuna.journal"
 FINAL_ERRORS = (InputError, TrainingDivergedError)  # another try would end the same way
 ENDS_THE_STUDY = (StorageError, BrokenPipeError)  # a full disk, and nobody who reads what is said (| head)

@@ -13,13 +13,14 @@ from pathlib import Path
 from reprlib import repr as shown
 from typing import Any
 
+from bayeslora.config import MonteCLoRAConfig
 from bayeslora.errors import InputError
-from bayeslora.ranges import MOST, RANGES, Range
+from bayeslora.options import LENGTH, MOST, ranges
+from bayeslora.training.budget import TrainingBudget
 
+SETTINGS_FILE = "comparison.json"  # in a study's folder
 MOST_LETTERS = 200  # of a name, in a path; file systems take 255 bytes, with what is put around it
 AXES = ("tasks", "methods", "learning_rates", "batch_sizes", "ranks", "seeds")
-TRAINING_WORDS = ("epochs", "max_steps", "variational_learning_rate", "gradient_accumulation", "warmup", "schedule",
-                  "weight_decay", "max_grad_norm")  # fmt: skip
 LORA_WORDS = ("lora_alpha", "target_modules", "lora_dropout", "modules_to_save", "layers_to_transform", "use_rslora",
               "rank_pattern", "lora_options")  # fmt: skip
 
@@ -69,6 +70,11 @@ class Cell:
     def __str__(self) -> str:
         return (f"{self.method}, {self.task}, learning rate {self.learning_rate:g}, batch {self.batch_size}, "
                 f"rank {self.rank}, seed {self.seed}")  # fmt: skip
+
+
+RANGES = ranges(TrainingBudget) | {"rank": ranges(MonteCLoRAConfig)["r"]}
+# what all cells have in common of a training's options
+TRAINING_OPTIONS = tuple(f.name for f in dataclasses.fields(TrainingBudget) if f.name not in Cell.__annotations__)
 
 
 @dataclass(frozen=True)
@@ -139,11 +145,12 @@ class Study:
                 raise InputError(f"study: {name} names {repeated[0]} twice")
         for name, least in (("num_samples", 1), ("max_length", 2), ("hold_out", 0), ("curve_points", 0),
                             ("curve_examples", 1), ("retries", 0)):  # fmt: skip
-            _number(name, getattr(self, name), int, least=least, most=RANGES.get(name, Range()).most)
+            most = LENGTH.most if name == "max_length" else MOST
+            _number(name, getattr(self, name), int, least=least, most=most)
         for name in ("train_examples", "test_examples", "validation_examples"):
             if getattr(self, name) is not None:
                 _number(name, getattr(self, name), int, least=1)
-        _check_words("training", self.training, TRAINING_WORDS)
+        _check_words("training", self.training, TRAINING_OPTIONS)
         _check_words("lora", self.lora, LORA_WORDS)
         if not isinstance(self.trainer, Mapping):
             raise InputError(f"study: trainer must be a mapping, got {shown(self.trainer)}")

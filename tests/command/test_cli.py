@@ -9,7 +9,8 @@ import sys
 import pytest
 from transformers import BertTokenizerFast
 
-from bayeslora.command.main import build_parser, main
+from bayeslora.command.main import main
+from bayeslora.command.parser import build_parser
 from tests.conftest import VOCABULARY, tiny_network
 
 COMMANDS = ("demo", "fit", "evaluate", "predict", "diagnose", "compare", "report")
@@ -82,7 +83,7 @@ def test_top_level_help_has_examples_of_every_command(capsys):
 
 def test_help_and_analysis_do_not_import_torch():
     code = (
-        "import sys, bayeslora.analysis; from bayeslora.command.main import build_parser; build_parser(); "
+        "import sys, bayeslora.analysis; from bayeslora.command.parser import build_parser; build_parser(); "
         "print('torch' in sys.modules)"
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

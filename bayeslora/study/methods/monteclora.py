@@ -91,7 +91,7 @@ class Posterior:
         result = fit(
             bayes, bench.train_data, bench.curve_data, output_dir=folder, progress=bench.progress,
             metadata=bench.metadata, callbacks=[keeper], save_strategy="no", **evaluating,
-            **bench.budget(scale), **bench.study.trainer,
+            **dataclasses.asdict(bench.budget(scale)), evaluations=bench.evaluations, **bench.study.trainer,
         )  # fmt: skip
         seconds = time.perf_counter() - started
         facts = posterior_facts(bayes) if bayes.sampling else {}

@@ -95,7 +95,7 @@ class LoRAPlus(LoRA):
     title: ClassVar[str] = "LoRA+"
 
     def training(self, network: nn.Module, bench: "Bench") -> dict[str, Any]:
-        decay = bench.budget().get("weight_decay", 0.0)
+        decay = bench.budget().weight_decay
 
         def optimizer(cls: type, options: dict[str, Any]) -> Any:
             made = create_loraplus_optimizer(
