@@ -23,6 +23,7 @@ _HOMES = {
     "diagnose": "bayeslora.inference.diagnostics",
     "fit": "bayeslora.training.fit",
     "load_task": "bayeslora.tasks.load",
+    "open_run": "bayeslora.runs",
     "report": "bayeslora.command.reporting",
 }
 
@@ -37,6 +38,7 @@ __all__ = [
     "diagnose",
     "fit",
     "load_task",
+    "open_run",
     "report",
 ]
 
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from bayeslora.errors import InputError, TrainingDivergedError
     from bayeslora.inference.diagnostics import diagnose
     from bayeslora.module import BayesLoRA
+    from bayeslora.runs import open_run
     from bayeslora.study.compare import compare
     from bayeslora.tasks.load import load_task
     from bayeslora.training.fit import fit

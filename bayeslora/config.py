@@ -182,7 +182,7 @@ class MonteCLoRAConfig:
                 )
 
     def _check_choices(self) -> None:
-        for name, allowed in choices(type(self)).items():
+        for name, allowed in choices(MonteCLoRAConfig).items():
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} must be one of {', '.join(allowed)}; got {shown(getattr(self, name))}")
         if self.mode == "post_hoc" and self.sample_scaler == 0:

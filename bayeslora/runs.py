@@ -64,6 +64,8 @@ class FittedRun:
         """
         if isinstance(texts, str) or isinstance(pairs, str):
             raise InputError("texts come as a list, one text for each example: give [text] for a single one")
+        if not len(texts):
+            raise InputError("there are no texts to predict: give at least one")
         _check_takes_texts(self.task)
         if (len(self.task.text_columns) == 2) != bool(pairs):
             wanted = (

@@ -139,9 +139,7 @@ def fit(
     collate = check_to_learn_from(bayes, {n: part for n, part in data.items() if part is not None}, batch_size)
     metrics = Metrics(bayes, compute_metrics, best_metric)
     selection = {"eval_strategy": "no"} if eval_dataset is None else metrics.selection()
-    arguments, compiled = fit_settings(
-        options, len(train_dataset), output_dir, selection=selection, progress=progress, given=trainer_arguments
-    )
+    arguments, compiled = fit_settings(options, len(train_dataset), output_dir, selection, progress, trainer_arguments)
     _check_arguments(arguments, bayes.network.get_base_model(), eval_dataset, best_metric)
     record = run_record(bayes, arguments, options.posterior_learning_rate, len(train_dataset), metadata)
     bayes.num_examples = len(train_dataset)

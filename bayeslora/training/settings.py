@@ -63,7 +63,6 @@ def fit_settings(
     options: FitOptions,
     num_examples: int,
     output_dir: Path,
-    *,
     selection: Mapping[str, Any],
     progress: bool,
     given: Mapping[str, Any],
