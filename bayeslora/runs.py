@@ -115,8 +115,8 @@ def open_run(folder: str | Path, *, model: str | Path | None = None, data_dir: s
     Example:
         >>> run = open_run("runs/reviews")  # doctest: +SKIP
         >>> prediction = run.predict(["the film is good", "a dull plot"])  # doctest: +SKIP
-        >>> prediction.label_names, prediction.probs.round(2)  # doctest: +SKIP
-        (('bad', 'good'), array([[0.08, 0.92], [0.87, 0.13]]))
+        >>> prediction.label_names, prediction.probs.shape  # doctest: +SKIP
+        (('bad', 'good'), (2, 2))
     """
     folder = Path(folder)
     check_is_run(folder)

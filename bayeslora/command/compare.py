@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from bayeslora.analysis import to_markdown
 from bayeslora.command.arguments import configuration, read_task
+from bayeslora.config import MonteCLoRAConfig
 from bayeslora.errors import InputError
 from bayeslora.study.compare import two_methods
 from bayeslora.study.methods.monteclora import WAYS
@@ -54,7 +55,7 @@ def _study_from_flags(arguments: argparse.Namespace) -> Study:
         raise InputError("compare needs a study file, or --model and --task")
     if arguments.early_stopping is not None:
         raise InputError("compare trains every method on the same budget: --early-stopping does not apply")
-    ranks = arguments.rank or [8]
+    ranks = arguments.rank or [MonteCLoRAConfig.r]
     config = configuration(arguments, "classification", r=min(ranks))
     if config.mode == "post_hoc":
         raise InputError(
