@@ -1,10 +1,8 @@
 """``bayeslora compare``."""
 
 import argparse
-from dataclasses import replace
 
 from bayeslora.analysis import to_markdown
-from bayeslora.command.arguments import configuration, read_task
 from bayeslora.config import MonteCLoRAConfig
 from bayeslora.errors import InputError
 from bayeslora.study.compare import two_methods
@@ -12,10 +10,11 @@ from bayeslora.study.methods.monteclora import WAYS
 from bayeslora.study.runner import run_study
 from bayeslora.study.spec import TRAINING_OPTIONS, Study
 from bayeslora.study.summary import headline
+from bayeslora.tasks.base import Task
 
 
-def run(arguments: argparse.Namespace) -> None:
-    study = _study_from_file(arguments) if arguments.study else _study_from_flags(arguments)
+def run(arguments: argparse.Namespace, given: Study | tuple[MonteCLoRAConfig, list[Task]]) -> None:
+    study = given if isinstance(given, Study) else _study_from_flags(arguments, *given)
     result = run_study(study, arguments.output, storage=arguments.storage, isolate=not arguments.in_process)
     if arguments.study or arguments.methods or len(study.tasks) > 1:
         print((arguments.output / "summary.md").read_text(encoding="utf-8"))
@@ -32,37 +31,7 @@ def run(arguments: argparse.Namespace) -> None:
         )
 
 
-def _study_from_file(arguments: argparse.Namespace) -> Study:
-    """The study of the file; its tasks from ``--data-dir`` where it names no folder, ``sentiment`` excepted."""
-    beside = ("study", "output", "storage", "in_process", "data_dir", "run", "command_line", "default_of")
-    for name, value in vars(arguments).items():
-        if name not in beside and value != arguments.default_of(name):
-            raise InputError(
-                f"--{name.replace('_', '-')} does nothing beside a study file: change {arguments.study} instead"
-            )
-    study = Study.from_yaml(arguments.study)
-    if arguments.data_dir is None:
-        return study
-    folder = str(arguments.data_dir)
-    tasks = [
-        task if task.data_dir or task.name == "sentiment" else replace(task, data_dir=folder) for task in study.tasks
-    ]
-    return replace(study, tasks=tuple(tasks))
-
-
-def _study_from_flags(arguments: argparse.Namespace) -> Study:
-    if not arguments.model or not arguments.task:
-        raise InputError("compare needs a study file, or --model and --task")
-    if arguments.early_stopping is not None:
-        raise InputError("compare trains every method on the same budget: --early-stopping does not apply")
-    ranks = arguments.rank or [MonteCLoRAConfig.r]
-    config = configuration(arguments, "classification", r=min(ranks))
-    if config.mode == "post_hoc":
-        raise InputError(
-            "compare starts both methods from scratch, but --mode post_hoc needs a trained LoRA: name "
-            "monteclora_post_hoc in --methods"
-        )
-    tasks = [read_task(arguments, name) for name in arguments.task]
+def _study_from_flags(arguments: argparse.Namespace, config: MonteCLoRAConfig, tasks: list[Task]) -> Study:
     values = two_methods(config, tasks[0], arguments.test_split)
     if arguments.methods:
         chosen = {"monteclora": values["methods"][-1] | {"predictions": list(WAYS)}}
@@ -75,7 +44,7 @@ def _study_from_flags(arguments: argparse.Namespace) -> Study:
             "tasks": [task.recipe for task in tasks],
             "learning_rates": arguments.learning_rate,
             "batch_sizes": arguments.batch_size,
-            "ranks": ranks,
+            "ranks": arguments.rank,
             "seeds": arguments.seeds,
             "train_examples": arguments.max_train_examples,
             "test_examples": arguments.max_test_examples,

@@ -4,7 +4,7 @@ import argparse
 
 from transformers import set_seed
 
-from bayeslora.command.arguments import configuration, read_task
+from bayeslora.config import MonteCLoRAConfig
 from bayeslora.distributed import rank
 from bayeslora.errors import InputError
 from bayeslora.module import BayesLoRA
@@ -15,9 +15,7 @@ from bayeslora.training.budget import FitOptions
 from bayeslora.training.fit import FitResult, fit
 
 
-def run(arguments: argparse.Namespace) -> None:
-    task = read_task(arguments, arguments.task)
-    config = configuration(arguments, task.kind)
+def run(arguments: argparse.Namespace, task: Task, config: MonteCLoRAConfig) -> None:
     set_seed(arguments.seed)
     network, tokenizer = task.load_network(arguments.model)
     if arguments.adapter:

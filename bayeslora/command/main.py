@@ -1,6 +1,5 @@
 """The entry of the command line: one command, its exit code, and what ends it early."""
 
-import argparse
 import logging
 import shlex
 import signal
@@ -10,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from typing import Any
 
 from bayeslora.command.parser import build_parser
 from bayeslora.command.terminal import READER_LEFT, any_encoding, discard_output
@@ -45,7 +45,8 @@ def _run(argv: Sequence[str] | None) -> int:
         words = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--resume"]
         arguments.command_line = shlex.join(["bayeslora", *words])
         with _stopping_when_terminated():
-            _resolve(arguments.run)(arguments)
+            given = _resolve(arguments.check)(arguments) if arguments.check else ()
+            _resolve(arguments.run)(arguments, *given)
     except (InputError, StorageError, TrainingDivergedError) as error:
         print(f"bayeslora: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -68,7 +69,7 @@ def _stopping_when_terminated() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _resolve(name: str) -> Callable[[argparse.Namespace], None]:
+def _resolve(name: str) -> Callable[..., Any]:
     """The function behind ``module:function``: what a command needs is loaded when it is called."""
     module, _, function = name.partition(":")
     return getattr(import_module(module), function)

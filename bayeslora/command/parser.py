@@ -54,8 +54,12 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(commands: Any, name: str, run: str, summary: str, details: str = "") -> argparse.ArgumentParser:
-    """``run``: the function behind it, as ``module:function`` of this folder."""
+def _command(
+    commands: Any, name: str, run: str, summary: str, details: str = "", *, check: str = ""
+) -> argparse.ArgumentParser:
+    """``run``: the function behind it, as ``module:function`` of this folder, and ``check`` that of
+    :mod:`bayeslora.command.checks` which is called before it; what that returns, ``run`` gets after the arguments.
+    """
     parser = commands.add_parser(
         name,
         help=summary,
@@ -63,7 +67,7 @@ def _command(commands: Any, name: str, run: str, summary: str, details: str = ""
         epilog=details,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run=f"bayeslora.command.{run}")
+    parser.set_defaults(run=f"bayeslora.command.{run}", check=check and f"bayeslora.command.checks:{check}")
     return parser
 
 
@@ -99,6 +103,7 @@ def _add_fit(commands: Any) -> None:
         "fit a MonteCLoRA posterior by stochastic variational inference",
         "Writes OUTPUT/run.json, OUTPUT/checkpoints/ and OUTPUT/adapter/, which plain PEFT opens as the posterior\n"
         "mean. --sample-scaler 0 fits plain LoRA.",
+        check="check_fit",
     )
     _add_data_options(parser)
     parser.add_argument("--output", type=path, required=True, metavar="DIR", help="a new folder for the run")
@@ -132,6 +137,7 @@ def _add_predict(commands: Any) -> None:
         "predict:run_predict",
         "predict with a fitted run, and say how certain it is",
         "One JSON object a line on standard output: probabilities, entropy and mutual information (nats).",
+        check="check_predict",
     )
     _add_run_options(parser)
     _add_antithetic(parser)
@@ -169,6 +175,7 @@ def _add_compare(commands: Any) -> None:
         "docs/compare_methods.md and studies/. All methods start from the same initialisation and see the same\n"
         "examples in the same order. The same command again continues where it stopped; with one --storage, many\n"
         "machines share the work.",
+        check="check_compare",
     )
     parser.add_argument(
         "study",

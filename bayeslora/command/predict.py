@@ -18,10 +18,6 @@ from bayeslora.tasks.text import TextTask
 
 def run_predict(arguments: argparse.Namespace) -> None:
     """One JSON object a line."""
-    if arguments.text and arguments.max_examples:
-        raise InputError("--max-examples is a subset of a split: leave it out beside --text")
-    if arguments.text_pair and not arguments.text:
-        raise InputError("--text-pair goes with --text: leave it out beside --split")
     run = open_run(arguments.run_dir, model=arguments.model, data_dir=arguments.data_dir)
     if arguments.text:
         data: Any = run.encode(arguments.text, arguments.text_pair)

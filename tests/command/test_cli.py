@@ -60,8 +60,38 @@ def test_help_and_analysis_do_not_import_torch():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_names_what_runs_it(command):
     commands = next(a for a in build_parser()._actions if a.choices and command in a.choices)
-    module, function = commands.choices[command].get_default("run").split(":")
-    assert inspect.signature(getattr(import_module(module), function)).parameters.keys() == {"arguments"}
+    for default in ("check", "run"):
+        name = commands.choices[command].get_default(default)
+        if name or default == "run":
+            module, function = name.split(":")
+            assert next(iter(inspect.signature(getattr(import_module(module), function)).parameters)) == "arguments"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("fit --model m --task mrcp --output o", "unknown task 'mrcp': did you mean mrpc?"),
+        (
+            "fit --model m --task x --data-dir . --text-columns text --output o --mode post_hoc --sample-scaler 0",
+            "leaves none to train",
+        ),
+        ("compare --model m --task mrcp --output o", "unknown task 'mrcp': did you mean mrpc?"),
+        ("compare study.yaml --output o", "'model' is missing"),
+        ("predict run --split test --text-pair b", "--text-pair goes with --text"),
+    ],
+)
+def test_mistakes_are_found_without_torch(arguments, says, tmp_path):
+    (tmp_path / "study.yaml").write_text("tasks: [sst2]\n", encoding="utf-8")
+    (tmp_path / "train.csv").write_text("text,label\ngood,1\nbad,0\n", encoding="utf-8")
+    code = (
+        "import sys; from bayeslora.command.main import main; "
+        "print(main(sys.argv[1:]), {'torch', 'transformers'} & {*sys.modules})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments.split()], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "2 set()"
+    assert says in done.stderr
 
 
 def test_fit_writes_a_run(run):

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from bayeslora import InputError, MonteCLoRAConfig, fit
-from bayeslora.command.arguments import configuration
+from bayeslora.command.checks import configuration
 from bayeslora.command.flags import flag_of
 from bayeslora.command.parser import build_parser
 from bayeslora.options import choices, flags, ranges
