@@ -6,6 +6,7 @@ from .errors import InputError as InputError
 from .errors import TrainingDivergedError as TrainingDivergedError
 from .inference.diagnostics import diagnose as diagnose
 from .module import BayesLoRA as BayesLoRA
+from .runs import open_run as open_run
 from .study.compare import compare as compare
 from .tasks.load import load_task as load_task
 from .training.fit import fit as fit

@@ -8,6 +8,7 @@ from reprlib import repr as shown
 from typing import Any, Literal
 
 from bayeslora.errors import InputError
+from bayeslora.options import NOT_NEGATIVE, POSITIVE, Range, choices, option
 
 # What LoraConfig can ask for that reads or bypasses lora_A behind our back, with the reason for refusing it.
 REFUSED_LORA_OPTIONS = {
@@ -20,8 +21,6 @@ REFUSED_LORA_OPTIONS = {
     "layer_replication": "blocks that are repeated share their weights with others and have no name in the checkpoint",
     "megatron_core": "it names a module for PEFT to import, and Megatron's layers cannot be sampled",
 }
-
-NOISE_SCHEDULES = ("constant", "cosine", "entropy", "per_layer")
 
 MAX_RANK = 65_536
 MAX_COMPONENTS = 1024
@@ -99,32 +98,34 @@ class MonteCLoRAConfig:
         InputError: naming the first argument that is out of range.
     """
 
-    r: int = 8
-    lora_alpha: float = 16
-    target_modules: str | tuple[str, ...] | None = "all-linear"
-    lora_dropout: float = 0.0
+    r: int = option(8, "the rank of the adapters", Range(most=MAX_RANK))
+    lora_alpha: float = option(16, "LoRA's scaling numerator", POSITIVE)
+    target_modules: str | tuple[str, ...] | None = option("all-linear", "layers to adapt; default all-linear")
+    lora_dropout: float = option(0.0, "dropout before lora_A", NOT_NEGATIVE, flag=False)
     use_rslora: bool = False
     modules_to_save: tuple[str, ...] | None = None
     layers_to_transform: tuple[int, ...] | None = None
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     lora_options: Mapping[str, Any] = field(default_factory=dict)
 
-    num_components: int = 4
-    sample_scaler: float = 0.1
-    kl_weight: float | None = None
-    cooperation: float = 1.0
-    normalization: Literal["paper", "elbo"] = "paper"
-    num_particles: int = 1
-    mixture: Literal["dense", "sparse"] = "dense"
+    num_components: int = option(4, "N, the number of components", Range(most=MAX_COMPONENTS))
+    sample_scaler: float = option(0.1, "ε, the scale of the noise; 0 is plain LoRA", NOT_NEGATIVE)
+    kl_weight: float | None = option(None, "η, the weight of the KL", NOT_NEGATIVE)
+    cooperation: float = option(1.0, "λ_C, the weight of the cooperative loss", NOT_NEGATIVE)
+    normalization: Literal["paper", "elbo"] = option("paper", "how KL and data are weighed")
+    num_particles: int = option(1, "M, draws per training step", Range(most=MAX_COMPONENTS), flag=False)
+    mixture: Literal["dense", "sparse"] = option("dense", "all components, or the one with the largest weight")
     components: Literal["collapsed", "explicit"] = "collapsed"
-    noise: Literal["per_example", "shared"] = "per_example"
-    noise_schedule: str = "constant"
-    guide: str = "amortized"
-    mode: Literal["joint", "post_hoc"] = "joint"
-    prior_concentration: float = 1.0
-    degrees_of_freedom: float | None = None
+    noise: Literal["per_example", "shared"] = option("per_example", "a draw for each example, or one a batch")
+    noise_schedule: Literal["constant", "cosine", "entropy", "per_layer"] = option(
+        "constant", "how ε changes while training"
+    )
+    guide: str = option("amortized", "amortized (default), mean_field or gaussian")
+    mode: Literal["joint", "post_hoc"] = option("joint", "train everything, or v and α alone")
+    prior_concentration: float = option(1.0, "α0 of the Dirichlet prior", POSITIVE, flag=False)
+    degrees_of_freedom: float | None = option(None, "ν of the Wisharts", NOT_NEGATIVE, flag=False)
     alpha_init: Literal["random", "ones"] = "random"
-    scale_init: float | None = None
+    scale_init: float | None = option(None, "the initial v of the Wishart", POSITIVE, flag=False)
 
     def __post_init__(self) -> None:
         for name in ("target_modules", "modules_to_save", "layers_to_transform"):
@@ -160,23 +161,19 @@ class MonteCLoRAConfig:
             raise InputError(f"guide must be the name of a guide, got {shown(self.guide)}")
 
     def _check_numbers(self) -> None:
-        _require_integer("r", self.r, 1, MAX_RANK, "the rank of the adapters")
-        _require_integer("num_components", self.num_components, 1, MAX_COMPONENTS, "N, the number of components")
-        _require_integer("num_particles", self.num_particles, 1, MAX_COMPONENTS, "M, draws per training step")
-        _require_number("sample_scaler", self.sample_scaler, "ε; 0 switches sampling off")
-        _require_number("kl_weight", self.kl_weight, "η, the weight of the KL")
-        _require_number("cooperation", self.cooperation, "λ_C, the weight of the cooperative loss")
-        _require_number("lora_alpha", self.lora_alpha, "LoRA's scaling numerator", positive=True)
-        _require_number("prior_concentration", self.prior_concentration, "α0 of the Dirichlet prior", positive=True)
-        if self.scale_init is not None:
-            _require_number("scale_init", self.scale_init, "the initial v of the Wishart", positive=True)
-        _require_number("lora_dropout", self.lora_dropout, "dropout before lora_A")
+        for f in dataclasses.fields(self):
+            takes, value = f.metadata.get("takes"), getattr(self, f.name)
+            if takes is None or (value is None and f.default is None):
+                continue
+            if takes.kind is int:
+                _require_integer(f.name, value, takes.least, takes.most, f.metadata["help"])
+            else:
+                _require_number(f.name, value, f.metadata["help"], positive=takes.above)
         if not self.lora_dropout < 1:
             raise InputError(f"lora_dropout must be in [0, 1), got {self.lora_dropout!r}")
         for pattern, rank in self.rank_pattern.items():
             _require_integer(f"rank_pattern[{shown(pattern)}]", rank, 1, MAX_RANK, "a rank")
         if self.degrees_of_freedom is not None:
-            _require_number("degrees_of_freedom", self.degrees_of_freedom, "ν of the Wisharts")
             largest = max([self.r, *self.rank_pattern.values()])
             if not self.degrees_of_freedom >= largest:
                 raise InputError(
@@ -185,16 +182,7 @@ class MonteCLoRAConfig:
                 )
 
     def _check_choices(self) -> None:
-        choices = {
-            "normalization": ("paper", "elbo"),
-            "mixture": ("dense", "sparse"),
-            "components": ("collapsed", "explicit"),
-            "noise": ("per_example", "shared"),
-            "noise_schedule": NOISE_SCHEDULES,
-            "mode": ("joint", "post_hoc"),
-            "alpha_init": ("random", "ones"),
-        }
-        for name, allowed in choices.items():
+        for name, allowed in choices(MonteCLoRAConfig).items():
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} must be one of {', '.join(allowed)}; got {shown(getattr(self, name))}")
         if self.mode == "post_hoc" and self.sample_scaler == 0:
@@ -246,6 +234,9 @@ class MonteCLoRAConfig:
                 f"unknown configuration field {shown(unknown[0])}; the file may come from a newer bayeslora"
             )
         return cls(**values)
+
+
+NOISE_SCHEDULES = choices(MonteCLoRAConfig)["noise_schedule"]
 
 
 def _plain(value: Any) -> Any:

@@ -1,5 +1,6 @@
 """The demo: a real encoder, real text, both methods, one ArviZ file, two pictures and a table."""
 
+import argparse
 import time
 from pathlib import Path
 
@@ -19,6 +20,17 @@ FILES = {
     "comparison.md": "the table above",
     "posterior.nc": "draws, predictions and pointwise log-likelihoods: arviz.from_netcdf opens it",
 }
+
+
+def run(arguments: argparse.Namespace) -> None:
+    run_demo(
+        arguments.output,
+        seed=arguments.seed,
+        train_examples=arguments.train_examples,
+        test_examples=arguments.test_examples,
+        epochs=arguments.epochs,
+        num_samples=arguments.num_samples,
+    )
 
 
 def run_demo(

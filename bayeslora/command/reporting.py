@@ -1,33 +1,47 @@
 """Run folders in, one HTML page out; see :mod:`bayeslora.analysis.report.page` for what is on it."""
 
+import argparse
 import json
 import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm.auto import tqdm
 
 from bayeslora.analysis.report.page import RunResults, SplitResults, report_html
+from bayeslora.config import MonteCLoRAConfig
 from bayeslora.errors import InputError, StorageError
-from bayeslora.files.records import read_run
 from bayeslora.inference.diagnostics import diagnose
-from bayeslora.module import BayesLoRA
-from bayeslora.storage.run_folder import ADAPTER_FOLDER, RUN_FILE
+from bayeslora.inference.predict import Prediction
+from bayeslora.options import flags
+from bayeslora.runs import FittedRun, check_is_run, open_run
+from bayeslora.storage.run_folder import RUN_FILE
 from bayeslora.study.spec import SETTINGS_FILE
 from bayeslora.tasks.base import Task
-from bayeslora.tasks.load import load_task
-
-if TYPE_CHECKING:
-    from bayeslora.inference.predict import Prediction
+from bayeslora.training.budget import RECORDED
 
 SPREAD_DRAWS = 32
-CONFIG_WORDS = ("guide", "sample_scaler", "num_components", "kl_weight", "cooperation", "normalization", "noise",
-                "mixture", "mode", "r", "lora_alpha", "target_modules")  # fmt: skip
-TRAINING_WORDS = ("seed", "train_examples", "num_train_epochs", "per_device_train_batch_size",
-                  "gradient_accumulation_steps", "learning_rate", "variational_learning_rate", "lr_scheduler_type",
-                  "weight_decay", "processes")  # fmt: skip
+METHOD_FACTS = tuple(field.name for field in flags(MonteCLoRAConfig))
+TRAINING_FACTS = (*(name for name in RECORDED if name != "eval_steps"), "train_examples", "processes")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    page = report(
+        arguments.run_dirs,
+        arguments.output,
+        split=arguments.split,
+        num_samples=arguments.num_samples,
+        max_examples=arguments.max_examples,
+        batch_size=arguments.batch_size,
+        seed=arguments.seed,
+        diagnostics=not arguments.no_diagnostics,
+        model=arguments.model,
+        data_dir=arguments.data_dir,
+        command=arguments.command_line,
+    )
+    print(f"open {page} in a browser")
 
 
 def report(
@@ -76,47 +90,18 @@ def report(
     results = []
     names = _names(folders)
     for folder in folders:
-        _check_is_run(folder)
+        check_is_run(folder)
     _check_writable(output)
     for folder, name in tqdm(
         list(zip(folders, names, strict=True)), desc="runs", disable=not progress or len(folders) < 2
     ):
-        opened = open_run(folder, model=model, data_dir=data_dir)
+        run = open_run(folder, model=model, data_dir=data_dir)
         results.append(
-            _collect(name, *opened, split=split, num_samples=num_samples, max_examples=max_examples,
+            _collect(name, run, split=split, num_samples=num_samples, max_examples=max_examples,
                      batch_size=batch_size, seed=seed, diagnostics=diagnostics, progress=progress)
         )  # fmt: skip
     title = f"bayeslora report: {names[0]}" if len(names) == 1 else f"bayeslora report: {len(names)} runs"
     return _write(output, report_html(results, title=title, command=command))
-
-
-def open_run(
-    folder: Path, *, model: str | None = None, data_dir: str | Path | None = None
-) -> tuple[BayesLoRA, Task, Any, dict[str, Any]]:
-    """A finished run's module, its task, its tokenizer and ``run.json``.
-
-    Args:
-        folder: What ``bayeslora fit`` wrote.
-        model, data_dir: Where base model and data are now, if they moved.
-
-    Raises:
-        InputError: when it is no run folder, or the run is not finished.
-    """
-    _check_is_run(folder)
-    record = read_run(folder / RUN_FILE)
-    recipe = record["task"]
-    if not (folder / ADAPTER_FOLDER).is_dir():
-        raise InputError(f"{folder} is not finished: continue it with fit --resume")
-    if data_dir:
-        recipe["data_dir"] = str(data_dir)
-    task = load_task(**recipe)
-    network, tokenizer = task.load_network(model or record["model"])
-    return BayesLoRA.from_pretrained(folder / ADAPTER_FOLDER, network), task, tokenizer, record
-
-
-def _check_is_run(folder: Path) -> None:
-    if not (folder / RUN_FILE).is_file():
-        raise InputError(f"{folder} is not a run folder: it holds no run.json; give what fit wrote")
 
 
 def _expand(folder: Path) -> list[Path]:
@@ -143,55 +128,60 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 
 def _collect(
-    name: str, bayes: BayesLoRA, task: Task, tokenizer: Any, record: dict[str, Any], *, split: str | None,
-    num_samples: int, max_examples: int | None, batch_size: int, seed: int, diagnostics: bool, progress: bool,
-) -> RunResults:  # fmt: skip
-    if task.kind == "text":
-        raise InputError(f"task {task.name!r} is text to learn: a report is on classes, choices or numbers")
-    chosen = split or next((s for s in ("test", "validation") if s in task.splits and task.is_labelled(s)), None)
-    if chosen is None:
-        raise InputError(f"task {task.name!r} has no labelled test or validation split: name one with --split")
-    bayesian = bayes.monteclora_config.sample_scaler > 0
+    name: str,
+    run: FittedRun,
+    *,
+    split: str | None,
+    num_samples: int,
+    max_examples: int | None,
+    batch_size: int,
+    seed: int,
+    diagnostics: bool,
+    progress: bool,
+) -> RunResults:
+    task, posterior = run.task, run.posterior
+    _check_reportable(task)
+    chosen = split or run.labelled_split()
+    bayesian = posterior.monteclora_config.sample_scaler > 0
+    count = num_samples if bayesian else 0
     splits = {}
-    for number, part in enumerate(
-        (chosen, *(s for s in (*task.shift_splits, *task.out_of_scope_splits) if s != chosen))
-    ):
+    for part in (chosen, *(s for s in (*task.shift_splits, *task.out_of_scope_splits) if s != chosen)):
         labelled = part not in task.out_of_scope_splits
-        length = record["max_length"]
-        data = task.encode(tokenizer, part, max_length=length, limit=max_examples, seed=seed, labelled=labelled)
+        data = run.data(part, limit=max_examples, seed=seed, labelled=labelled)
         if progress:
             tqdm.write(f"{name}: {len(data)} examples of {part}")
-        prediction = bayes.predict(
-            data, num_samples=num_samples if bayesian else 0, batch_size=batch_size, seed=seed, keep_draws=False,
-            progress=progress,
-        )  # fmt: skip
-        texts = _texts(task, part, max_examples, seed, labelled) if number == 0 else ()
+        prediction = posterior.predict(
+            data, num_samples=count, batch_size=batch_size, seed=seed, keep_draws=False, progress=progress
+        )
+        texts = _texts(task, part, max_examples, seed, labelled) if part == chosen else ()
         splits[part] = _split_results(prediction, texts)
     found: list = []
     if diagnostics and bayesian:
         if progress:
             tqdm.write(f"{name}: diagnostics")
-        train = task.encode(
-            tokenizer, "train", max_length=record["max_length"], limit=bayes.num_examples, labelled=True
-        )
         found = diagnose(
-            bayes, train, history=record.get("history", []), batch_size=batch_size, seed=seed, progress=progress
+            posterior, run.training_data(), history=run.history, batch_size=batch_size, seed=seed, progress=progress
         )
-    draws = bayes.posterior_draws(num_samples=SPREAD_DRAWS, seed=seed) if bayesian else None
+    draws = posterior.posterior_draws(num_samples=SPREAD_DRAWS, seed=seed) if bayesian else None
     return RunResults(
         name,
-        _facts(bayes, task, record, num_samples if bayesian else 0),
+        _facts(run, count),
         splits,
         task.label_names,
-        record.get("history", []),
-        bayes.adapter_names,
+        run.history,
+        posterior.adapter_names,
         None if draws is None else draws.noise_scale / draws.mean_scale,
         found,
-        str(record.get("command", "")),
+        str(run.record.get("command", "")),
     )
 
 
-def _split_results(prediction: "Prediction", texts: Sequence[str]) -> SplitResults:
+def _check_reportable(task: Task) -> None:
+    if task.kind == "text":
+        raise InputError(f"task {task.name!r} is text to learn: a report is on classes, choices or numbers")
+
+
+def _split_results(prediction: Prediction, texts: Sequence[str]) -> SplitResults:
     return SplitResults(
         prediction.labels, texts, prediction.probs, prediction.entropy, prediction.mutual_information, prediction.mean,
         prediction.std,
@@ -204,7 +194,8 @@ def _texts(task: Task, split: str, limit: int | None, seed: int, labelled: bool)
     return ["\n".join(str(part) for part in row) for row in zip(*columns, strict=True)]
 
 
-def _facts(bayes: BayesLoRA, task: Task, record: dict[str, Any], num_samples: int) -> dict[str, str]:
+def _facts(run: FittedRun, num_samples: int) -> dict[str, str]:
+    bayes, task, record = run.posterior, run.task, run.record
     config, training = bayes.monteclora_config.to_dict(), record.get("training", {})
     trained = sum(p.numel() for p in bayes.network.parameters() if p.requires_grad)
     variational = sum(p.numel() for p in bayes.guide.parameters() if p.requires_grad)
@@ -217,8 +208,8 @@ def _facts(bayes: BayesLoRA, task: Task, record: dict[str, Any], num_samples: in
         "trained parameters": f"{trained:,} in the network, {variational:,} in the guide",
         "adapters": f"{len(bayes.adapter_names)}",
     }  # fmt: skip
-    facts |= {word: _show(training[word]) for word in TRAINING_WORDS if training.get(word) is not None}
-    facts |= {word: _show(config[word]) for word in CONFIG_WORDS if config.get(word) is not None}
+    facts |= {name: _show(training[name]) for name in TRAINING_FACTS if training.get(name) not in (None, -1)}
+    facts |= {name: _show(config[name]) for name in METHOD_FACTS if config.get(name) is not None}
     versions = record.get("versions", {})
     return facts | {"versions": ", ".join(f"{name} {version}" for name, version in versions.items()) or "unknown"}
 

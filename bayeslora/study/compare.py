@@ -14,11 +14,9 @@ from bayeslora.config import MonteCLoRAConfig
 from bayeslora.errors import InputError
 from bayeslora.study.predictions import read_predictions
 from bayeslora.study.runner import run_study
-from bayeslora.study.spec import LORA_FIELDS, SETTINGS_FILE, Cell, Study
+from bayeslora.study.spec import LORA_FIELDS, Cell, Study
 from bayeslora.study.summary import headline
 from bayeslora.tasks.base import Task
-
-__all__ = ["SETTINGS_FILE", "Comparison", "compare", "two_methods"]
 
 TABLE_FILE = "comparison.md"
 METHODS = ("LoRA", "MonteCLoRA")

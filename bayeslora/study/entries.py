@@ -9,7 +9,7 @@ from reprlib import repr as shown
 from typing import Any
 
 from bayeslora.errors import InputError
-from bayeslora.ranges import MOST
+from bayeslora.options import MOST
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,10 @@ from bayeslora.study.outcome import Predicted, Trained
 from bayeslora.study.spec import Cell, Study
 from bayeslora.study.trainer import CheckpointCallback, PlainTrainer
 from bayeslora.tasks.base import Task
-from bayeslora.training.budget import trainer_settings
+from bayeslora.training.budget import TrainingBudget
 from bayeslora.training.monitor import BriefProgress
 from bayeslora.training.record import run_record
+from bayeslora.training.settings import trainer_settings
 
 PREDICTION_BATCH = 32
 
@@ -148,24 +149,21 @@ class Experiment:
         options = {name: tuple(value) if isinstance(value, list) else value for name, value in self.study.lora.items()}
         return {**options, "r": self.cell.rank}
 
-    def budget(self, learning_rate_scale: float = 1.0) -> dict[str, Any]:
-        """The study's training options with the cell's own, in the names of :func:`bayeslora.fit`."""
-        own = {
-            "batch_size": self.cell.batch_size,
-            "learning_rate": self.cell.learning_rate * learning_rate_scale,
-            "seed": self.cell.seed,
-        }
-        shared = {"epochs": 5} | dict(self.study.training)
-        return {**shared, **own, "evaluations": self.study.curve_points or None if self.curve_data else None}
+    def budget(self, learning_rate_scale: float = 1.0) -> TrainingBudget:
+        """The study's training options with the cell's own."""
+        shared = training_budget(self.study)
+        rate = self.cell.learning_rate * learning_rate_scale
+        return replace(shared, batch_size=self.cell.batch_size, learning_rate=rate, seed=self.cell.seed)
+
+    @property
+    def evaluations(self) -> int | None:
+        """How often to evaluate while training."""
+        return self.study.curve_points or None if self.curve_data else None
 
     @property
     def total_steps(self) -> int:
         """Steps of the optimizer in the budget."""
-        budget = self.budget()
-        if budget.get("max_steps"):
-            return budget["max_steps"]
-        step_size = budget["batch_size"] * budget.get("gradient_accumulation", 1)
-        return max(round(-(-len(self.train_data) // step_size) * budget["epochs"]), 1)
+        return self.budget().total_steps(len(self.train_data))
 
     def train(
         self,
@@ -189,9 +187,10 @@ class Experiment:
         Raises:
             TrainingDivergedError: when the loss is NaN or infinite.
         """
-        budget = self.budget(learning_rate_scale)
-        budget.pop("variational_learning_rate", None)
-        settings = trainer_settings(len(self.train_data), self.folder, progress=self.progress, **budget)
+        settings = trainer_settings(
+            self.budget(learning_rate_scale), len(self.train_data), self.folder, evaluations=self.evaluations,
+            progress=self.progress,
+        )  # fmt: skip
         evaluating = "steps" if self.curve_data else "no"
         quiet = {"save_strategy": "no", "eval_strategy": evaluating, "report_to": []}
         arguments = TrainingArguments(**{**settings, **quiet, **self.study.trainer})
@@ -257,10 +256,15 @@ def curve(history: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
     return [*points.values()]
 
 
+def training_budget(study: Study) -> TrainingBudget:
+    """What all cells of a study have in common."""
+    given = {name: value for name, value in study.training.items() if value is not None}
+    return TrainingBudget(**{"epochs": 5, **given})
+
+
 def check_budget(study: Study) -> None:
-    """Raise ``InputError`` for a name or value of ``training`` or ``trainer`` that Trainer does not take."""
-    shared = {name: value for name, value in study.training.items() if name != "variational_learning_rate"}
-    settings = trainer_settings(1, Path(), progress=False, **{"epochs": 5, **shared})
+    """Raise ``InputError`` for a word or value of ``training`` or ``trainer`` that Trainer does not take."""
+    settings = trainer_settings(training_budget(study), 1, Path(), progress=False)
     try:
         TrainingArguments(**{**settings, **study.trainer})
     except (TypeError, ValueError) as error:

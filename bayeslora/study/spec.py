@@ -12,8 +12,9 @@ from pathlib import Path
 from reprlib import repr as shown
 from typing import Any
 
+from bayeslora.config import MonteCLoRAConfig
 from bayeslora.errors import InputError
-from bayeslora.ranges import RANGES, Range
+from bayeslora.options import LENGTH, MOST, ranges
 from bayeslora.study.entries import (
     MethodSpec,
     TaskSpec,
@@ -25,12 +26,11 @@ from bayeslora.study.entries import (
     task_spec,
 )
 from bayeslora.study.study_file import read_study_file
+from bayeslora.training.budget import TrainingBudget
 
 SETTINGS_FILE = "comparison.json"  # in the folder of a study: the study, and what its cells have in common
 MOST_LETTERS = 200  # of a name, in a path; file systems take 255 bytes, with what is put around it
 AXES = ("tasks", "methods", "learning_rates", "batch_sizes", "ranks", "seeds")
-TRAINING_WORDS = ("epochs", "max_steps", "variational_learning_rate", "gradient_accumulation", "warmup", "schedule",
-                  "weight_decay", "max_grad_norm")  # fmt: skip
 LORA_FIELDS = (
     "lora_alpha",
     "target_modules",
@@ -65,6 +65,11 @@ class Cell:
             f"{self.method}, {self.task}, learning rate {self.learning_rate:g}, batch {self.batch_size}, "
             f"rank {self.rank}, seed {self.seed}"
         )
+
+
+RANGES = ranges(TrainingBudget) | {"rank": ranges(MonteCLoRAConfig)["r"]}
+# what all cells have in common of a training's options
+TRAINING_OPTIONS = tuple(f.name for f in dataclasses.fields(TrainingBudget) if f.name not in Cell.__annotations__)
 
 
 @dataclass(frozen=True)
@@ -141,11 +146,11 @@ class Study:
             ("curve_examples", 1),
             ("retries", 0),
         ):
-            number(name, getattr(self, name), int, least=least, most=RANGES.get(name, Range()).most)
+            number(name, getattr(self, name), int, least=least, most=LENGTH.most if name == "max_length" else MOST)
         for name in ("train_examples", "test_examples", "validation_examples"):
             if getattr(self, name) is not None:
                 number(name, getattr(self, name), int, least=1)
-        check_fields("training", self.training, TRAINING_WORDS)
+        check_fields("training", self.training, TRAINING_OPTIONS)
         check_fields("lora", self.lora, LORA_FIELDS)
         if not isinstance(self.trainer, Mapping):
             raise InputError(f"study: trainer must be a mapping, got {shown(self.trainer)}")

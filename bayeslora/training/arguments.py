@@ -13,15 +13,10 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 
 from bayeslora.errors import InputError
+from bayeslora.training.budget import TRAINER_NAMES
 
 # Field to the argument of fit that says it.
-FIT_WORDS = {
-    "per_device_train_batch_size": "batch_size",
-    "num_train_epochs": "epochs",
-    "gradient_accumulation_steps": "gradient_accumulation",
-    "lr_scheduler_type": "schedule",
-    "warmup_steps": "warmup",
-    "metric_for_best_model": "best_metric",
+FIT_NAMES = {field: name for name, field in TRAINER_NAMES.items() if field != name} | {
     "disable_tqdm": "progress",
     "resume_from_checkpoint": "resume",
 }
@@ -58,11 +53,11 @@ REFUSED_BY_SFT = REFUSED | {
 }
 
 
-def check_words(given: Mapping[str, Any]) -> None:
-    """Refuse what :func:`bayeslora.fit` has a word of its own for, and would overrule in part."""
+def check_names(given: Mapping[str, Any]) -> None:
+    """Refuse what :func:`bayeslora.fit` has a name of its own for, and would overrule in part."""
     for name in given:
-        if name in FIT_WORDS:
-            raise InputError(f"fit calls {name} {FIT_WORDS[name]}: pass {FIT_WORDS[name]}=")
+        if name in FIT_NAMES:
+            raise InputError(f"fit calls {name} {FIT_NAMES[name]}: pass {FIT_NAMES[name]}=")
 
 
 def check_arguments(arguments: TrainingArguments, refused: Mapping[str, str]) -> None:
@@ -93,6 +88,30 @@ def check_fit_arguments(arguments: TrainingArguments, network: nn.Module) -> Non
         embeddings = None
     if arguments.neftune_noise_alpha is not None and not isinstance(embeddings, nn.Embedding):
         raise InputError(f"neftune_noise_alpha is noise on token embeddings, and {type(network).__name__} has none")
+
+
+def check_resumable(arguments: TrainingArguments) -> None:
+    """Refuse what would let a run start that cannot be resumed exactly."""
+    promised = {"save_only_model": False, "ignore_data_skip": False, "restore_callback_states_from_checkpoint": True}
+    for name, value in promised.items():
+        if getattr(arguments, name) != value:
+            raise InputError(
+                f"{name}={not value} leaves checkpoints from which a run cannot be resumed exactly: leave it out "
+                "(save_strategy='no' writes no checkpoints at all)"
+            )
+
+
+def check_evaluated(arguments: TrainingArguments, eval_dataset: Any, best_metric: str) -> None:
+    """What looks at an evaluation has one to look at."""
+    if eval_dataset is None and (arguments.eval_strategy != "no" or arguments.load_best_model_at_end):
+        raise InputError("eval_strategy and load_best_model_at_end need an eval_dataset to look at")
+    if eval_dataset is not None and arguments.dataloader_drop_last:
+        smallest = arguments.per_device_eval_batch_size * arguments.world_size
+        if len(eval_dataset) < smallest:
+            raise InputError(f"dataloader_drop_last=True drops all {len(eval_dataset)} examples of the eval_dataset: "
+                             "pass a smaller per_device_eval_batch_size")  # fmt: skip
+    if arguments.prediction_loss_only and best_metric != "loss":
+        raise InputError(f"prediction_loss_only=True computes the loss alone, and best_metric is {best_metric!r}")
 
 
 def _check_reports(arguments: TrainingArguments) -> None:

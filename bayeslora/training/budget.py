@@ -1,75 +1,72 @@
-"""A training budget in the words of ``TrainingArguments``, the same for whatever is trained."""
+"""The options of a training, each in one place.
 
-from pathlib import Path
+:func:`bayeslora.fit` has them as arguments, ``bayeslora fit`` and ``compare`` as flags, a study in its grid and its
+``training:``, and ``run.json`` by the names of ``TrainingArguments``.
+"""
+
+import dataclasses
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from bayeslora.distributed import launched_processes
 from bayeslora.errors import InputError
-from bayeslora.storage.run_folder import (
-    CHECKPOINT_FOLDER,
-)
+from bayeslora.options import COUNT, NOT_NEGATIVE, POSITIVE, SEED, Range, option, ranges
 
 
-def trainer_settings(
-    num_examples: int,
-    output_dir: Path,
-    *,
-    epochs: float = 3,
-    max_steps: int | None = None,
-    batch_size: int = 16,
-    learning_rate: float = 1e-3,
-    gradient_accumulation: int = 1,
-    warmup: float = 0.06,
-    schedule: str = "linear",
-    weight_decay: float = 0.0,
-    max_grad_norm: float = 1.0,
-    evaluations: int | None = None,
-    seed: int = 0,
-    progress: bool = True,
-) -> dict[str, Any]:
-    """The ``TrainingArguments`` that make up a training budget, the same for whatever is trained; words as in
-    :func:`fit`."""
-    step_size = batch_size * gradient_accumulation * launched_processes()
-    return {
-        **_schedule_arguments(num_examples, epochs, max_steps, step_size, evaluations),
-        "output_dir": str(output_dir / CHECKPOINT_FOLDER),
-        "per_device_train_batch_size": batch_size,
-        "per_device_eval_batch_size": 2 * batch_size if batch_size > 1 else 1,  # 1: they cannot share a batch
-        "gradient_accumulation_steps": gradient_accumulation,
-        "learning_rate": learning_rate,
-        "warmup_steps": warmup,
-        "lr_scheduler_type": schedule,
-        "weight_decay": weight_decay,
-        "max_grad_norm": max_grad_norm,
-        "seed": seed,
-        "disable_tqdm": not progress,
-        "remove_unused_columns": False,
-        "logging_nan_inf_filter": False,
-        "dataloader_pin_memory": torch.cuda.is_available(),
-        "use_cpu": not torch.accelerator.is_available(),  # else Accelerate overlooks that it was launched
-    }
+@dataclass(frozen=True)
+class TrainingBudget:
+    """What a training may take, and how it goes about it: equal for whatever is compared."""
+
+    epochs: float = option(3, "passes over the data", Range(float, 0, 1e6, above=True), trainer="num_train_epochs")
+    max_steps: int | None = option(None, "optimizer steps, instead of epochs", COUNT, trainer="max_steps")
+    batch_size: int = option(16, "examples per device and forward pass", COUNT, trainer="per_device_train_batch_size")
+    learning_rate: float = option(1e-3, "for μ, B and the head", POSITIVE, trainer="learning_rate")
+    variational_learning_rate: float | None = option(
+        None, "for the posterior; default 10 × the other", NOT_NEGATIVE, trainer=None
+    )
+    gradient_accumulation: int = option(1, "batches to a step", COUNT, trainer="gradient_accumulation_steps")
+    warmup: float = option(
+        0.06, "share of the steps over which rates rise", Range(float, 0, 1, below=True), trainer="warmup_steps"
+    )
+    schedule: str = option("linear", "any transformers schedule: linear, cosine, ...", trainer="lr_scheduler_type")
+    weight_decay: float = option(0.0, "decoupled, on the network's matrices", NOT_NEGATIVE, trainer="weight_decay")
+    max_grad_norm: float = option(1.0, "clip gradients; 0 does not", NOT_NEGATIVE, trainer="max_grad_norm")
+    seed: int = option(0, "decides initialisation, data order and noise", SEED, trainer="seed")
+
+    def total_steps(self, num_examples: int, processes: int = 1) -> int:
+        """Steps of the optimizer."""
+        return self.max_steps or max(round(self.steps_per_epoch(num_examples, processes) * self.epochs), 1)
+
+    def steps_per_epoch(self, num_examples: int, processes: int = 1) -> int:
+        return max(-(-num_examples // (self.batch_size * self.gradient_accumulation * processes)), 1)
 
 
-def _schedule_arguments(
-    num_examples: int,
-    epochs: float,
-    max_steps: int | None,
-    step_size: int,
-    evaluations: int | None,
-) -> dict[str, Any]:
-    """When to stop, log, evaluate and save, in steps of the optimizer."""
-    if not epochs > 0 and not max_steps:
-        raise InputError(f"epochs must be greater than 0, got {epochs}")
-    per_epoch = max(-(-num_examples // step_size), 1)
-    total = max_steps or max(round(per_epoch * epochs), 1)
-    every = max(total // evaluations, 1) if evaluations else min(per_epoch, total)
-    return {
-        "num_train_epochs": epochs,
-        "max_steps": max_steps or -1,
-        "logging_steps": max(min(total // 20, 50), 1),
-        "save_strategy": "steps",
-        "save_steps": every,
-        "eval_steps": every,
-    }
+@dataclass(frozen=True)
+class FitOptions(TrainingBudget):
+    """A budget, and what is made of evaluations along the way."""
+
+    evaluations: int | None = option(None, "how often to evaluate and save; default once an epoch", COUNT)
+    early_stopping: int | None = option(None, "stop after so many evaluations without gain", COUNT)
+    best_metric: str = option(
+        "loss", "decides the best checkpoint: loss, accuracy, ...", trainer="metric_for_best_model"
+    )
+
+    @property
+    def posterior_learning_rate(self) -> float:
+        rate = self.variational_learning_rate
+        return 10 * self.learning_rate if rate is None else rate
+
+    def check(self, eval_dataset: Any) -> None:
+        """Raise ``InputError`` for a count below 1, and for evaluations of nothing."""
+        if eval_dataset is None and (self.early_stopping is not None or self.evaluations is not None):
+            raise InputError("early_stopping and evaluations need an eval_dataset to look at")
+        for name, takes in ranges(type(self)).items():
+            value = getattr(self, name)
+            if takes == COUNT and value is not None and value < 1:
+                raise InputError(f"{name} must be at least 1, got {value}")
+
+
+# Option to the field of TrainingArguments that it is.
+TRAINER_NAMES = {f.name: f.metadata["trainer"] for f in dataclasses.fields(FitOptions) if f.metadata["trainer"]}
+
+# What run.json says of a training's options; a run may go on with another early_stopping.
+RECORDED = (*TRAINER_NAMES.values(), "eval_steps", "variational_learning_rate")

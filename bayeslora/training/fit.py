@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import (
     EarlyStoppingCallback,
     EvalPrediction,
     PrinterCallback,
     ProgressCallback,
-    Trainer,
     TrainingArguments,
     set_seed,
 )
@@ -32,11 +32,12 @@ from bayeslora.storage.run_folder import (
     RUN_FILE,
     reporting_full_disk,
 )
-from bayeslora.training.arguments import check_fit_arguments, check_words
-from bayeslora.training.budget import trainer_settings
+from bayeslora.training.arguments import check_evaluated, check_fit_arguments, check_names, check_resumable
+from bayeslora.training.budget import FitOptions
 from bayeslora.training.metrics import Metrics
 from bayeslora.training.monitor import BriefProgress, GroupedTensorBoard
 from bayeslora.training.record import begin_run, refuse_other_content, run_record
+from bayeslora.training.settings import fit_settings
 from bayeslora.training.trainer import BayesTrainer
 
 
@@ -57,20 +58,20 @@ def fit(
     eval_dataset: Any = None,
     *,
     output_dir: str | Path,
-    epochs: float = 3,
-    max_steps: int | None = None,
-    batch_size: int = 16,
-    learning_rate: float = 1e-3,
-    variational_learning_rate: float | None = None,
-    gradient_accumulation: int = 1,
-    warmup: float = 0.06,
-    schedule: str = "linear",
-    weight_decay: float = 0.0,
-    max_grad_norm: float = 1.0,
-    evaluations: int | None = None,
-    early_stopping: int | None = None,
-    best_metric: str = "loss",
-    seed: int = 0,
+    epochs: float = FitOptions.epochs,
+    max_steps: int | None = FitOptions.max_steps,
+    batch_size: int = FitOptions.batch_size,
+    learning_rate: float = FitOptions.learning_rate,
+    variational_learning_rate: float | None = FitOptions.variational_learning_rate,
+    gradient_accumulation: int = FitOptions.gradient_accumulation,
+    warmup: float = FitOptions.warmup,
+    schedule: str = FitOptions.schedule,
+    weight_decay: float = FitOptions.weight_decay,
+    max_grad_norm: float = FitOptions.max_grad_norm,
+    evaluations: int | None = FitOptions.evaluations,
+    early_stopping: int | None = FitOptions.early_stopping,
+    best_metric: str = FitOptions.best_metric,
+    seed: int = FitOptions.seed,
     resume: bool = False,
     progress: bool = True,
     compute_metrics: Callable[[EvalPrediction], dict[str, Any]] | None = None,
@@ -116,86 +117,79 @@ def fit(
         StorageError: when the disk is full; the last good checkpoint stays.
     """
     output_dir = Path(output_dir)
-    if eval_dataset is None and (early_stopping is not None or evaluations is not None):
-        raise InputError("early_stopping and evaluations need an eval_dataset to look at")
-    check_counts(batch_size=batch_size, gradient_accumulation=gradient_accumulation, max_steps=max_steps,
-                  evaluations=evaluations, early_stopping=early_stopping)  # fmt: skip
-    check_words(trainer_arguments)
+    options = FitOptions(
+        epochs=epochs,
+        max_steps=max_steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        variational_learning_rate=variational_learning_rate,
+        gradient_accumulation=gradient_accumulation,
+        warmup=warmup,
+        schedule=schedule,
+        weight_decay=weight_decay,
+        max_grad_norm=max_grad_norm,
+        seed=seed,
+        evaluations=evaluations,
+        early_stopping=early_stopping,
+        best_metric=best_metric,
+    )
+    options.check(eval_dataset)
+    check_names(trainer_arguments)
     data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
     collate = check_to_learn_from(bayes, {n: part for n, part in data.items() if part is not None}, batch_size)
-    metrics_of = Metrics(bayes, compute_metrics, best_metric)
-    settings = {
-        **trainer_settings(
-            len(train_dataset), output_dir, epochs=epochs, max_steps=max_steps, batch_size=batch_size,
-            learning_rate=learning_rate, gradient_accumulation=gradient_accumulation, warmup=warmup,
-            schedule=schedule, weight_decay=weight_decay, max_grad_norm=max_grad_norm, evaluations=evaluations,
-            seed=seed, progress=progress,
-        ),
-        **(metrics_of.selection() if eval_dataset is not None else {"eval_strategy": "no"}),
-        "report_to": installed_loggers(),
-        "restore_callback_states_from_checkpoint": True,  # early stopping goes on counting after a resume
-        "ddp_find_unused_parameters": False,  # every trained parameter gets a gradient in every step
-        **trainer_arguments,
-        "save_total_limit": None,  # BayesTrainer deletes old checkpoints itself, once the new one is sealed
-    }  # fmt: skip
-    compiled = compile_options(settings)
-    try:
-        arguments = TrainingArguments(**settings)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"transformers.TrainingArguments refuses an argument: {error}") from error
-    check_fit_arguments(arguments, bayes.network.get_base_model())
-    check_resumable(arguments)
-    check_evaluated(arguments, eval_dataset, best_metric)
-    check_parallelism(arguments)
-    rate = 10 * learning_rate if variational_learning_rate is None else variational_learning_rate
-    record = run_record(bayes, arguments, rate, len(train_dataset), metadata)
+    metrics = Metrics(bayes, compute_metrics, best_metric)
+    selection = {"eval_strategy": "no"} if eval_dataset is None else metrics.selection()
+    arguments, compiled = fit_settings(options, len(train_dataset), output_dir, selection, progress, trainer_arguments)
+    _check_arguments(arguments, bayes.network.get_base_model(), eval_dataset, best_metric)
+    record = run_record(bayes, arguments, options.posterior_learning_rate, len(train_dataset), metadata)
     bayes.num_examples = len(train_dataset)
     if compiled is not None:
         bayes.compile(**compiled)
     with ExitStack() as stack:
-
-        def open_run() -> tuple[Path | None, dict[str, Any] | None]:
-            refuse_other_content(output_dir, resume)
-            stack.enter_context(lock_folder(output_dir))
-            stack.enter_context(reporting_full_disk(output_dir))
-            return begin_run(output_dir, resume, record)
-
-        checkpoint, finished = on_main_process(open_run)
+        checkpoint, finished = on_main_process(lambda: _open_folder(output_dir, resume, record, stack))
         if finished is not None:
-            load_adapter(bayes, output_dir / ADAPTER_FOLDER)
-            bayes.to(arguments.device).eval()
-            return FitResult(finished["metrics"], finished["history"], finished["steps"], output_dir)
+            return _load_finished(bayes, finished, output_dir, arguments)
         with _refusing(output_dir, resume):
             trainer = BayesTrainer(
                 model=bayes,
                 args=arguments,
-                variational_learning_rate=rate,
+                variational_learning_rate=options.posterior_learning_rate,
                 keep_checkpoints=trainer_arguments.get("save_total_limit", 2),
-                train_dataset=train_dataset,
-                eval_dataset=eval_dataset,
                 data_collator=collate,
-                compute_metrics=metrics_of if metrics_of.any else None,
-                callbacks=[
-                    NoiseScheduleCallback(bayes.noise_schedule),
-                    *callbacks,
-                    *([EarlyStoppingCallback(early_stopping)] if early_stopping else []),
-                ],
+                compute_metrics=metrics if metrics.any else None,
+                callbacks=_callbacks(bayes, callbacks, early_stopping),
+                **data,
             )
             trainer.get_train_dataloader()
-        set_seed(seed)
-        _choose_reports(trainer, progress, stack)
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        metrics = trainer.evaluate() if eval_dataset is not None else {}
-        history, steps = trainer.state.log_history, trainer.state.global_step
-
-        def close_run() -> None:
-            bayes.save_pretrained(output_dir / ADAPTER_FOLDER)
-            record.update(finished=True, steps=steps, metrics=metrics, history=history)
-            write_json(output_dir / RUN_FILE, record)
-
-        on_main_process(close_run)
+        result = _train(trainer, checkpoint, output_dir, progress, stack)
+        on_main_process(lambda: _close_run(bayes, record, result))
     bayes.eval()
-    return FitResult(metrics, history, steps, output_dir)
+    return result
+
+
+def _check_arguments(arguments: TrainingArguments, network: nn.Module, eval_dataset: Any, best_metric: str) -> None:
+    check_fit_arguments(arguments, network)
+    check_resumable(arguments)
+    check_evaluated(arguments, eval_dataset, best_metric)
+    check_parallelism(arguments)
+
+
+def _open_folder(
+    output_dir: Path, resume: bool, record: dict[str, Any], stack: ExitStack
+) -> tuple[Path | None, dict[str, Any] | None]:
+    """Take the run's folder until ``stack`` closes; as :func:`bayeslora.training.record.begin_run`."""
+    refuse_other_content(output_dir, resume)
+    stack.enter_context(lock_folder(output_dir))
+    stack.enter_context(reporting_full_disk(output_dir))
+    return begin_run(output_dir, resume, record)
+
+
+def _load_finished(
+    bayes: BayesLoRA, record: Mapping[str, Any], output_dir: Path, arguments: TrainingArguments
+) -> FitResult:
+    load_adapter(bayes, output_dir / ADAPTER_FOLDER)
+    bayes.to(arguments.device).eval()
+    return FitResult(record["metrics"], record["history"], record["steps"], output_dir)
 
 
 @contextmanager
@@ -212,7 +206,22 @@ def _refusing(output_dir: Path, resume: bool) -> Iterator[None]:
         raise InputError(f"transformers.Trainer refuses an argument: {error}") from error
 
 
-def _choose_reports(trainer: Trainer, progress: bool, stack: ExitStack) -> None:
+def _callbacks(bayes: BayesLoRA, further: Sequence[Any], early_stopping: int | None) -> list[Any]:
+    stopping = [EarlyStoppingCallback(early_stopping)] if early_stopping else []
+    return [NoiseScheduleCallback(bayes.noise_schedule), *further, *stopping]
+
+
+def _train(
+    trainer: BayesTrainer, checkpoint: Path | None, output_dir: Path, progress: bool, stack: ExitStack
+) -> FitResult:
+    set_seed(trainer.args.seed)
+    _choose_reports(trainer, progress, stack)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
+    return FitResult(metrics, trainer.state.log_history, trainer.state.global_step, output_dir)
+
+
+def _choose_reports(trainer: BayesTrainer, progress: bool, stack: ExitStack) -> None:
     trainer.remove_callback(PrinterCallback)
     if progress:
         trainer.pop_callback(ProgressCallback)
@@ -223,45 +232,8 @@ def _choose_reports(trainer: Trainer, progress: bool, stack: ExitStack) -> None:
         stack.callback(board.close)
 
 
-def compile_options(settings: dict[str, Any]) -> dict[str, Any] | None:
-    """Takes Trainer's words for torch.compile out of ``settings``: it would compile Pyro too, and not the network."""
-    wanted = settings.pop("torch_compile", False)
-    options = {word: settings.pop(f"torch_compile_{word}", None) for word in ("backend", "mode")}
-    options = {word: value for word, value in options.items() if value is not None}
-    return options if wanted or options else None
-
-
-def installed_loggers() -> list[str]:
-    from importlib.util import find_spec
-
-    return ["tensorboard"] if find_spec("tensorboard") else []
-
-
-def check_counts(**counts: int | None) -> None:
-    for name, value in counts.items():
-        if value is not None and value < 1:
-            raise InputError(f"{name} must be at least 1, got {value}")
-
-
-def check_resumable(arguments: TrainingArguments) -> None:
-    """Refuse what would let a run start that cannot be resumed exactly."""
-    promised = {"save_only_model": False, "ignore_data_skip": False, "restore_callback_states_from_checkpoint": True}
-    for name, value in promised.items():
-        if getattr(arguments, name) != value:
-            raise InputError(
-                f"{name}={not value} leaves checkpoints from which a run cannot be resumed exactly: leave it out "
-                "(save_strategy='no' writes no checkpoints at all)"
-            )
-
-
-def check_evaluated(arguments: TrainingArguments, eval_dataset: Any, best_metric: str) -> None:
-    """What looks at an evaluation has one to look at."""
-    if eval_dataset is None and (arguments.eval_strategy != "no" or arguments.load_best_model_at_end):
-        raise InputError("eval_strategy and load_best_model_at_end need an eval_dataset to look at")
-    if eval_dataset is not None and arguments.dataloader_drop_last:
-        smallest = arguments.per_device_eval_batch_size * arguments.world_size
-        if len(eval_dataset) < smallest:
-            raise InputError(f"dataloader_drop_last=True drops all {len(eval_dataset)} examples of the eval_dataset: "
-                             "pass a smaller per_device_eval_batch_size")  # fmt: skip
-    if arguments.prediction_loss_only and best_metric != "loss":
-        raise InputError(f"prediction_loss_only=True computes the loss alone, and best_metric is {best_metric!r}")
+def _close_run(bayes: BayesLoRA, record: dict[str, Any], result: FitResult) -> None:
+    """The adapter, then the record that says that it is whole."""
+    bayes.save_pretrained(result.output_dir / ADAPTER_FOLDER)
+    record |= {"finished": True, "steps": result.steps, "metrics": result.metrics, "history": result.history}
+    write_json(result.output_dir / RUN_FILE, record)

@@ -7,9 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import (
-    TrainingArguments,
-)
+from transformers import TrainingArguments
 
 from bayeslora.errors import InputError
 from bayeslora.files.records import MAX_RUN_BYTES, read_json
@@ -22,6 +20,7 @@ from bayeslora.storage.run_folder import (
     foreign_entry,
     last_checkpoint,
 )
+from bayeslora.training.budget import RECORDED
 
 logger = logging.getLogger(__name__)
 
@@ -90,15 +89,12 @@ def run_record(
     metadata: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """What ``run.json`` says of a run that begins."""
-    kept = ("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
-            "learning_rate", "warmup_steps", "lr_scheduler_type", "weight_decay", "max_grad_norm", "seed",
-            "metric_for_best_model", "eval_steps")  # fmt: skip
     return {
         **(metadata or {}),
         "finished": False,
         "config": bayes.monteclora_config.to_dict(),
         "training": {
-            **{name: _plain(getattr(arguments, name)) for name in kept},
+            **{name: _plain(getattr(arguments, name)) for name in RECORDED if hasattr(arguments, name)},
             "variational_learning_rate": variational_learning_rate,
             "train_examples": num_examples,
             "processes": arguments.world_size,

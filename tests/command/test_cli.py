@@ -1,45 +1,20 @@
 """The command line as a user meets it: exit codes, one-line errors, and a whole run on a tiny network."""
 
+import inspect
 import json
 import re
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
-from transformers import BertTokenizerFast
 
-from bayeslora.command.main import build_parser, main
-from tests.conftest import VOCABULARY, tiny_network
+from bayeslora.command.main import main
+from bayeslora.command.parser import build_parser
+from tests.conftest import tiny_network
 
 COMMANDS = ("demo", "fit", "evaluate", "predict", "diagnose", "compare", "report")
-WORDS = ("good", "bad", "film", "plot", "the", "a", "is", "was", "fine", "dull", "very", "not")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """A tiny BERT with a tokenizer of twelve words, saved as transformers saves it."""
-    folder = tmp_path_factory.mktemp("model")
-    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    filler = [f"w{i}" for i in range(VOCABULARY - len(specials) - len(WORDS))]
-    (folder / "vocab.txt").write_text("\n".join([*specials, *WORDS, *filler]), encoding="utf-8")
-    BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
-    tiny_network().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Two-word reviews, positive where they say good or fine."""
-    folder = tmp_path_factory.mktemp("data") / "reviews"
-    folder.mkdir()
-    rows = [(f"the {noun} is {word}", int(word in ("good", "fine")))
-            for noun in ("film", "plot") for word in ("good", "fine", "bad", "dull")]  # fmt: skip
-    for split, repeats in (("train", 4), ("validation", 1), ("test", 2)):
-        lines = ["text,label", *(f"{text},{label}" for text, label in rows * repeats)]
-        (folder / f"{split}.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (folder / "unlabelled.csv").write_text("text,label\na film,-1\na plot,-1\n", encoding="utf-8")
-    return folder
 
 
 def data_options(model, data):
@@ -47,13 +22,6 @@ def data_options(model, data):
 
 
 SMALL = ["--rank", "2", "--target-modules", "query", "value", "--max-length", "16", "--batch-size", "8"]
-
-
-@pytest.fixture(scope="module")
-def run(model, data, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "reviews"
-    assert main(["fit", *data_options(model, data), "--output", str(folder), "--epochs", "2", *SMALL]) == 0
-    return folder
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -82,11 +50,48 @@ def test_top_level_help_has_examples_of_every_command(capsys):
 
 def test_help_and_analysis_do_not_import_torch():
     code = (
-        "import sys, bayeslora.analysis; from bayeslora.command.main import build_parser; build_parser(); "
-        "print('torch' in sys.modules)"
+        "import sys, bayeslora.analysis; from bayeslora.command.parser import build_parser; build_parser(); "
+        "import bayeslora.command.main; print({'torch', 'transformers', 'datasets'} & {*sys.modules})"
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert output.strip() == "False"
+    assert output.strip() == "set()"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_names_what_runs_it(command):
+    commands = next(a for a in build_parser()._actions if a.choices and command in a.choices)
+    for default in ("check", "run"):
+        name = commands.choices[command].get_default(default)
+        if name or default == "run":
+            module, function = name.split(":")
+            assert next(iter(inspect.signature(getattr(import_module(module), function)).parameters)) == "arguments"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("fit --model m --task mrcp --output o", "unknown task 'mrcp': did you mean mrpc?"),
+        (
+            "fit --model m --task x --data-dir . --text-columns text --output o --mode post_hoc --sample-scaler 0",
+            "leaves none to train",
+        ),
+        ("compare --model m --task mrcp --output o", "unknown task 'mrcp': did you mean mrpc?"),
+        ("compare study.yaml --output o", "'model' is missing"),
+        ("predict run --split test --text-pair b", "--text-pair goes with --text"),
+    ],
+)
+def test_mistakes_are_found_without_torch(arguments, says, tmp_path):
+    (tmp_path / "study.yaml").write_text("tasks: [sst2]\n", encoding="utf-8")
+    (tmp_path / "train.csv").write_text("text,label\ngood,1\nbad,0\n", encoding="utf-8")
+    code = (
+        "import sys; from bayeslora.command.main import main; "
+        "print(main(sys.argv[1:]), {'torch', 'transformers'} & {*sys.modules})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments.split()], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "2 set()"
+    assert says in done.stderr
 
 
 def test_fit_writes_a_run(run):

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from transformers import BertTokenizerFast
 
-from bayeslora.command.main import build_parser, main
+from bayeslora.command.main import main
+from bayeslora.command.parser import build_parser
 from bayeslora.errors import InputError
 from bayeslora.tasks.encoding import encode_options
 from bayeslora.tasks.load import load_task

@@ -17,7 +17,7 @@ from bayeslora.inference.predict import Collator
 from bayeslora.models import ChoiceLikelihood, NextTokenLikelihood
 from bayeslora.study.trainer import PlainTrainer
 from bayeslora.tasks.encoding import pack
-from bayeslora.training.arguments import FIT_WORDS, REFUSED_BY_FIT
+from bayeslora.training.arguments import FIT_NAMES, REFUSED_BY_FIT
 from tests.conftest import tiny_batch, tiny_dataset, tiny_network
 from tests.language import tiny_language_model
 
@@ -412,10 +412,10 @@ class TestArguments:
         )
         refused = {name for name, value in DECISIONS.items() if value not in (OWN, WORD, SET)} - set(HONOURED)
         assert set(REFUSED_BY_FIT) == refused
-        assert {name for name, value in DECISIONS.items() if value is WORD} == set(FIT_WORDS)
+        assert {name for name, value in DECISIONS.items() if value is WORD} == set(FIT_NAMES)
         own = set(inspect.signature(fit).parameters)
         assert {name for name, value in DECISIONS.items() if value is OWN} == own & fields
-        assert set(FIT_WORDS.values()) <= own
+        assert set(FIT_NAMES.values()) <= own
 
     @pytest.mark.parametrize("names", [*([n] for n in ALONE), [n for n in HONOURED if n not in ALONE]], ids=str)
     def test_honoured(self, names, tmp_path):
@@ -433,9 +433,9 @@ class TestArguments:
                 **FIT_OPTIONS, **{name: DECISIONS[name]})  # fmt: skip
         assert written(tmp_path / "run") is None
 
-    @pytest.mark.parametrize("name", FIT_WORDS)
+    @pytest.mark.parametrize("name", FIT_NAMES)
     def test_said_in_another_word(self, name, tmp_path):
-        with pytest.raises(InputError, match=f"fit calls {name} {FIT_WORDS[name]}: "):
+        with pytest.raises(InputError, match=f"fit calls {name} {FIT_NAMES[name]}: "):
             fit(classifier(), tiny_dataset(8), output_dir=tmp_path / "run", **FIT_OPTIONS, **{name: 1})
         assert written(tmp_path / "run") is None
 

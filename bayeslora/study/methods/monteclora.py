@@ -106,7 +106,8 @@ class Posterior:
             callbacks=[checkpoints],
             save_strategy="no",
             **evaluating,
-            **experiment.budget(scale),
+            **dataclasses.asdict(experiment.budget(scale)),
+            evaluations=experiment.evaluations,
             **experiment.study.trainer,
         )
         seconds = time.perf_counter() - started

@@ -100,7 +100,7 @@ class LoRAPlus(LoRA):
     title: ClassVar[str] = "LoRA+"
 
     def training(self, network: nn.Module, experiment: "Experiment") -> dict[str, Any]:
-        decay = experiment.budget().get("weight_decay", 0.0)
+        decay = experiment.budget().weight_decay
 
         def optimizer(cls: type, options: dict[str, Any]) -> Any:
             made = create_loraplus_optimizer(

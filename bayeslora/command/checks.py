@@ -1,0 +1,103 @@
+"""What a command finds out before it loads what it works with: a mistake is told without waiting for torch.
+
+Each function is named in :mod:`bayeslora.command.parser`, and gives what the command's own function takes after its
+arguments.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from bayeslora.command.flags import flag_of
+from bayeslora.config import MonteCLoRAConfig, default_preset
+from bayeslora.errors import InputError
+from bayeslora.options import flags
+from bayeslora.study.spec import Study
+from bayeslora.tasks.base import Task
+from bayeslora.tasks.load import load_task
+
+
+def check_fit(arguments: argparse.Namespace) -> tuple[Task, MonteCLoRAConfig]:
+    task = _read_task(arguments, arguments.task)
+    return task, configuration(arguments, task.kind)
+
+
+def check_predict(arguments: argparse.Namespace) -> tuple[()]:
+    if arguments.text and arguments.max_examples:
+        raise InputError("--max-examples is a subset of a split: leave it out beside --text")
+    if arguments.text_pair and not arguments.text:
+        raise InputError("--text-pair goes with --text: leave it out beside --split")
+    return ()
+
+
+def check_compare(arguments: argparse.Namespace) -> tuple[Study | tuple[MonteCLoRAConfig, list[Task]]]:
+    """The study of the file, or the configuration and the tasks that flags say."""
+    if arguments.study:
+        return (_study_from_file(arguments),)
+    if not arguments.model or not arguments.task:
+        raise InputError("compare needs a study file, or --model and --task")
+    if arguments.early_stopping is not None:
+        raise InputError("compare trains every method on the same budget: --early-stopping does not apply")
+    arguments.rank = arguments.rank or [MonteCLoRAConfig.r]
+    config = configuration(arguments, "classification", r=min(arguments.rank))
+    if config.mode == "post_hoc":
+        raise InputError(
+            "compare starts both methods from scratch, but --mode post_hoc needs a trained LoRA: name "
+            "monteclora_post_hoc in --methods"
+        )
+    return ((config, [_read_task(arguments, name) for name in arguments.task]),)
+
+
+def _read_task(arguments: argparse.Namespace, name: str) -> Task:
+    return load_task(
+        name,
+        arguments.data_dir,
+        text_columns=arguments.text_columns,
+        label_column=arguments.label_column,
+        prompting=_prompting(arguments.prompting),
+    )
+
+
+def configuration(arguments: argparse.Namespace, kind: str, **changes: Any) -> MonteCLoRAConfig:
+    """The preset, by default the one for this ``kind`` of task, with the method options that were given."""
+    given = {field.name: getattr(arguments, flag_of(field)) for field in flags(MonteCLoRAConfig)}
+    if given["target_modules"] == ["all-linear"]:
+        given["target_modules"] = "all-linear"
+    options = {name: value for name, value in (given | changes).items() if value is not None}
+    return MonteCLoRAConfig.preset(arguments.preset or default_preset(kind), **options)
+
+
+def _study_from_file(arguments: argparse.Namespace) -> Study:
+    """The study of the file; its tasks from ``--data-dir`` where it names no folder, ``sentiment`` excepted."""
+    beside = ("study", "output", "storage", "in_process", "data_dir", "check", "run", "command_line", "default_of")
+    for name, value in vars(arguments).items():
+        if name not in beside and value != arguments.default_of(name):
+            raise InputError(
+                f"--{name.replace('_', '-')} does nothing beside a study file: change {arguments.study} instead"
+            )
+    study = Study.from_yaml(arguments.study)
+    if arguments.data_dir is None:
+        return study
+    folder = str(arguments.data_dir)
+    tasks = [
+        task if task.data_dir or task.name == "sentiment" else replace(task, data_dir=folder) for task in study.tasks
+    ]
+    return replace(study, tasks=tuple(tasks))
+
+
+def _prompting(entries: Sequence[str]) -> dict[str, Any]:
+    """``WORD=VALUE`` as a mapping; true, false and numbers as JSON writes them."""
+    found: dict[str, Any] = {}
+    for entry in entries:
+        name, equals, value = entry.partition("=")
+        if not equals:
+            raise InputError(f"--prompting takes WORD=VALUE, such as style=letters, got {entry!r}")
+        if name in found:
+            raise InputError(f"--prompting has {name} twice")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found

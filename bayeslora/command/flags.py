@@ -1,0 +1,70 @@
+"""What the values of flags are, and the flags for the options of a dataclass."""
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from bayeslora.errors import InputError
+from bayeslora.options import COUNT, Range, choices
+
+FLAGS = {"r": "rank"}  # a field's flag, where it is not the field's own name
+
+
+def number(name: str, takes: Range = COUNT) -> Callable[[str], Any]:
+    """For argparse: a number in a range; ``name`` is what errors call it."""
+
+    def parse(text: str) -> Any:
+        try:
+            return takes.parse(name, text)
+        except InputError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return parse
+
+
+def word(text: str) -> str:
+    """For argparse: something rather than nothing, as an unset variable of the shell leaves."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty")
+    return text
+
+
+def path(text: str) -> Path:
+    return Path(word(text))
+
+
+def sentence(text: str) -> str:
+    """For argparse: what a tokenizer can read."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise argparse.ArgumentTypeError("is not valid Unicode: give it in the encoding of this terminal") from error
+    return word(text)
+
+
+def add_options(
+    group: Any,
+    owner: type,
+    fields: Iterable[dataclasses.Field[Any]],
+    *,
+    several: Iterable[str] = (),
+    default: Callable[[dataclasses.Field[Any]], Any] = lambda field: field.default,
+) -> None:
+    """A flag for each of a dataclass's ``fields``; those in ``several`` take a list."""
+    for field in fields:
+        flag, value, help = flag_of(field), default(field), field.metadata["help"]
+        takes, allowed = field.metadata["takes"], choices(owner).get(field.name)
+        kind: dict[str, Any] = {"choices": allowed} if allowed else {"type": word}
+        if takes:
+            kind = {"type": number(field.name if flag == field.name else f"{field.name} ({help})", takes)}
+        if field.name in several:
+            kind |= {"nargs": "+"} if takes else {"nargs": "+", "metavar": "NAME"}
+            value = value if value is None else [value]
+        group.add_argument(f"--{flag.replace('_', '-')}", default=value, help=help, **kind)
+
+
+def flag_of(field: dataclasses.Field[Any]) -> str:
+    """The field's name on the command line, with underscores."""
+    return FLAGS.get(field.name, field.name)

