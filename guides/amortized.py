@@ -1,6 +1,7 @@
 """One small shared network describes every adapter's posterior."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -44,11 +45,11 @@ class AmortizedGuide(MixtureGuide):
             self.output.bias[: self._rank] = math.log(start)
             self.output.bias[self._rank :] = initial_log_alpha(self.config.alpha_init, self.config.num_components)
 
-    def run(self, program: Any) -> dict[str, Tensor]:
+    def run(self, program: Any, means: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         with self.model.full_precision():
             self._described = self._describe()
         try:
-            return super().run(program)
+            return super().run(program, means)
         finally:
             self._described = {}
 

@@ -45,9 +45,10 @@ class GaussianGuide(Guide):
         """ρ = log(s/ε), shape ``(adapters, columns, r)``."""
         return getattr(self, f"log_scale_{group.name}")
 
-    def sample_group(self, group: AdapterGroup, program: Any) -> dict[str, Tensor]:
+    def sample_group(self, group: AdapterGroup, program: Any, mean: Tensor | None = None) -> dict[str, Tensor]:
+        mean = self.model.mean(group) if mean is None else mean
         site, log_scale = f"A_{group.name}", self.log_scale(group)
-        normal = dist.Normal(self.model.mean(group), self._deviation(group)).to_event(1)
+        normal = dist.Normal(mean, self._deviation(group)).to_event(1)
         adapters, columns = self.plates(group, program)
         with adapters:
             sites = self.sample_priors(group, program)
@@ -63,5 +64,5 @@ class GaussianGuide(Guide):
 
     def _deviation(self, group: AdapterGroup) -> Tensor:
         """s, shape ``(adapters, columns, r)``."""
-        scale = self.model.noise_scale(group)
+        scale = self.model.sample_scaler(group)
         return (scale[:, None, None] if isinstance(scale, Tensor) else scale) * self.log_scale(group).exp()

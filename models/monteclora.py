@@ -15,8 +15,7 @@ Reference: Sengupta et al., *Robust and Efficient Fine-tuning of LLMs with Bayes
 Adaptation* (TMLR 2025), section 4.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
 from typing import Any
 
 import pyro
@@ -25,9 +24,10 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from bayeslora.adapters.drawing import leaves_for_recomputation, using_draw
+from bayeslora.adapters.drawing import using_draw
 from bayeslora.adapters.groups import AdapterGroup, find_groups
 from bayeslora.adapters.inject import adapt
+from bayeslora.adapters.modes import checkpointable, recomputes
 from bayeslora.config import MonteCLoRAConfig
 from bayeslora.distributions import CollapsedMixture, MixtureWeights, WishartCholesky, active_weights
 from bayeslora.errors import InputError
@@ -62,10 +62,9 @@ class MonteCLoRA(PyroModule):
         super().__init__("model")
         adapted = adapt(network, config)
         self._network = (adapted,)  # in a tuple: its parameters are its own, not this module's
-        self._checkpointable = tuple(m for m in adapted.modules() if hasattr(m, "gradient_checkpointing"))
+        self._checkpointable = checkpointable(adapted)
         self.config = config
         self.groups = find_groups(adapted)
-        self._is_centred = False
         if config.noise_schedule != "constant":
             for group in self.groups:
                 factors = torch.ones(len(group), device=_device(group))
@@ -81,10 +80,14 @@ class MonteCLoRA(PyroModule):
         """ν of a group: the configured value, or its rank."""
         return float(self.config.degrees_of_freedom or group.rank)
 
-    def noise_scale(self, group: AdapterGroup) -> float | Tensor:
+    def sample_scaler(self, group: AdapterGroup) -> float | Tensor:
         """ε of prior and posterior: a number, or under a noise schedule one for each adapter, ``(adapters,)``."""
         factors = self.noise_factors(group)
         return self.config.sample_scaler if factors is None else self.config.sample_scaler * factors
+
+    def noise_scale(self, group: AdapterGroup) -> float | Tensor:
+        """The former name of :meth:`sample_scaler`, for guides that were written with it."""
+        return self.sample_scaler(group)
 
     def noise_factors(self, group: AdapterGroup) -> Tensor | None:
         """What a noise schedule multiplies ε by, ``(adapters,)``: a buffer, saved with the posterior; None without."""
@@ -119,19 +122,23 @@ class MonteCLoRA(PyroModule):
         with using_draw(self.groups, draw, keep=self.recomputes()):
             return self.observe(labels=labels, **inputs)
 
-    def run(self, program: Any) -> dict[str, Tensor]:
+    def run(self, program: Any, means: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The prior's program, under Pyro's primitives or a :class:`~bayeslora.recorder.Recorder`'s.
+
+        Args:
+            program: Has ``sample`` and ``plate``.
+            means: Group name to what A is centred at, ``(adapters, columns, r)``; μ where ``None``. Around
+                :meth:`zero_means` the program draws A − μ, whose law does not depend on μ.
 
         Returns:
             Group name to A, one column a row: ``(adapters, columns, r)``.
         """
-        return {group.name: self._sample_group(group, program) for group in self.groups}
+        means = {group.name: self.mean(group) for group in self.groups} if means is None else means
+        return {group.name: self._sample_group(group, program, means[group.name]) for group in self.groups}
 
     def observe(self, labels: Tensor | None = None, **inputs: Any) -> tuple[Tensor, Tensor]:
         """The likelihood's site, given the weights that are set; returns outputs and labels."""
-        recomputed = leaves_for_recomputation(self.groups, self.network) if self.recomputes() else nullcontext()
-        with recomputed:
-            outputs = self.outputs(inputs, labels)
+        outputs = self.outputs(inputs, labels)
         # forward, not call: σ enters Pyro's global store only where the whole model is called as a Pyro model
         return outputs, self.likelihood.forward(outputs, labels, self.num_examples)
 
@@ -152,32 +159,26 @@ class MonteCLoRA(PyroModule):
             return self.likelihood.count(labels)
         return torch.tensor(len(labels), device=labels.device)
 
-    def mean_field(self, labels: Tensor | None = None, **inputs: Any) -> tuple[Tensor, Tensor]:
+    def at_mean(self, labels: Tensor | None = None, **inputs: Any) -> tuple[Tensor, Tensor]:
         """The same with every A at its mean μ: no latent site, plain LoRA."""
         return self.observe(labels=labels, **inputs)
 
     def mean(self, group: AdapterGroup) -> Tensor:
-        """μ of a group's adapters, one column a row, ``(adapters, columns, r)``; 0 inside :meth:`centred`."""
-        return self._zero.expand(len(group), group.columns, group.rank) if self._is_centred else group.mean()
+        """μ of a group's adapters, one column a row, ``(adapters, columns, r)``."""
+        return group.mean()
 
-    @contextmanager
-    def centred(self) -> Iterator[None]:
-        """Inside, both programs leave μ out: they draw A − μ, whose law does not depend on μ."""
-        self._is_centred = True
-        try:
-            yield
-        finally:
-            self._is_centred = False
+    def zero_means(self) -> dict[str, Tensor]:
+        """Zeros in place of every group's μ, for both programs to draw A − μ: see :meth:`run`."""
+        zero = torch.zeros((), device=_device(self.groups[0]))
+        return {group.name: zero.expand(len(group), group.columns, group.rank) for group in self.groups}
 
-    @property
-    def _zero(self) -> Tensor:
-        return torch.zeros((), device=_device(self.groups[0]))
-
-    def weights(self, sites: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def matrices(self, sites: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A of every group from the values of its sites: group name to ``(adapters, columns, r)``."""
-        return {group.name: self._adapted_matrix(group, sites) for group in self.groups}
+        if self.config.components == "explicit":
+            return {group.name: self._from_components(group, sites, self.mean(group)) for group in self.groups}
+        return {group.name: sites[f"A_{group.name}"] for group in self.groups}
 
-    def _sample_group(self, group: AdapterGroup, program: Any) -> Tensor:
+    def _sample_group(self, group: AdapterGroup, program: Any, mean: Tensor) -> Tensor:
         config, name = self.config, group.name
         device = _device(group)
         identity = torch.eye(group.rank, device=device).expand(len(group), group.rank, group.rank)
@@ -190,24 +191,26 @@ class MonteCLoRA(PyroModule):
                 standard = dist.Normal(torch.zeros((), device=device), 1).expand([group.rank]).to_event(1)
                 with program.plate(f"components_{name}", config.num_components, dim=-3), columns:
                     components = program.sample(f"S_{name}", standard)
-                return self._adapted_matrix(group, {f"pi_{name}": pi, f"S_{name}": components})
+                return self._from_components(group, {f"pi_{name}": pi, f"S_{name}": components}, mean)
             weights = active_weights(pi[..., 0, :], config.mixture)
-            prior = CollapsedMixture(self.mean(group), identity, weights, self.noise_scale(group))
+            prior = CollapsedMixture(mean, identity, weights, self.sample_scaler(group))
             with columns:
                 return program.sample(f"A_{name}", prior)
 
-    def _adapted_matrix(self, group: AdapterGroup, sites: Mapping[str, Tensor]) -> Tensor:
-        name = group.name
-        if f"A_{name}" in sites:
-            return sites[f"A_{name}"]
-        weights = active_weights(sites[f"pi_{name}"][..., 0, :], self.config.mixture)  # (adapters, N)
-        noise = torch.einsum("ak,kacr->acr", weights, sites[f"S_{name}"])
-        scale = self.noise_scale(group)
-        return self.mean(group) + (scale[:, None, None] if isinstance(scale, Tensor) else scale) * noise
+    def _from_components(self, group: AdapterGroup, sites: Mapping[str, Tensor], mean: Tensor) -> Tensor:
+        """A as the mixture of its N Gaussians."""
+        weights = active_weights(sites[f"pi_{group.name}"][..., 0, :], self.config.mixture)  # (adapters, N)
+        noise = torch.einsum("ak,kacr->acr", weights, sites[f"S_{group.name}"])
+        scale = self.sample_scaler(group)
+        return mean + (scale[:, None, None] if isinstance(scale, Tensor) else scale) * noise
 
     def recomputes(self) -> bool:
-        """Whether layers run again in the backward pass, and must then see the same draw."""
-        return torch.is_grad_enabled() and any(module.gradient_checkpointing for module in self._checkpointable)
+        """Whether layers run again in the backward pass, and must then see the same draw.
+
+        Raises:
+            InputError: where they would do so reentrantly.
+        """
+        return torch.is_grad_enabled() and recomputes(self._checkpointable)
 
     def _register_parameters(self) -> None:
         trained = {f"network.{name}": p for name, p in self.network.named_parameters() if p.requires_grad}

@@ -13,7 +13,10 @@ from bayeslora.adapters.modes import evaluation_mode, is_compiled
 from bayeslora.adapters.sampled import RowsError
 from bayeslora.errors import InputError
 
-one_at_a_time = threading.RLock()  # the draw in a network and Pyro's stack of handlers are shared by all threads
+# One for the process, not one a network: beside the draw that a network holds, all threads share Pyro's stack of
+# handlers, its validation switch and torch's generators, which a seeded draw borrows. Another thread's network would be
+# seen by these handlers, or draw from this seed.
+one_at_a_time = threading.RLock()
 
 
 def check_in_use(groups: tuple[AdapterGroup, ...]) -> None:
@@ -101,6 +104,23 @@ def check_reached(groups: tuple[AdapterGroup, ...]) -> None:
         )
 
 
+def check_arrival(network: nn.Module, groups: tuple[AdapterGroup, ...], run: Callable[[], Any]) -> None:
+    """:func:`check_reached` after a training batch; some networks leave out layers at random while they are trained.
+
+    Args:
+        network: The network.
+        groups: Its adapters.
+        run: Runs the batch again, for a second look in evaluation mode.
+    """
+    try:
+        check_reached(groups)
+    except InputError:
+        with evaluation_mode(network), torch.no_grad(), keeping_draw(groups):
+            set_draw(groups, {group.name: group.mean() for group in groups})
+            run()
+            check_reached(groups)
+
+
 @contextmanager
 def keeping_draw(groups: tuple[AdapterGroup, ...]) -> Iterator[None]:
     """Whatever is set inside, the draw is afterwards what it was before."""
@@ -147,58 +167,6 @@ def _cleared_after(groups: tuple[AdapterGroup, ...], keep: bool) -> Iterator[Non
     finally:
         if not keep:
             clear_draw(groups)
-
-
-@contextmanager
-def leaves_for_recomputation(groups: tuple[AdapterGroup, ...], network: nn.Module) -> Iterator[None]:
-    """Let checkpointed layers recompute, in the backward pass, with the draw that is set; it stays set.
-
-    Reentrant checkpointing runs a backward pass for each block, and the first would free the graph of the draw that
-    all blocks share. So each adapter gets a leaf instead, and the leaves' gradients go on into the draw's graph where
-    the network's input ends its own backward pass, after the last block.
-    """
-    draws = [adapter.lora_A.draw for group in groups for adapter in group.adapters]
-    drawn = [(draw, draw.weight) for draw in draws if draw.weight is not None and draw.weight.requires_grad]
-    if not drawn:
-        yield
-        return
-    leaves, tensors = [], [weight for _, weight in drawn]
-    for draw, weight in drawn:
-        draw.weight = weight.detach().requires_grad_()
-        leaves.append(draw.weight)
-    entry, passed = _Handover.apply(leaves, *tensors), []
-
-    def enter(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-        passed.append(module)
-        return output + entry.to(output.dtype)
-
-    embeddings: nn.Module = network.get_input_embeddings()  # type: ignore[operator]
-    handle = embeddings.register_forward_hook(enter)
-    try:
-        yield
-    finally:
-        handle.remove()
-    if not passed:
-        raise InputError(
-            "gradient checkpointing needs the network to look its input embeddings up itself: pass input_ids, or "
-            "switch checkpointing off"
-        )
-
-
-class _Handover(torch.autograd.Function):
-    """A zero whose backward pass hands the leaves' gradients on to the tensors they stand for."""
-
-    @staticmethod
-    def forward(ctx: Any, leaves: list[Tensor], *tensors: Tensor) -> Tensor:
-        ctx.leaves = leaves
-        return tensors[0].new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple:
-        gradients = [leaf.grad for leaf in ctx.leaves]
-        for leaf in ctx.leaves:
-            leaf.grad = None
-        return None, *gradients
 
 
 def rows_are_examples(
