@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from bayeslora.adapters.groups import Adapter, AdapterGroup
 from bayeslora.adapters.quantized import frozen_weight
 from bayeslora.guides.mixture import MixtureGuide, initial_log_alpha, initial_scale
-from bayeslora.models import MonteCLoRA
+from bayeslora.models.prior import Prior
 
 NUM_FEATURES = 6
 WIDTH = 32
@@ -24,7 +24,7 @@ class AmortizedGuide(MixtureGuide):
     the same v and α as in the mean-field guide.
     """
 
-    def __init__(self, model: MonteCLoRA):
+    def __init__(self, model: Prior):
         super().__init__(model)
         adapters = [adapter for group in model.groups for adapter in group.adapters]
         kinds = {kind: index for index, kind in enumerate(dict.fromkeys(a.kind for a in adapters))}

@@ -9,7 +9,7 @@ from pyro.nn import PyroModule
 from torch import Tensor
 
 from bayeslora.adapters.groups import AdapterGroup
-from bayeslora.models import MonteCLoRA
+from bayeslora.models.prior import Prior
 from bayeslora.parameter_store import claim_names
 
 
@@ -38,20 +38,20 @@ class Guide(PyroModule):
         group, run = (inspect.signature(program).parameters for program in (cls.sample_group, cls.run))
         cls.takes_mean = "mean" in group and "means" in run
 
-    def __init__(self, model: MonteCLoRA):
+    def __init__(self, model: Prior):
         super().__init__("guide")
         self._model = (model,)  # in a tuple: the model's parameters are its own
         self.config = model.config
 
     @property
-    def model(self) -> MonteCLoRA:
+    def model(self) -> Prior:
         return self._model[0]
 
     def sample_group(self, group: AdapterGroup, program: Any) -> dict[str, Tensor]:
         """Sample the model's three sites for one group of adapters, and return them: site name to value.
 
         ``program.sample(name, distribution)`` is Pyro's. Names and shapes are the model's
-        (:mod:`bayeslora.models.monteclora`). A site whose entries are independent over adapters and columns goes into
+        (:mod:`bayeslora.models.prior`). A site whose entries are independent over adapters and columns goes into
         the :meth:`plates`; a joint one stays outside and has them in its event: ``(adapters, columns, r)``. The mean
         of A is ``self.model.mean(group)``. ``infer={"expected_kl": ...}`` gives a site's KL where it is known, in
         nats, of a shape that expands to ``(adapters, columns)``; it is else estimated at the draw.
@@ -90,7 +90,7 @@ class Guide(PyroModule):
     def run(self, program: Any, means: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The guide's program, under Pyro's primitives or a :class:`~bayeslora.recorder.Recorder`'s.
 
-        ``means``, for a guide that :attr:`takes_mean`, are those of the model's :meth:`~MonteCLoRA.run`.
+        ``means``, for a guide that :attr:`takes_mean`, are those of :meth:`bayeslora.models.prior.Prior.run`.
         """
         draw: dict[str, Tensor] = {}
         with self.model.full_precision():

@@ -10,7 +10,7 @@ from bayeslora.adapters.groups import AdapterGroup
 from bayeslora.distributions import active_weights, expected_cooperation
 from bayeslora.errors import InputError
 from bayeslora.guides.base import Guide
-from bayeslora.models import MonteCLoRA
+from bayeslora.models.prior import Prior
 
 
 class GaussianGuide(Guide):
@@ -30,7 +30,7 @@ class GaussianGuide(Guide):
     symmetric_rows = True
     follows_noise_schedule = True
 
-    def __init__(self, model: MonteCLoRA):
+    def __init__(self, model: Prior):
         super().__init__(model)
         if self.config.components == "explicit":
             raise InputError("the gaussian guide describes A as a whole: use components='collapsed', which has the "

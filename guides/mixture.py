@@ -16,7 +16,7 @@ from bayeslora.distributions import (
     expected_cooperation,
 )
 from bayeslora.guides.base import Guide
-from bayeslora.models import MonteCLoRA
+from bayeslora.models.prior import Prior
 
 
 class MixtureGuide(Guide):
@@ -68,7 +68,7 @@ class MixtureGuide(Guide):
         return self.model.sample_scaler(group) ** 2 * self.expected_squares(group) * scale
 
 
-def initial_scale(model: MonteCLoRA, group: AdapterGroup) -> float:
+def initial_scale(model: Prior, group: AdapterGroup) -> float:
     r"""Where v starts: the configured value, or the minimum of :math:`KL_W + m\,E[KL_N]`.
 
     Its derivative in :math:`v_j` is :math:`\tfrac12(\nu(1 - 1/v_j) + m(\nu - 1/v_j))`, so

@@ -185,7 +185,7 @@ def rows_are_examples(
     run_network = run or (lambda batch: network(**batch))
     pair = {name: value[[0, -1]] for name, value in inputs.items()}
     generator = torch.Generator().manual_seed(0)
-    device = groups[0].adapters[0].lora_A.weight.device
+    device = groups[0].device
     weights = {g.name: torch.randn(2, len(g), g.columns, g.rank, generator=generator).to(device) for g in groups}
     alone = [{name: value[i : i + 1] for name, value in pair.items()} for i in range(2)]
     outputs: list[Tensor] = []
