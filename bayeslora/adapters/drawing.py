@@ -39,16 +39,16 @@ def check_in_use(groups: tuple[AdapterGroup, ...]) -> None:
                 )
 
 
-def set_draw(groups: tuple[AdapterGroup, ...], weights: Mapping[str, Tensor]) -> None:
-    """Give every adapter its drawn weight.
+def set_draw(groups: tuple[AdapterGroup, ...], matrices: Mapping[str, Tensor]) -> None:
+    """Give every adapter its drawn matrix.
 
     Args:
-        weights: Group name to drawn A, one column a row: ``(adapters, columns, r)``, or
+        matrices: Group name to drawn A, one column a row: ``(adapters, columns, r)``, or
             ``(draws, adapters, columns, r)`` for a batch of as many equal groups of consecutive rows, one a draw.
     """
     check_in_use(groups)
     for group in groups:
-        drawn = weights[group.name].mT.to(group.adapters[0].lora_A.weight.dtype)
+        drawn = matrices[group.name].mT.to(group.adapters[0].lora_A.weight.dtype)
         for adapter, weight in zip(group.adapters, drawn.unbind(-3), strict=True):
             adapter.lora_A.draw.set(weight)
 
@@ -135,13 +135,13 @@ def keeping_draw(groups: tuple[AdapterGroup, ...]) -> Iterator[None]:
 
 @contextmanager
 def using_draw(
-    groups: tuple[AdapterGroup, ...], weights: Mapping[str, Tensor], *, keep: bool = False
+    groups: tuple[AdapterGroup, ...], matrices: Mapping[str, Tensor], *, keep: bool = False
 ) -> Iterator[None]:
     """Run the network as one draw, or several (see :func:`set_draw`).
 
     ``keep`` leaves it set, for checkpointed layers that run again in the backward pass.
     """
-    set_draw(groups, weights)
+    set_draw(groups, matrices)
     with _cleared_after(groups, keep):
         yield
 
@@ -186,7 +186,7 @@ def rows_are_examples(
     pair = {name: value[[0, -1]] for name, value in inputs.items()}
     generator = torch.Generator().manual_seed(0)
     device = groups[0].device
-    weights = {g.name: torch.randn(2, len(g), g.columns, g.rank, generator=generator).to(device) for g in groups}
+    matrices = {g.name: torch.randn(2, len(g), g.columns, g.rank, generator=generator).to(device) for g in groups}
     alone = [{name: value[i : i + 1] for name, value in pair.items()} for i in range(2)]
     outputs: list[Tensor] = []
     layers = [adapter.lora_A for group in groups for adapter in group.adapters]
@@ -201,9 +201,9 @@ def rows_are_examples(
     eager = torch.compiler.set_stance("force_eager") if is_compiled(network) else nullcontext()
     try:
         with eager, evaluation_mode(network), torch.no_grad():
-            together = run_as(weights, pair)
+            together = run_as(matrices, pair)
             for i in range(2):
-                single = run_as({name: drawn[i] for name, drawn in weights.items()}, alone[i])
+                single = run_as({name: drawn[i] for name, drawn in matrices.items()}, alone[i])
                 for one, both in zip(single, together, strict=True):
                     if both.shape[0] != 2 * one.shape[0] or one.shape[1:] != both.shape[1:]:
                         return False

@@ -179,6 +179,22 @@ class TestObjective:
         differences = torch.stack(differences)
         assert differences.mean().abs() <= 5 * differences.std() / math.sqrt(len(differences)) + 1e-3
 
+    def test_a_step_through_pyros_handlers_is_the_same_step(self, name, components):
+        """A guide whose ``forward`` is its own is run as any Pyro program."""
+        plain = bayes_with(name, components=components, noise="shared", kl_weight=0.1)
+        other = copy.deepcopy(plain)
+        cls = type(other.guide)
+        other.guide.__class__ = type("Own", (cls,), {"forward": lambda self, *args, **kwargs: self.run(pyro)})
+        steps = []
+        for bayes in (plain, other):
+            torch.manual_seed(3)
+            bayes(**tiny_batch()).loss.backward()
+            gradients = {n: p.grad for n, p in bayes.named_parameters() if p.requires_grad}
+            steps.append((bayes.elbo.parts.to_floats(), gradients))
+        assert steps[0][0] == pytest.approx(steps[1][0], rel=1e-4)
+        for parameter, gradient in steps[0][1].items():
+            torch.testing.assert_close(steps[1][1][parameter], gradient, rtol=1e-3, atol=1e-5)
+
     @pytest.mark.parametrize("normalization", ["paper", "elbo"])
     def test_svi_drives_model_and_guide_as_they_are(self, name, components, normalization):
         model, guide = make(name, components)
