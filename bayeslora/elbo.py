@@ -4,7 +4,7 @@ r"""The cooperative ELBO: Pyro's mean-field ELBO with a KL weight, the paper's c
     \mathrm{loss} = -\tfrac1n \sum_{\text{data}} \log p(y \mid x, A) + \eta\,\mathrm{KL} + \lambda_C \sum_k \pi_k^2
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -58,6 +58,13 @@ class ELBOParts:
         }
 
 
+class Score(NamedTuple):
+    """The loss of one draw, and what it was made of."""
+
+    loss: Tensor
+    parts: ELBOParts
+
+
 class CooperativeELBO(TraceMeanField_ELBO):
     """Negative cooperative ELBO per example, in nats; lower is better.
 
@@ -100,25 +107,22 @@ class CooperativeELBO(TraceMeanField_ELBO):
         return cls(config.kl_weight, config.cooperation, config.normalization, config.num_particles)
 
     def differentiable_loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
-        def run() -> tuple[Nodes, Nodes]:
-            guide_trace = poutine.trace(guide, graph_type="flat").get_trace(*args, **kwargs)
-            return _replay(model, guide_trace, args, kwargs).nodes, guide_trace.nodes
-
-        return self.average(run)
-
-    def average(self, run: Callable[[], tuple[Nodes, Nodes]]) -> Tensor:
-        """The loss over ``num_particles`` runs, each of which returns the sites of the model and of the guide: nodes
-        as in a Pyro trace, the model's at the guide's values."""
-        total, parts = None, None
+        scores = []
         for _ in range(self.num_particles):
-            loss, particle = self._particle(*run())
-            total = loss if total is None else total + loss
-            if parts is None:
-                parts = ELBOParts(torch.zeros_like(particle.task))
-            parts.add(particle, 1 / self.num_particles)
-        assert total is not None
-        self.parts = parts
-        return total / self.num_particles
+            guide_trace = poutine.trace(guide, graph_type="flat").get_trace(*args, **kwargs)
+            model_trace = replayed(model, guide_trace, *args, **kwargs)
+            scores.append(self.score(model_trace.nodes, guide_trace.nodes))
+        return self.average(scores)
+
+    def average(self, scores: Sequence[Score]) -> Tensor:
+        """The loss over the particles, whose mean parts become :attr:`parts`."""
+        self.parts = ELBOParts(torch.zeros_like(scores[0].parts.task))
+        for score in scores:
+            self.parts.add(score.parts, 1 / len(scores))
+        total = scores[0].loss
+        for score in scores[1:]:
+            total = total + score.loss
+        return total / len(scores)
 
     def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
         with torch.no_grad():
@@ -130,7 +134,8 @@ class CooperativeELBO(TraceMeanField_ELBO):
             loss.backward()
         return loss.item()
 
-    def _particle(self, model_nodes: Nodes, guide_nodes: Nodes) -> tuple[Tensor, ELBOParts]:
+    def score(self, model_nodes: Nodes, guide_nodes: Nodes) -> Score:
+        """The loss of one draw, from the sites of the guide, and of the model at the guide's values."""
         latent = {n: s for n, s in _samples(model_nodes) if not s["is_observed"]}
         observed = [s for _, s in _samples(model_nodes) if s["is_observed"]]
         sampled = dict(_samples(guide_nodes))
@@ -148,7 +153,7 @@ class CooperativeELBO(TraceMeanField_ELBO):
         if self.kl_weight and kl:
             loss = loss + self.kl_weight * sum(kl.values())
         parts = ELBOParts(task.detach(), {n: v.detach() for n, v in kl.items()}, together.detach())
-        return loss, parts
+        return Score(loss, parts)
 
     def _site_kl(self, model_site: dict, guide_site: dict, counts: "_Counts") -> Tensor:
         """One site's KL under the chosen normalisation, from a tensor of the model site's batch shape."""
@@ -187,10 +192,15 @@ class CooperativeELBO(TraceMeanField_ELBO):
         return guide_site["value"].square().sum(-1)
 
 
-def _replay(model: Callable, guide_trace: Trace, args: tuple, kwargs: dict) -> Trace:
-    replayed = poutine.replay(model, trace=guide_trace)
+def replayed(model: Callable, guide: Trace, *args: Any, **kwargs: Any) -> Trace:
+    """The model's trace at the values of the guide's.
+
+    Raises:
+        InputError: where their shapes do not fit.
+    """
+    replay = poutine.replay(model, trace=guide)
     try:
-        return poutine.trace(replayed, graph_type="flat").get_trace(*args, **kwargs)
+        return poutine.trace(replay, graph_type="flat").get_trace(*args, **kwargs)
     except ValueError as error:
         if "Shape mismatch inside plate" not in str(error):
             raise

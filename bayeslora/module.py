@@ -51,7 +51,7 @@ class BayesLoRA(Posterior):
 
     def sample(self, num_samples: int = 1, *, seed: int | None = None) -> dict[str, Tensor]:
         """Draws from the guide: site name to values of shape ``(num_samples, *site shape)``; see
-        :mod:`bayeslora.models.monteclora` for sites and shapes."""
+        :mod:`bayeslora.models.prior` for sites and shapes."""
         with one_at_a_time:
             draws = list(sample_sites(self, num_samples, seed))
         return {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}

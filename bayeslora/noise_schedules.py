@@ -23,7 +23,8 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from bayeslora.errors import InputError
-from bayeslora.models import CategoricalLikelihood, MonteCLoRA
+from bayeslora.models.likelihoods import CategoricalLikelihood
+from bayeslora.models.prior import Prior
 
 RATE = 0.05  # weight of the newest batch in an average
 RISING_SHARE = 0.5  # of training, over which the cosine rises
@@ -41,7 +42,7 @@ class NoiseSchedule:
         InputError: where what it measures does not exist.
     """
 
-    def __init__(self, model: MonteCLoRA):
+    def __init__(self, model: Prior):
         self.model = model
 
     def begin_step(self, progress: float) -> None:
@@ -81,9 +82,9 @@ class CosineSchedule(NoiseSchedule):
 class EntropySchedule(NoiseSchedule):
     """Follows the certainty of the predictions on training batches."""
 
-    def __init__(self, model: MonteCLoRA):
+    def __init__(self, model: Prior):
         super().__init__(model)
-        if not isinstance(model.likelihood, CategoricalLikelihood):
+        if not isinstance(getattr(model, "likelihood", None), CategoricalLikelihood):
             raise InputError("noise_schedule='entropy' follows the entropy of class probabilities, and this network "
                              "has none: choose another noise_schedule")  # fmt: skip
         self.set(LEAST)
@@ -98,7 +99,7 @@ class EntropySchedule(NoiseSchedule):
 class PerLayerSchedule(NoiseSchedule):
     """Gives an adapter noise according to how well the data determine it."""
 
-    def __init__(self, model: MonteCLoRA):
+    def __init__(self, model: Prior):
         super().__init__(model)
         if model.config.mode == "post_hoc":
             raise InputError("noise_schedule='per_layer' measures the gradients of μ, which mode='post_hoc' freezes: "

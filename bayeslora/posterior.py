@@ -1,53 +1,52 @@
 """Network, Pyro model and Pyro guide behind one forward that any training loop can drive."""
 
-import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NamedTuple
 
 import pyro
 import torch
 from peft import PeftModel
 from pyro.nn import PyroModule
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from bayeslora.adapters.drawing import (
+    check_arrival,
     check_in_use,
-    check_reached,
     clear_draw,
-    keeping_draw,
     one_at_a_time,
     rows_are_examples,
-    set_draw,
+    using_draw,
     using_noise,
 )
 from bayeslora.adapters.groups import active_adapter
-from bayeslora.adapters.inject import adapt
-from bayeslora.adapters.modes import evaluation_mode, without_cache
+from bayeslora.adapters.inject import adapt, with_lora_fields
+from bayeslora.adapters.modes import without_cache
 from bayeslora.adapters.provenance import Sketch, kept_keys, not_in_checkpoint
 from bayeslora.config import MonteCLoRAConfig
 from bayeslora.distributed import own_noise, refuse_sharded
 from bayeslora.distributions import random_signs
-from bayeslora.elbo import CooperativeELBO, Nodes
+from bayeslora.elbo import CooperativeELBO, replayed
 from bayeslora.errors import InputError
 from bayeslora.guides import GUIDES, Guide
 from bayeslora.models import MonteCLoRA, NextTokenLikelihood
 from bayeslora.noise_schedules import SCHEDULES, NoiseSchedule
 from bayeslora.recorder import Recorder
+from bayeslora.wrapper import WrappedNetwork
 
 logger = logging.getLogger(__name__)
 
 
-class Posterior(PeftModel):
+class Posterior(WrappedNetwork):
     """Network, prior and guide behind one forward: the objective in training mode, the mean in evaluation mode.
 
     :class:`bayeslora.BayesLoRA` is this with what is done with a posterior: predict, save, merge and so on. Whatever
     does one of those takes a Posterior.
     """
 
-    _is_prompt_learning = False  # what PeftModel's own __init__, which would adapt the network again, sets
     guide: Any
 
     def __init__(
@@ -63,7 +62,7 @@ class Posterior(PeftModel):
             raise InputError("this is a BayesLoRA already: pass the network itself, or go on with this one")
         config = config or MonteCLoRAConfig()
         if isinstance(network, PeftModel):
-            config = _with_lora_words(config, network)
+            config = with_lora_fields(config, network)
         self.monteclora_config = config
         self.network = adapt(network, config)
         #: Keys of the base network's tensors that its checkpoint does not hold, and that are saved with the adapter.
@@ -117,13 +116,6 @@ class Posterior(PeftModel):
         if isinstance(self.model.likelihood, NextTokenLikelihood):
             base.loss_type = "ForCausalLM"  # GPT-2 does not say so: the first label has nothing before it
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        before = self.__dict__.get("_modules", {}).get(name, value)
-        if name == "network" and before is not value and not self.__dict__.get("_is_replica"):
-            raise InputError("the model and the guide belong to this network: build a BayesLoRA on the other one, or "
-                             "change this one in place (bayes.compile(), bayes.network.set_adapter(...))")  # fmt: skip
-        super().__setattr__(name, value)
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Posterior":
         """Moves everything and casts the network; the posterior stays in float32 where ``fn`` would narrow it."""
 
@@ -137,48 +129,9 @@ class Posterior(PeftModel):
         return self
 
     @property
-    def config(self) -> Any:
-        """The network's own transformers configuration, where transformers looks for it."""
-        return self.network.config
-
-    def __getattr__(self, name: str) -> Any:
-        """No more than a module has: what is true of the network (being quantised) is not true of the guide."""
-        return nn.Module.__getattr__(self, name)
-
-    @property
-    def base_model(self) -> nn.Module:
-        """PEFT's tuner, where a PeftModel has it."""
-        return self.network.base_model
-
-    @property
     def active_adapter(self) -> str:
         """PEFT's name of the adapter that the posterior is over."""
         return self.model.groups[0].adapters[0].key
-
-    @property
-    def generation_config(self) -> Any:
-        """The network's own, where TRL looks for it."""
-        return self.network.get_base_model().generation_config
-
-    def add_model_tags(self, tags: Any) -> None:
-        """Tags for the network's model card, which TRL adds."""
-        self.network.get_base_model().add_model_tags(tags)
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The network's own."""
-        return self.network.get_base_model().get_input_embeddings()
-
-    def get_output_embeddings(self) -> nn.Module | None:
-        """The network's own."""
-        return self.network.get_base_model().get_output_embeddings()
-
-    def enable_input_require_grads(self) -> None:
-        """What checkpointed blocks of a network with frozen embeddings need."""
-        self.network.get_base_model().enable_input_require_grads()
-
-    @property
-    def device(self) -> torch.device:
-        return self.network.device
 
     @property
     def num_examples(self) -> int | None:
@@ -254,63 +207,72 @@ class Posterior(PeftModel):
             if self.training and self.sampling and logits.requires_grad:
                 logits.register_hook(_refuse_other_loss)
             return SequenceClassifierOutput(logits=logits)
+        batch = {"labels": labels, **inputs}
         if not self.training:
-            return self._loss_at_mean(labels=labels, **inputs)
+            return self._loss_at_mean(batch)
         refuse_sharded(self.model.groups)
         with own_noise(self.device), without_cache(self.network):
-            objective = self._objective if self.sampling else self._loss_at_mean
-            return objective(labels=labels, **inputs)
+            return self._objective(batch) if self.sampling else self._loss_at_mean(batch)
 
-    def _objective(self, **batch: Any) -> SequenceClassifierOutput:
+    def _loss_at_mean(self, batch: dict[str, Any]) -> SequenceClassifierOutput:
+        with pyro.validation_enabled(False):
+            logits, labels = self.model.at_mean(**batch)
+        return SequenceClassifierOutput(loss=self.negative_log_likelihood(logits, labels).mean(), logits=logits)
+
+    def _objective(self, batch: dict[str, Any]) -> SequenceClassifierOutput:
+        """Draw, run the network as that draw, score both programs, for each particle."""
+        self._check_objective()
+        draw = self._draw if _has_plain_forward(self.guide) else self._draw_through_pyro
+        scores, outputs = [], []
+        with pyro.validation_enabled(False):
+            for _ in range(self.elbo.num_particles):
+                drawn = draw(batch)
+                with drawn.in_network:
+                    observe = pyro.poutine.replay(self.model.observe, trace=drawn.guide)
+                    observed = pyro.poutine.trace(observe).get_trace(**batch)
+                outputs.append(observed.nodes["_RETURN"]["value"][0])
+                scores.append(self.elbo.score({**drawn.model.nodes, **observed.nodes}, drawn.guide.nodes))
+            loss = self.elbo.average(scores)
+        if not self._arrives:
+            inputs = _without_labels(batch)
+            check_arrival(self.network, self.model.groups, lambda: self.model.outputs(inputs, batch["labels"]))
+            self._arrives = True
+        logits = torch.stack(outputs).mean(0).detach()
+        self.noise_schedule.see_logits(logits)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+    def _check_objective(self) -> None:
         if self.monteclora_config.normalization == "elbo" and self.num_examples is None:
             raise InputError(
                 "normalization='elbo' divides the KL by the number of training examples, which is not known: "
                 "set bayes.num_examples = len(train_dataset) (fit does), or use normalization='paper'"
             )
-        if self.elbo.num_particles > 1 and self.model.recomputes():
+        if self.model.recomputes() and self.elbo.num_particles > 1:
             raise InputError(
                 "gradient checkpointing recomputes layers with the last draw only, so num_particles must be 1 with it: "
                 "accumulate gradients over several steps instead"
             )
-        logits: list[Tensor] = []
-        with pyro.validation_enabled(False):
-            if isinstance(self.guide, Guide) and type(self.guide).forward is Guide.forward:
-                loss = self.elbo.average(lambda: self._run_directly(logits, **batch))
-            else:  # forward, not call: parameters stay out of Pyro's global store
 
-                def model(**kwargs: Any) -> None:
-                    logits.append(self.model.joint(**kwargs)[0])
-
-                loss = self.elbo.differentiable_loss(model, self.guide.forward, **batch)
-        if not self._arrives:
-            self._check_arrival(batch)
-        mean = torch.stack(logits).mean(0).detach()
-        self.noise_schedule.see_logits(mean)
-        return SequenceClassifierOutput(loss=loss, logits=mean)
-
-    def _run_directly(self, outputs: list[Tensor], **batch: Any) -> tuple[Nodes, Nodes]:
-        """One particle without Pyro's handlers around the latent sites: same sites, values and gradients."""
-        guide = Recorder()
-        with self.model.centred(), self.model.full_precision():
-            self.guide.run(guide)
+    def _draw(self, batch: dict[str, Any]) -> "Drawn":
+        """Without Pyro's handlers, which cost more than the arithmetic, and of A − μ, which examples can mirror."""
+        groups, guide = self.model.groups, Recorder()
+        means = self.model.zero_means() if self.guide.takes_mean else None
+        with self.model.full_precision():
+            self.guide.run(guide, means)
             model = Recorder(guide.values())
-            noise = self.model.run(model)
+            noise = self.model.run(model, means)
+            if means is None:
+                noise = {group.name: noise[group.name] - self.model.mean(group) for group in groups}
             signs = self._signs(batch) if self._has_own_noise(batch) else None
-        with using_noise(self.model.groups, noise, signs, keep=self.model.recomputes()):
-            observed = pyro.poutine.trace(self.model.observe).get_trace(**batch)
-        outputs.append(observed.nodes["_RETURN"]["value"][0])
-        return {**model.nodes, **observed.nodes}, guide.nodes
+        return Drawn(using_noise(groups, noise, signs, keep=self.model.recomputes()), model, guide)
 
-    def _check_arrival(self, batch: dict[str, Any]) -> None:
-        """Once, after the first training batch: the draw must have reached every layer."""
-        try:
-            check_reached(self.model.groups)
-        except InputError:  # some networks leave out layers at random while they are trained
-            with evaluation_mode(self.network), torch.no_grad(), keeping_draw(self.model.groups):
-                set_draw(self.model.groups, {group.name: group.mean() for group in self.model.groups})
-                self.model.outputs({name: value for name, value in batch.items() if name != "labels"}, batch["labels"])
-                check_reached(self.model.groups)
-        self._arrives = True
+    def _draw_through_pyro(self, batch: dict[str, Any]) -> "Drawn":
+        """From a guide that is a Pyro program of its own: the same sequence under Pyro's handlers, of A itself."""
+        guide = pyro.poutine.trace(self.guide.forward).get_trace(**batch)  # not call: Pyro's store stays empty
+        with self.model.full_precision():
+            model = replayed(self.model.run, guide, pyro)
+        matrices = model.nodes["_RETURN"]["value"]
+        return Drawn(using_draw(self.model.groups, matrices, keep=self.model.recomputes()), model, guide)
 
     def _has_own_noise(self, batch: dict[str, Tensor]) -> bool:
         """Whether each example of a training batch gets its own noise."""
@@ -318,7 +280,7 @@ class Posterior(PeftModel):
         if alone or self.monteclora_config.noise == "shared" or not self.guide.symmetric_rows:
             return False
         unknown = self._rows is None
-        rows = self.rows_are_examples({name: value for name, value in batch.items() if name != "labels"})
+        rows = self.rows_are_examples(_without_labels(batch))
         if unknown and not rows:
             logger.warning(
                 "%s has adapted layers whose rows are not the examples: a batch shares one draw of the noise",
@@ -341,11 +303,6 @@ class Posterior(PeftModel):
         device = batch["labels"].device
         return {g.name: random_signs(len(g), examples, g.rank, device=device) for g in self.model.groups}
 
-    def _loss_at_mean(self, **batch: Any) -> SequenceClassifierOutput:
-        with pyro.validation_enabled(False):
-            logits, labels = self.model.mean_field(**batch)
-        return SequenceClassifierOutput(loss=self.negative_log_likelihood(logits, labels).mean(), logits=logits)
-
     def negative_log_likelihood(self, logits: Tensor, labels: Tensor) -> Tensor:
         """−log p(label | logits) of every example, in nats, shape ``(batch,)``."""
         with pyro.validation_enabled(False):
@@ -365,47 +322,22 @@ class Posterior(PeftModel):
         finally:
             self.sampling = before
 
-    @contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """Inside, the network is the frozen base model (PEFT's own switch)."""
-        trained = [(parameter, parameter.requires_grad) for parameter in self.network.parameters()]
-        try:
-            with self.network.disable_adapter():
-                yield
-        finally:
-            for parameter, requires_grad in trained:  # PEFT makes the adapter trainable, in post_hoc mode too
-                parameter.requires_grad_(requires_grad)
 
-    def compile(self, *args: Any, **options: Any) -> None:
-        """Compile the network in place, with ``torch.compile``'s arguments; draws are inputs of the compiled graph.
+class Drawn(NamedTuple):
+    """One draw of every adapter: the context in which it is the network's, and the sites of both programs."""
 
-        Blocks that repeat are compiled one by one and share their graph, so that a deep network takes no longer than
-        one block. A second length of the inputs makes a second graph, for all lengths.
-        """
-        blocks = repeated_blocks(self.network)
-        if blocks:
-            self.enable_input_require_grads()  # as the others' inputs do: else the first block's graph is another
-        for module in blocks or [self.network]:
-            module.compile(*args, **options)
-
-    def activation_checkpointing_enable(
-        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
-    ) -> None:
-        """Recompute activations in the backward pass, reentrantly or not; recomputed layers see the same draw."""
-        base = self.network.get_base_model()
-        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
-        enable(activation_checkpointing_kwargs, **options)
-        base.enable_input_require_grads()
+    in_network: AbstractContextManager[None]
+    model: Recorder | Trace
+    guide: Recorder | Trace
 
 
-def repeated_blocks(network: nn.Module) -> list[nn.Module]:
-    """The blocks of a network's stacks: members of its outermost lists of two or more modules of one class."""
-    found: list[nn.Module] = []
-    for child in network.children():
-        blocks = list(child) if isinstance(child, nn.ModuleList) else []
-        alike = len(blocks) > 1 and len({type(block) for block in blocks}) == 1
-        found += blocks if alike else repeated_blocks(child)
-    return found
+def _has_plain_forward(guide: nn.Module) -> bool:
+    """Whether a guide is its :meth:`~bayeslora.guides.Guide.run`, and no more."""
+    return isinstance(guide, Guide) and type(guide).forward is Guide.forward
+
+
+def _without_labels(batch: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in batch.items() if name != "labels"}
 
 
 def _refuse_other_loss(gradient: Tensor) -> None:
@@ -415,14 +347,3 @@ def _refuse_other_loss(gradient: Tensor) -> None:
         "loss that comes back; label_smoothing_factor and compute_loss_func take the labels away. For gradients of the "
         "mean's outputs call bayes.eval() first"
     )
-
-
-def _with_lora_words(config: MonteCLoRAConfig, network: PeftModel) -> MonteCLoRAConfig:
-    """The configuration with PEFT's words as the network's adapter has them."""
-    lora = network.peft_config[network.active_adapters[0]]
-    words = {f.name for f in dataclasses.fields(config)} & {f.name for f in dataclasses.fields(lora)}
-    plain = {}
-    for word in words - {"mode"}:
-        value = getattr(lora, word)
-        plain[word] = tuple(sorted(value)) if isinstance(value, set) else value
-    return config.replace(**plain)

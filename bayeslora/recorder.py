@@ -18,7 +18,7 @@ class Recorder:
     Args:
         values: Values of the sites, from a guide's run; a site that is not among them is sampled.
 
-    ``nodes`` holds what a :class:`pyro.poutine.Trace` would.
+    ``nodes`` holds what a :class:`pyro.poutine.Trace` would, and ``pyro.poutine.replay`` takes it for one.
     """
 
     def __init__(self, values: Mapping[str, Tensor] | None = None):
@@ -53,6 +53,9 @@ class Recorder:
             "cond_indep_stack": tuple(self._plates),
         }
         return value
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.nodes
 
     def values(self) -> dict[str, Tensor]:
         """Site name to value."""

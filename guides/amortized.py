@@ -1,6 +1,7 @@
 """One small shared network describes every adapter's posterior."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from bayeslora.adapters.groups import Adapter, AdapterGroup
 from bayeslora.adapters.quantized import frozen_weight
 from bayeslora.guides.mixture import MixtureGuide, initial_log_alpha, initial_scale
-from bayeslora.models import MonteCLoRA
+from bayeslora.models.prior import Prior
 
 NUM_FEATURES = 6
 WIDTH = 32
@@ -23,7 +24,7 @@ class AmortizedGuide(MixtureGuide):
     the same v and α as in the mean-field guide.
     """
 
-    def __init__(self, model: MonteCLoRA):
+    def __init__(self, model: Prior):
         super().__init__(model)
         adapters = [adapter for group in model.groups for adapter in group.adapters]
         kinds = {kind: index for index, kind in enumerate(dict.fromkeys(a.kind for a in adapters))}
@@ -44,11 +45,11 @@ class AmortizedGuide(MixtureGuide):
             self.output.bias[: self._rank] = math.log(start)
             self.output.bias[self._rank :] = initial_log_alpha(self.config.alpha_init, self.config.num_components)
 
-    def run(self, program: Any) -> dict[str, Tensor]:
+    def run(self, program: Any, means: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         with self.model.full_precision():
             self._described = self._describe()
         try:
-            return super().run(program)
+            return super().run(program, means)
         finally:
             self._described = {}
 

@@ -1,5 +1,7 @@
 """What every guide shares: a program over the groups of adapters, under Pyro or without its handlers."""
 
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import pyro
@@ -7,7 +9,7 @@ from pyro.nn import PyroModule
 from torch import Tensor
 
 from bayeslora.adapters.groups import AdapterGroup
-from bayeslora.models import MonteCLoRA
+from bayeslora.models.prior import Prior
 from bayeslora.parameter_store import claim_names
 
 
@@ -25,26 +27,37 @@ class Guide(PyroModule):
     #: can then have its own noise.
     symmetric_rows = False
 
-    #: Whether ε is read from ``model.noise_scale(group)`` at every draw, so that a noise schedule can change it.
+    #: Whether ε is read from ``model.sample_scaler(group)`` at every draw, so that a noise schedule can change it.
     follows_noise_schedule = False
 
-    def __init__(self, model: MonteCLoRA):
+    #: Whether :meth:`sample_group` has an argument ``mean``, found out by itself; training then draws A − μ at once.
+    takes_mean = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        group, run = (inspect.signature(program).parameters for program in (cls.sample_group, cls.run))
+        cls.takes_mean = "mean" in group and "means" in run
+
+    def __init__(self, model: Prior):
         super().__init__("guide")
         self._model = (model,)  # in a tuple: the model's parameters are its own
         self.config = model.config
 
     @property
-    def model(self) -> MonteCLoRA:
+    def model(self) -> Prior:
         return self._model[0]
 
     def sample_group(self, group: AdapterGroup, program: Any) -> dict[str, Tensor]:
         """Sample the model's three sites for one group of adapters, and return them: site name to value.
 
         ``program.sample(name, distribution)`` is Pyro's. Names and shapes are the model's
-        (:mod:`bayeslora.models.monteclora`). A site whose entries are independent over adapters and columns goes into
+        (:mod:`bayeslora.models.prior`). A site whose entries are independent over adapters and columns goes into
         the :meth:`plates`; a joint one stays outside and has them in its event: ``(adapters, columns, r)``. The mean
         of A is ``self.model.mean(group)``. ``infer={"expected_kl": ...}`` gives a site's KL where it is known, in
         nats, of a shape that expands to ``(adapters, columns)``; it is else estimated at the draw.
+
+        A guide whose law of A − μ does not depend on μ may take a third argument, ``mean: Tensor | None = None``, which
+        is then the mean of A, where it is not None.
         """
         raise NotImplementedError(f"{type(self).__name__} must define sample_group(group, program)")
 
@@ -74,10 +87,14 @@ class Guide(PyroModule):
             claim_names([f"guide.{name.removesuffix('_unconstrained')}" for name, _ in self.named_parameters()], self)
         return self.run(pyro)
 
-    def run(self, program: Any) -> dict[str, Tensor]:
-        """The guide's program, under Pyro's primitives or a :class:`~bayeslora.recorder.Recorder`'s."""
+    def run(self, program: Any, means: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The guide's program, under Pyro's primitives or a :class:`~bayeslora.recorder.Recorder`'s.
+
+        ``means``, for a guide that :attr:`takes_mean`, are those of :meth:`bayeslora.models.prior.Prior.run`.
+        """
         draw: dict[str, Tensor] = {}
         with self.model.full_precision():
             for group in self.model.groups:
-                draw |= self.sample_group(group, program)
+                own = {} if means is None else {"mean": means[group.name]}
+                draw |= self.sample_group(group, program, **own)
         return draw

@@ -10,7 +10,7 @@ from bayeslora.adapters.groups import AdapterGroup
 from bayeslora.distributions import active_weights, expected_cooperation
 from bayeslora.errors import InputError
 from bayeslora.guides.base import Guide
-from bayeslora.models import MonteCLoRA
+from bayeslora.models.prior import Prior
 
 
 class GaussianGuide(Guide):
@@ -30,7 +30,7 @@ class GaussianGuide(Guide):
     symmetric_rows = True
     follows_noise_schedule = True
 
-    def __init__(self, model: MonteCLoRA):
+    def __init__(self, model: Prior):
         super().__init__(model)
         if self.config.components == "explicit":
             raise InputError("the gaussian guide describes A as a whole: use components='collapsed', which has the "
@@ -45,9 +45,10 @@ class GaussianGuide(Guide):
         """ρ = log(s/ε), shape ``(adapters, columns, r)``."""
         return getattr(self, f"log_scale_{group.name}")
 
-    def sample_group(self, group: AdapterGroup, program: Any) -> dict[str, Tensor]:
+    def sample_group(self, group: AdapterGroup, program: Any, mean: Tensor | None = None) -> dict[str, Tensor]:
+        mean = self.model.mean(group) if mean is None else mean
         site, log_scale = f"A_{group.name}", self.log_scale(group)
-        normal = dist.Normal(self.model.mean(group), self._deviation(group)).to_event(1)
+        normal = dist.Normal(mean, self._deviation(group)).to_event(1)
         adapters, columns = self.plates(group, program)
         with adapters:
             sites = self.sample_priors(group, program)
@@ -63,5 +64,5 @@ class GaussianGuide(Guide):
 
     def _deviation(self, group: AdapterGroup) -> Tensor:
         """s, shape ``(adapters, columns, r)``."""
-        scale = self.model.noise_scale(group)
+        scale = self.model.sample_scaler(group)
         return (scale[:, None, None] if isinstance(scale, Tensor) else scale) * self.log_scale(group).exp()

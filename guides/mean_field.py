@@ -7,13 +7,13 @@ from torch import Tensor, nn
 
 from bayeslora.adapters.groups import AdapterGroup
 from bayeslora.guides.mixture import MixtureGuide, initial_log_alpha, initial_scale
-from bayeslora.models import MonteCLoRA
+from bayeslora.models.prior import Prior
 
 
 class MeanFieldGuide(MixtureGuide):
     """r + N parameters for every adapter: log v and log α (paper, section 4.1)."""
 
-    def __init__(self, model: MonteCLoRA):
+    def __init__(self, model: Prior):
         super().__init__(model)
         for group in model.groups:
             log_v = torch.full((len(group), group.rank), math.log(initial_scale(model, group)))

@@ -16,7 +16,7 @@ from bayeslora.distributions import (
     expected_cooperation,
 )
 from bayeslora.guides.base import Guide
-from bayeslora.models import MonteCLoRA
+from bayeslora.models.prior import Prior
 
 
 class MixtureGuide(Guide):
@@ -32,7 +32,7 @@ class MixtureGuide(Guide):
         """log v of shape ``(adapters, r)`` and log α of shape ``(adapters, N)``."""
         raise NotImplementedError(f"{type(self).__name__} must define variational_parameters(group)")
 
-    def sample_group(self, group: AdapterGroup, program: Any) -> dict[str, Tensor]:
+    def sample_group(self, group: AdapterGroup, program: Any, mean: Tensor | None = None) -> dict[str, Tensor]:
         config, name = self.config, group.name
         log_v, log_alpha = self.variational_parameters(group)
         wishart = WishartCholesky(self.model.degrees_of_freedom(group), log_v.exp().unsqueeze(-2))
@@ -47,9 +47,8 @@ class MixtureGuide(Guide):
                     site, value = f"S_{name}", program.sample(f"S_{name}", normal, infer=column_kl)
             else:
                 weights = active_weights(pi[..., 0, :], config.mixture)
-                posterior = CollapsedMixture(
-                    self.model.mean(group), factor[..., 0, :, :], weights, self.model.noise_scale(group)
-                )
+                mean = self.model.mean(group) if mean is None else mean
+                posterior = CollapsedMixture(mean, factor[..., 0, :, :], weights, self.model.sample_scaler(group))
                 with columns:
                     site, value = f"A_{name}", program.sample(f"A_{name}", posterior, infer=column_kl)
         return {f"pi_{name}": pi, f"sigma_tril_{name}": factor, site: value}
@@ -66,10 +65,10 @@ class MixtureGuide(Guide):
             return None
         log_v, _ = self.variational_parameters(group)
         scale = self.model.degrees_of_freedom(group) * log_v.exp().mean(-1)
-        return self.model.noise_scale(group) ** 2 * self.expected_squares(group) * scale
+        return self.model.sample_scaler(group) ** 2 * self.expected_squares(group) * scale
 
 
-def initial_scale(model: MonteCLoRA, group: AdapterGroup) -> float:
+def initial_scale(model: Prior, group: AdapterGroup) -> float:
     r"""Where v starts: the configured value, or the minimum of :math:`KL_W + m\,E[KL_N]`.
 
     Its derivative in :math:`v_j` is :math:`\tfrac12(\nu(1 - 1/v_j) + m(\nu - 1/v_j))`, so

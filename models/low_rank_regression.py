@@ -220,7 +220,7 @@ class LowRankRegression:
         return features.double() @ self.group.adapters[0].layer.get_base_layer().weight.detach().double().mT
 
     def _prior_variance(self, squared_weights: Tensor) -> Tensor:
-        return self.model.noise_scale(self.group) ** 2 * squared_weights
+        return self.model.sample_scaler(self.group) ** 2 * squared_weights
 
     @cached_property
     def _prior_draws(self) -> tuple[Tensor, Tensor]:

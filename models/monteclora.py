@@ -1,42 +1,26 @@
-r"""MonteCLoRA as a Pyro model: three sites over the columns of every LoRA-A matrix, then the network, then the labels.
+"""MonteCLoRA as a Pyro model: the prior's three sites, then the network, then the labels."""
 
-========================  ===========================================  ===============================================
-site (one per group)      prior                                        shape (plates ``adapters``, ``columns``)
-========================  ===========================================  ===============================================
-``pi_{group}``            Dirichlet(α0·1_N)                            ``(adapters, 1, N)``
-``sigma_tril_{group}``    Cholesky factor of Wishart(I_r, ν)           ``(adapters, 1, r, r)``
-``A_{group}``             N(μ_i, ε²·Σ_k π_k²·I_r) for every column i   ``(adapters, columns, r)``
-========================  ===========================================  ===============================================
-
-A group holds all adapters of one shape (r, n_in). With ``components="explicit"`` the third site is the N Gaussians
-``S_{group}``, of shape ``(N, adapters, columns, r)``, and A is computed from them.
-
-Reference: Sengupta et al., *Robust and Efficient Fine-tuning of LLMs with Bayesian Reparameterization of Low-Rank
-Adaptation* (TMLR 2025), section 4.
-"""
-
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
 from typing import Any
 
 import pyro
-import pyro.distributions as dist
 import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from bayeslora.adapters.drawing import leaves_for_recomputation, using_draw
-from bayeslora.adapters.groups import AdapterGroup, find_groups
+from bayeslora.adapters.drawing import using_draw
+from bayeslora.adapters.groups import find_groups
 from bayeslora.adapters.inject import adapt
+from bayeslora.adapters.modes import checkpointable, recomputes
 from bayeslora.config import MonteCLoRAConfig
-from bayeslora.distributions import CollapsedMixture, MixtureWeights, WishartCholesky, active_weights
 from bayeslora.errors import InputError
 from bayeslora.models.likelihoods import Likelihood, network_outputs
+from bayeslora.models.prior import Prior
 from bayeslora.models.selection import likelihood_for
 from bayeslora.parameter_store import claim_names
 
 
-class MonteCLoRA(PyroModule):
+class MonteCLoRA(Prior):
     """Prior over (π, Σ, A) of every adapter, and the likelihood of the labels given the network with that A.
 
     Args:
@@ -59,50 +43,16 @@ class MonteCLoRA(PyroModule):
         likelihood: PyroModule | None = None,
         num_examples: int | None = None,
     ):
-        super().__init__("model")
         adapted = adapt(network, config)
+        super().__init__(find_groups(adapted), config)
         self._network = (adapted,)  # in a tuple: its parameters are its own, not this module's
-        self._checkpointable = tuple(m for m in adapted.modules() if hasattr(m, "gradient_checkpointing"))
-        self.config = config
-        self.groups = find_groups(adapted)
-        self._is_centred = False
-        if config.noise_schedule != "constant":
-            for group in self.groups:
-                factors = torch.ones(len(group), device=_device(group))
-                self.register_buffer(f"noise_factor_{group.name}", factors)
+        self._checkpointable = checkpointable(adapted)
         self.likelihood = likelihood if likelihood is not None else likelihood_for(adapted.get_base_model())
         self.num_examples = num_examples
 
     @property
     def network(self) -> nn.Module:
         return self._network[0]
-
-    def degrees_of_freedom(self, group: AdapterGroup) -> float:
-        """ν of a group: the configured value, or its rank."""
-        return float(self.config.degrees_of_freedom or group.rank)
-
-    def noise_scale(self, group: AdapterGroup) -> float | Tensor:
-        """ε of prior and posterior: a number, or under a noise schedule one for each adapter, ``(adapters,)``."""
-        factors = self.noise_factors(group)
-        return self.config.sample_scaler if factors is None else self.config.sample_scaler * factors
-
-    def noise_factors(self, group: AdapterGroup) -> Tensor | None:
-        """What a noise schedule multiplies ε by, ``(adapters,)``: a buffer, saved with the posterior; None without."""
-        return getattr(self, f"noise_factor_{group.name}", None)
-
-    def weights_prior(self, group: AdapterGroup) -> MixtureWeights:
-        """p(π) = Dirichlet(α0·1_N) of a group's adapters, batch shape ``(adapters, 1)``."""
-        shape = (len(group), 1, self.config.num_components)
-        return MixtureWeights(torch.full(shape, float(self.config.prior_concentration), device=_device(group)))
-
-    def covariance_prior(self, group: AdapterGroup) -> WishartCholesky:
-        """p(Σ) = Wishart(I_r, ν), on its Cholesky factor, batch shape ``(adapters, 1)``."""
-        scale = torch.ones((len(group), 1, group.rank), device=_device(group))
-        return WishartCholesky(self.degrees_of_freedom(group), scale)
-
-    def full_precision(self) -> torch.autocast:
-        """Switches autocast off inside: factors and noise stay in float32, whatever the network computes in."""
-        return torch.autocast(_device(self.groups[0]).type, enabled=False)
 
     def forward(self, labels: Tensor | None = None, **inputs: Any) -> Tensor:
         self._register_parameters()
@@ -119,19 +69,9 @@ class MonteCLoRA(PyroModule):
         with using_draw(self.groups, draw, keep=self.recomputes()):
             return self.observe(labels=labels, **inputs)
 
-    def run(self, program: Any) -> dict[str, Tensor]:
-        """The prior's program, under Pyro's primitives or a :class:`~bayeslora.recorder.Recorder`'s.
-
-        Returns:
-            Group name to A, one column a row: ``(adapters, columns, r)``.
-        """
-        return {group.name: self._sample_group(group, program) for group in self.groups}
-
     def observe(self, labels: Tensor | None = None, **inputs: Any) -> tuple[Tensor, Tensor]:
         """The likelihood's site, given the weights that are set; returns outputs and labels."""
-        recomputed = leaves_for_recomputation(self.groups, self.network) if self.recomputes() else nullcontext()
-        with recomputed:
-            outputs = self.outputs(inputs, labels)
+        outputs = self.outputs(inputs, labels)
         # forward, not call: σ enters Pyro's global store only where the whole model is called as a Pyro model
         return outputs, self.likelihood.forward(outputs, labels, self.num_examples)
 
@@ -152,62 +92,17 @@ class MonteCLoRA(PyroModule):
             return self.likelihood.count(labels)
         return torch.tensor(len(labels), device=labels.device)
 
-    def mean_field(self, labels: Tensor | None = None, **inputs: Any) -> tuple[Tensor, Tensor]:
+    def at_mean(self, labels: Tensor | None = None, **inputs: Any) -> tuple[Tensor, Tensor]:
         """The same with every A at its mean μ: no latent site, plain LoRA."""
         return self.observe(labels=labels, **inputs)
 
-    def mean(self, group: AdapterGroup) -> Tensor:
-        """μ of a group's adapters, one column a row, ``(adapters, columns, r)``; 0 inside :meth:`centred`."""
-        return self._zero.expand(len(group), group.columns, group.rank) if self._is_centred else group.mean()
-
-    @contextmanager
-    def centred(self) -> Iterator[None]:
-        """Inside, both programs leave μ out: they draw A − μ, whose law does not depend on μ."""
-        self._is_centred = True
-        try:
-            yield
-        finally:
-            self._is_centred = False
-
-    @property
-    def _zero(self) -> Tensor:
-        return torch.zeros((), device=_device(self.groups[0]))
-
-    def weights(self, sites: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A of every group from the values of its sites: group name to ``(adapters, columns, r)``."""
-        return {group.name: self._adapted_matrix(group, sites) for group in self.groups}
-
-    def _sample_group(self, group: AdapterGroup, program: Any) -> Tensor:
-        config, name = self.config, group.name
-        device = _device(group)
-        identity = torch.eye(group.rank, device=device).expand(len(group), group.rank, group.rank)
-        adapters = program.plate(f"adapters_{name}", len(group), dim=-2)
-        columns = program.plate(f"columns_{name}", group.columns, dim=-1)
-        with adapters:
-            pi = program.sample(f"pi_{name}", self.weights_prior(group))
-            program.sample(f"sigma_tril_{name}", self.covariance_prior(group))
-            if config.components == "explicit":
-                standard = dist.Normal(torch.zeros((), device=device), 1).expand([group.rank]).to_event(1)
-                with program.plate(f"components_{name}", config.num_components, dim=-3), columns:
-                    components = program.sample(f"S_{name}", standard)
-                return self._adapted_matrix(group, {f"pi_{name}": pi, f"S_{name}": components})
-            weights = active_weights(pi[..., 0, :], config.mixture)
-            prior = CollapsedMixture(self.mean(group), identity, weights, self.noise_scale(group))
-            with columns:
-                return program.sample(f"A_{name}", prior)
-
-    def _adapted_matrix(self, group: AdapterGroup, sites: Mapping[str, Tensor]) -> Tensor:
-        name = group.name
-        if f"A_{name}" in sites:
-            return sites[f"A_{name}"]
-        weights = active_weights(sites[f"pi_{name}"][..., 0, :], self.config.mixture)  # (adapters, N)
-        noise = torch.einsum("ak,kacr->acr", weights, sites[f"S_{name}"])
-        scale = self.noise_scale(group)
-        return self.mean(group) + (scale[:, None, None] if isinstance(scale, Tensor) else scale) * noise
-
     def recomputes(self) -> bool:
-        """Whether layers run again in the backward pass, and must then see the same draw."""
-        return torch.is_grad_enabled() and any(module.gradient_checkpointing for module in self._checkpointable)
+        """Whether layers run again in the backward pass, and must then see the same draw.
+
+        Raises:
+            InputError: where they would do so reentrantly.
+        """
+        return torch.is_grad_enabled() and recomputes(self._checkpointable)
 
     def _register_parameters(self) -> None:
         trained = {f"network.{name}": p for name, p in self.network.named_parameters() if p.requires_grad}
@@ -217,7 +112,3 @@ class MonteCLoRA(PyroModule):
             if pyro.param(name, parameter) is not parameter:
                 raise InputError(f"Pyro's parameter store holds another {name!r}: call pyro.clear_param_store() before "
                                  "fitting a second model")  # fmt: skip
-
-
-def _device(group: AdapterGroup) -> torch.device:
-    return group.adapters[0].lora_A.weight.device

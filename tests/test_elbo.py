@@ -15,6 +15,7 @@ from torch.distributions import Dirichlet, kl_divergence
 
 from bayeslora import BayesLoRA, CooperativeELBO, InputError, MonteCLoRAConfig
 from bayeslora.distributions import WishartCholesky, expected_column_kl
+from bayeslora.elbo import ELBOParts, Score
 from tests.conftest import tiny_batch, tiny_network
 
 TARGETS = ["query", "output.dense"]
@@ -114,6 +115,16 @@ def test_particles_are_averaged():
     error = math.sqrt(values.var() / 100 + averaged.var() / 30)
     assert abs(values.mean() - averaged.mean()) <= 5 * error
     assert averaged.std() < values.std()
+
+
+def test_scores_of_particles_are_averaged_part_by_part():
+    elbo = CooperativeELBO(num_particles=2)
+    scores = [
+        Score(torch.tensor(loss), ELBOParts(torch.tensor(loss / 2), {"A": torch.tensor(loss / 4)}, torch.tensor(1.0)))
+        for loss in (2.0, 6.0)
+    ]
+    assert elbo.average(scores) == 4.0
+    assert elbo.parts.to_floats() == {"task": 2.0, "cooperation": 1.0, "kl": 1.0, "kl_A": 1.0}
 
 
 def test_exact_terms_take_noise_away_and_nothing_else():

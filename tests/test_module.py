@@ -7,11 +7,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.distributions import kl_divergence
+from transformers import Trainer, TrainingArguments
 
 from bayeslora import BayesLoRA, InputError, MonteCLoRAConfig
 from bayeslora.distributions import WishartCholesky, expected_column_kl
 from bayeslora.inference.predict import sample_sites
-from tests.conftest import tiny_batch, tiny_network
+from tests.conftest import tiny_batch, tiny_dataset, tiny_network
 from tests.modules import inputs_only, module, randomize_b
 
 KINDS = ["bert", "roberta", "gpt2", "llama"]
@@ -74,7 +75,7 @@ def test_spread_of_the_draws(components, mixture):
     bayes = module(guide="mean_field", components=components, mixture=mixture, alpha_init="ones",
                    target_modules=["query"], scale_init=0.5, degrees_of_freedom=3.0)  # fmt: skip
     group = bayes.model.groups[0]
-    drawn = [bayes.model.weights(sites)[group.name] for sites in sample_sites(bayes, draws, seed=1)]
+    drawn = [bayes.model.matrices(sites)[group.name] for sites in sample_sites(bayes, draws, seed=1)]
     deviations = (torch.stack(drawn) - group.mean()).detach()  # (draws, adapters, columns, r)
     simplex = torch.distributions.Dirichlet(torch.ones(3)).sample((200_000,))
     active = simplex.square().sum(-1).mean() if mixture == "dense" else simplex.amax(-1).square().mean()
@@ -217,12 +218,12 @@ def test_data_driven_posterior():
     assert (means["none"] - start).abs().max() < 0.01  # v starts where the KL is smallest
 
 
-def checkpointed_gradients(reentrant, *, by_hand=False, pyro_svi=False, **options):
-    """Gradients of one seeded step; ``reentrant=None`` is the plain run."""
+def checkpointed_gradients(checkpointed, *, by_hand=False, pyro_svi=False, **options):
+    """Gradients of one seeded step."""
     bayes = randomize_b(module("bert", **options)).eval()
     network = bayes.network.get_base_model() if by_hand else bayes
-    if reentrant is not None:
-        network.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
+    if checkpointed:
+        network.activation_checkpointing_enable()
     for part in bayes.modules():
         part.training = not isinstance(part, torch.nn.Dropout)  # checkpointing needs training mode
     torch.manual_seed(7)
@@ -233,16 +234,15 @@ def checkpointed_gradients(reentrant, *, by_hand=False, pyro_svi=False, **option
     return {n: p.grad.clone() for n, p in bayes.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("options", [
     {"noise": "shared"}, {"noise": "per_example"}, {"components": "explicit"}, {"pyro_svi": True}, {"by_hand": True}
 ], ids=str)  # fmt: skip
-def test_checkpointed_layers_recompute_the_same_draw(reentrant, options):
+def test_checkpointed_layers_recompute_the_same_draw(options):
     """Layers recomputed with noise of their own would give gradients of another function, and no error.
 
     ``by_hand`` switches checkpointing on in the network, behind our back.
     """
-    expected, found = checkpointed_gradients(None, **options), checkpointed_gradients(reentrant, **options)
+    expected, found = checkpointed_gradients(False, **options), checkpointed_gradients(True, **options)
     for name, gradient in expected.items():
         assert gradient.any() or "lora_A" not in name
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-7)
@@ -256,13 +256,47 @@ def test_checkpointing_with_several_particles_is_refused():
         bayes(**tiny_batch())
 
 
-def test_checkpointing_without_the_embeddings_is_an_error_not_a_missing_gradient():
-    bayes = randomize_b(module())
-    bayes.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
-    batch = tiny_batch()
-    embedded = bayes.network.get_input_embeddings()(batch.pop("input_ids"))
-    with pytest.raises(InputError, match="input_ids"):
-        bayes(inputs_embeds=embedded, **batch)
+def switch_on(module, options):
+    module.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+
+
+class TestReentrantCheckpointing:
+    """Its first backward pass would free the graph that all blocks share."""
+
+    refused = staticmethod(lambda: pytest.raises(InputError, match="pass use_reentrant=False"))
+
+    def test_switched_on_in_the_module(self):
+        bayes = module()
+        with self.refused():
+            switch_on(bayes, {"use_reentrant": True})
+        assert not bayes.model.recomputes()
+        switch_on(bayes, {"preserve_rng_state": False})  # torch's own default would be reentrant
+        bayes(**tiny_batch()).loss.backward()
+
+    @pytest.mark.parametrize("options", [{"use_reentrant": True}, {"preserve_rng_state": True}], ids=str)
+    @pytest.mark.parametrize("when", ["before", "after"])
+    @pytest.mark.parametrize("by", ["call", "svi"])
+    def test_switched_on_in_the_network(self, when, options, by):
+        network = tiny_network()
+        if when == "before":
+            switch_on(network, options)
+        bayes = BayesLoRA(network, MonteCLoRAConfig(r=2)).train()
+        if when == "after":
+            switch_on(network, options)
+        with self.refused():
+            if by == "call":
+                bayes(**tiny_batch())
+            else:
+                bayes.elbo.differentiable_loss(bayes.model.joint, bayes.guide.forward, **tiny_batch())
+        assert bayes.predict(tiny_dataset(4), num_samples=2).probs.shape == (4, 2)
+
+    def test_in_a_stock_trainer(self, tmp_path):
+        options = {"use_reentrant": True}
+        arguments = TrainingArguments(
+            str(tmp_path), activation_checkpointing=True, activation_checkpointing_kwargs=options, report_to="none"
+        )
+        with self.refused():
+            Trainer(module(), arguments, train_dataset=tiny_dataset(4)).train()
 
 
 def test_deepcopy_after_a_step_gives_an_independent_equal():

@@ -13,7 +13,10 @@ from bayeslora.adapters.modes import evaluation_mode, is_compiled
 from bayeslora.adapters.sampled import RowsError
 from bayeslora.errors import InputError
 
-one_at_a_time = threading.RLock()  # the draw in a network and Pyro's stack of handlers are shared by all threads
+# One for the process, not one a network: beside the draw that a network holds, all threads share Pyro's stack of
+# handlers, its validation switch and torch's generators, which a seeded draw borrows. Another thread's network would be
+# seen by these handlers, or draw from this seed.
+one_at_a_time = threading.RLock()
 
 
 def check_in_use(groups: tuple[AdapterGroup, ...]) -> None:
@@ -36,16 +39,16 @@ def check_in_use(groups: tuple[AdapterGroup, ...]) -> None:
                 )
 
 
-def set_draw(groups: tuple[AdapterGroup, ...], weights: Mapping[str, Tensor]) -> None:
-    """Give every adapter its drawn weight.
+def set_draw(groups: tuple[AdapterGroup, ...], matrices: Mapping[str, Tensor]) -> None:
+    """Give every adapter its drawn matrix.
 
     Args:
-        weights: Group name to drawn A, one column a row: ``(adapters, columns, r)``, or
+        matrices: Group name to drawn A, one column a row: ``(adapters, columns, r)``, or
             ``(draws, adapters, columns, r)`` for a batch of as many equal groups of consecutive rows, one a draw.
     """
     check_in_use(groups)
     for group in groups:
-        drawn = weights[group.name].mT.to(group.adapters[0].lora_A.weight.dtype)
+        drawn = matrices[group.name].mT.to(group.adapters[0].lora_A.weight.dtype)
         for adapter, weight in zip(group.adapters, drawn.unbind(-3), strict=True):
             adapter.lora_A.draw.set(weight)
 
@@ -101,6 +104,23 @@ def check_reached(groups: tuple[AdapterGroup, ...]) -> None:
         )
 
 
+def check_arrival(network: nn.Module, groups: tuple[AdapterGroup, ...], run: Callable[[], Any]) -> None:
+    """:func:`check_reached` after a training batch; some networks leave out layers at random while they are trained.
+
+    Args:
+        network: The network.
+        groups: Its adapters.
+        run: Runs the batch again, for a second look in evaluation mode.
+    """
+    try:
+        check_reached(groups)
+    except InputError:
+        with evaluation_mode(network), torch.no_grad(), keeping_draw(groups):
+            set_draw(groups, {group.name: group.mean() for group in groups})
+            run()
+            check_reached(groups)
+
+
 @contextmanager
 def keeping_draw(groups: tuple[AdapterGroup, ...]) -> Iterator[None]:
     """Whatever is set inside, the draw is afterwards what it was before."""
@@ -115,13 +135,13 @@ def keeping_draw(groups: tuple[AdapterGroup, ...]) -> Iterator[None]:
 
 @contextmanager
 def using_draw(
-    groups: tuple[AdapterGroup, ...], weights: Mapping[str, Tensor], *, keep: bool = False
+    groups: tuple[AdapterGroup, ...], matrices: Mapping[str, Tensor], *, keep: bool = False
 ) -> Iterator[None]:
     """Run the network as one draw, or several (see :func:`set_draw`).
 
     ``keep`` leaves it set, for checkpointed layers that run again in the backward pass.
     """
-    set_draw(groups, weights)
+    set_draw(groups, matrices)
     with _cleared_after(groups, keep):
         yield
 
@@ -149,58 +169,6 @@ def _cleared_after(groups: tuple[AdapterGroup, ...], keep: bool) -> Iterator[Non
             clear_draw(groups)
 
 
-@contextmanager
-def leaves_for_recomputation(groups: tuple[AdapterGroup, ...], network: nn.Module) -> Iterator[None]:
-    """Let checkpointed layers recompute, in the backward pass, with the draw that is set; it stays set.
-
-    Reentrant checkpointing runs a backward pass for each block, and the first would free the graph of the draw that
-    all blocks share. So each adapter gets a leaf instead, and the leaves' gradients go on into the draw's graph where
-    the network's input ends its own backward pass, after the last block.
-    """
-    draws = [adapter.lora_A.draw for group in groups for adapter in group.adapters]
-    drawn = [(draw, draw.weight) for draw in draws if draw.weight is not None and draw.weight.requires_grad]
-    if not drawn:
-        yield
-        return
-    leaves, tensors = [], [weight for _, weight in drawn]
-    for draw, weight in drawn:
-        draw.weight = weight.detach().requires_grad_()
-        leaves.append(draw.weight)
-    entry, passed = _Handover.apply(leaves, *tensors), []
-
-    def enter(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-        passed.append(module)
-        return output + entry.to(output.dtype)
-
-    embeddings: nn.Module = network.get_input_embeddings()  # type: ignore[operator]
-    handle = embeddings.register_forward_hook(enter)
-    try:
-        yield
-    finally:
-        handle.remove()
-    if not passed:
-        raise InputError(
-            "gradient checkpointing needs the network to look its input embeddings up itself: pass input_ids, or "
-            "switch checkpointing off"
-        )
-
-
-class _Handover(torch.autograd.Function):
-    """A zero whose backward pass hands the leaves' gradients on to the tensors they stand for."""
-
-    @staticmethod
-    def forward(ctx: Any, leaves: list[Tensor], *tensors: Tensor) -> Tensor:
-        ctx.leaves = leaves
-        return tensors[0].new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple:
-        gradients = [leaf.grad for leaf in ctx.leaves]
-        for leaf in ctx.leaves:
-            leaf.grad = None
-        return None, *gradients
-
-
 def rows_are_examples(
     network: nn.Module,
     groups: tuple[AdapterGroup, ...],
@@ -217,8 +185,8 @@ def rows_are_examples(
     run_network = run or (lambda batch: network(**batch))
     pair = {name: value[[0, -1]] for name, value in inputs.items()}
     generator = torch.Generator().manual_seed(0)
-    device = groups[0].adapters[0].lora_A.weight.device
-    weights = {g.name: torch.randn(2, len(g), g.columns, g.rank, generator=generator).to(device) for g in groups}
+    device = groups[0].device
+    matrices = {g.name: torch.randn(2, len(g), g.columns, g.rank, generator=generator).to(device) for g in groups}
     alone = [{name: value[i : i + 1] for name, value in pair.items()} for i in range(2)]
     outputs: list[Tensor] = []
     layers = [adapter.lora_A for group in groups for adapter in group.adapters]
@@ -233,9 +201,9 @@ def rows_are_examples(
     eager = torch.compiler.set_stance("force_eager") if is_compiled(network) else nullcontext()
     try:
         with eager, evaluation_mode(network), torch.no_grad():
-            together = run_as(weights, pair)
+            together = run_as(matrices, pair)
             for i in range(2):
-                single = run_as({name: drawn[i] for name, drawn in weights.items()}, alone[i])
+                single = run_as({name: drawn[i] for name, drawn in matrices.items()}, alone[i])
                 for one, both in zip(single, together, strict=True):
                     if both.shape[0] != 2 * one.shape[0] or one.shape[1:] != both.shape[1:]:
                         return False

@@ -57,6 +57,10 @@ class AdapterGroup:
     def __len__(self) -> int:
         return len(self.adapters)
 
+    @property
+    def device(self) -> torch.device:
+        return self.adapters[0].lora_A.weight.device
+
     def mean(self) -> Tensor:
         """μ of every adapter in float32 (or wider), one column a row: shape ``(adapters, columns, r)``."""
         stacked = torch.stack([adapter.lora_A.weight for adapter in self.adapters])

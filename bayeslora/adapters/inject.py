@@ -3,6 +3,7 @@
 No parameter is renamed or added, so the network's state dict stays PEFT's own.
 """
 
+import dataclasses
 import difflib
 import logging
 import re
@@ -61,6 +62,14 @@ def adapt(network: nn.Module, config: MonteCLoRAConfig) -> PeftModel:
     return network
 
 
+def with_lora_fields(config: MonteCLoRAConfig, network: PeftModel) -> MonteCLoRAConfig:
+    """The configuration with LoRA's fields as the network's adapter has them."""
+    lora = network.peft_config[network.active_adapters[0]]
+    shared = {f.name for f in dataclasses.fields(config)} & {f.name for f in dataclasses.fields(lora)}
+    values = {name: getattr(lora, name) for name in shared - {"mode"}}
+    return config.replace(**{n: tuple(sorted(v)) if isinstance(v, set) else v for n, v in values.items()})
+
+
 def carries_adapter(network: nn.Module) -> bool:
     """Whether PEFT, transformers or a BayesLoRA has put an adapter into it."""
     return isinstance(network, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in network.modules())
@@ -68,7 +77,7 @@ def carries_adapter(network: nn.Module) -> bool:
 
 def _as_json(lora: LoraConfig) -> dict[str, Any]:
     """A configuration as ``adapter_config.json`` holds it."""
-    return {word: sorted(value) if isinstance(value, set) else value for word, value in lora.to_dict().items()}
+    return {name: sorted(value) if isinstance(value, set) else value for name, value in lora.to_dict().items()}
 
 
 def lora_config(network: nn.Module, config: MonteCLoRAConfig) -> LoraConfig:

@@ -1,10 +1,13 @@
-"""How a network runs: its dropout, its cache, its graph."""
+"""How a network runs: its dropout, its cache, its graph, its checkpoints."""
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+
+from bayeslora.errors import InputError
 
 
 @contextmanager
@@ -36,3 +39,34 @@ def without_cache(network: nn.Module) -> Iterator[None]:
     finally:
         if caching:
             config.use_cache = caching
+
+
+def checkpointable(network: nn.Module) -> tuple[nn.Module, ...]:
+    """The layers that transformers can run again in the backward pass, instead of keeping their activations."""
+    return tuple(module for module in network.modules() if hasattr(module, "gradient_checkpointing"))
+
+
+def recomputes(layers: Iterable[Any]) -> bool:
+    """Whether any of these layers runs again in the backward pass.
+
+    Raises:
+        InputError: for reentrant checkpointing.
+    """
+    active = [layer for layer in layers if layer.gradient_checkpointing]
+    for function in (getattr(layer, "_gradient_checkpointing_func", None) for layer in active):
+        if isinstance(function, functools.partial):
+            refuse_reentrant({"use_reentrant": True} | function.keywords)  # torch's default, not transformers'
+    return bool(active)
+
+
+def refuse_reentrant(options: Mapping[str, Any] | None) -> None:
+    """Refuse arguments of ``torch.utils.checkpoint`` that ask for a backward pass a block.
+
+    Raises:
+        InputError: saying what to pass.
+    """
+    if options and options.get("use_reentrant"):
+        raise InputError(
+            "reentrant gradient checkpointing runs a backward pass for each block, and the first would free the graph "
+            "of the draw that all blocks share: pass use_reentrant=False, which is transformers' default"
+        )

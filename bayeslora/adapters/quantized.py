@@ -18,7 +18,7 @@ def frozen_weight(layer: nn.Module) -> Tensor:
     if weight is None:
         raise InputError(f"cannot read the weight of a {type(base).__name__}: of quantised networks, those of "
                          "bitsandbytes and torchao are supported")  # fmt: skip
-    if get_bnb_param_type(weight):
+    if get_bnb_param_type(weight):  # peft's dequantize_module_weight loses the scales of an eight-bit weight on a CPU
         return dequantize_bnb_weight(weight, state=getattr(base, "state", None))
     if is_quantized(base):
         return weight.detach().dequantize()

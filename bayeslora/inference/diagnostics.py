@@ -167,7 +167,7 @@ def _response_to_labels(bayes: Posterior, data: _Batches, seed: int) -> tuple[np
         for index, (inputs, permuted) in enumerate(data):
             labels = inputs.pop("labels")
             sites = {n: s["value"] for n, s in draw_trace(bayes, seed, index).nodes.items() if s["type"] == "sample"}
-            drawn = model.weights(sites)
+            drawn = model.matrices(sites)
             logs = [torch.zeros(len(group), 1, 1, device=labels.device, requires_grad=True) for group in groups]
             scaled = {}
             for group, log_scale in zip(groups, logs, strict=True):

@@ -253,7 +253,7 @@ class Draws:
         numbers = [self.first + index for index in indices]
         mirrored = [self.antithetic and number % 2 == 1 for number in numbers]
         sources = [number - mirror for number, mirror in zip(numbers, mirrored, strict=True)]
-        found = {number: model.weights(self.draw_sites(self.bayes, self.seed, number)) for number in set(sources)}
+        found = {number: model.matrices(self.draw_sites(self.bayes, self.seed, number)) for number in set(sources)}
         drawn = {g.name: torch.stack([found[number][g.name] for number in sources]) for g in model.groups}
         if self.noise_factor != 1 or any(mirrored):
             factors = [-self.noise_factor if mirror else self.noise_factor for mirror in mirrored]
@@ -343,7 +343,7 @@ def collect_draws(bayes: Posterior, draws: Iterable[dict[str, Tensor]], adapters
     matrices: dict[str, list[np.ndarray]] = {name: [] for name in adapters}
     rank = max(group.rank for group in bayes.model.groups)
     for sites in draws:
-        drawn = bayes.model.weights(sites)
+        drawn = bayes.model.matrices(sites)
         per_group = [_group_arrays(group, sites, drawn[group.name], rank) for group in bayes.model.groups]
         for collected, parts in zip((weights, covariances, scales), zip(*per_group, strict=True), strict=True):
             collected.append(np.concatenate(parts))

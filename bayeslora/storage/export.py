@@ -41,7 +41,7 @@ def export_draws(bayes: Posterior, folder: str | Path, num_draws: int, *, seed: 
         (new / MEAN_FOLDER).mkdir()
         write_peft_files(bayes, new / MEAN_FOLDER)
         for name, sites in zip(names, sample_sites(bayes, num_draws, seed), strict=True):
-            drawn = bayes.model.weights(sites)
+            drawn = bayes.model.matrices(sites)
             matrices = {
                 adapter.name: matrix.mT
                 for group in bayes.model.groups

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 
+from bayeslora.adapters.modes import checkpointable, recomputes, refuse_reentrant
 from bayeslora.errors import InputError
 from bayeslora.training.budget import TRAINER_NAMES
 
@@ -73,6 +74,8 @@ def check_arguments(arguments: TrainingArguments, refused: Mapping[str, str]) ->
     for name in ("dataloader_persistent_workers", "dataloader_multiprocessing_context"):
         if getattr(arguments, name) and not arguments.dataloader_num_workers:
             raise InputError(f"{name}={getattr(arguments, name)!r} needs dataloader_num_workers of 1 or more")
+    for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):  # the second is the former name
+        refuse_reentrant(getattr(arguments, name, None))
     _check_reports(arguments)
     _check_optimizer(arguments)
 
@@ -80,6 +83,7 @@ def check_arguments(arguments: TrainingArguments, refused: Mapping[str, str]) ->
 def check_fit_arguments(arguments: TrainingArguments, network: nn.Module) -> None:
     """:func:`check_arguments` for :func:`bayeslora.fit`, and what depends on the network."""
     check_arguments(arguments, REFUSED_BY_FIT)
+    recomputes(checkpointable(network))  # not reentrantly
     if "num_steps" in (arguments.accelerator_config.gradient_accumulation_kwargs or {}):
         raise InputError("fit calls num_steps of accelerator_config gradient_accumulation: pass gradient_accumulation=")
     try:

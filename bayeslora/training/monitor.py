@@ -15,7 +15,7 @@ TENSORBOARD_FOLDER = "tensorboard"
 
 
 @torch.no_grad()
-def effective_components(bayes: Posterior) -> Tensor:
+def components_in_use(bayes: Posterior) -> Tensor:
     """1 / E[Σ_k π_k²] of every adapter, between 1 and N: how many components share the mixture.
 
     Returns:
@@ -46,7 +46,7 @@ def posterior_logs(bayes: Posterior) -> dict[str, float]:
     if not bayes.sampling or not isinstance(bayes.guide, Guide):
         return logs
     if isinstance(bayes.guide, MixtureGuide):
-        logs["posterior/effective_components"] = float(effective_components(bayes).mean())
+        logs["posterior/effective_components"] = float(components_in_use(bayes).mean())
     noise = noise_to_signal(bayes)
     if noise is not None:
         ratios = noise.tolist()

@@ -44,7 +44,7 @@ def test_predictions_of_the_prior_are_those_of_networks_drawn_from_it():
     inputs = Collator.for_network(bayes.network)(examples)
     inputs.pop("labels")
     for s in range(3):
-        drawn = bayes.model.weights(prior_sites(bayes, 2, 4 + s))
+        drawn = bayes.model.matrices(prior_sites(bayes, 2, 4 + s))
         with torch.no_grad(), using_draw(bayes.model.groups, drawn):
             expected = bayes.network(**inputs).logits.softmax(-1)
         np.testing.assert_allclose(found.sample_probs[s], expected, atol=2e-6)

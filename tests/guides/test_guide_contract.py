@@ -57,9 +57,9 @@ def move(guide):
     return guide
 
 
-def draw(guide, seed=1, program=pyro):
+def draw(guide, seed=1, program=pyro, **options):
     pyro.set_rng_seed(seed)
-    return guide.run(program)
+    return guide.run(program, **options)
 
 
 def equal(one, other):
@@ -114,13 +114,15 @@ class TestSites:
     def test_draws_of_a_are_centred_at_the_networks_mean(self, name, components):
         model, guide = make(name, components)
         move(guide)
-        values = [model.weights(draw(guide, seed)) for seed in range(100)]
+        values = [model.matrices(draw(guide, seed)) for seed in range(100)]
         for group in model.groups:
             deviation = torch.stack([value[group.name] for value in values]) - group.mean()
             scores = deviation.mean(0) / (deviation.std(0) / math.sqrt(len(values)))
             assert scores.abs().max() < 5
-            with model.centred():
-                assert model.weights(draw(guide, 0))[group.name].sub(deviation[0]).abs().max() < 1e-5
+            if guide.takes_mean:
+                recorder = Recorder(draw(guide, 0, means=model.zero_means()))
+                around_zero = model.run(recorder, model.zero_means())[group.name]
+                assert around_zero.sub(deviation[0]).abs().max() < 1e-5
 
     def test_symmetric_rows_are_symmetric(self, name, components):
         """Turning the sign of rows of A − μ, and Σ with them, leaves the joint density as it is; a guide where it does
@@ -176,6 +178,22 @@ class TestObjective:
             differences.append((kl[0] - kl[1]).detach())
         differences = torch.stack(differences)
         assert differences.mean().abs() <= 5 * differences.std() / math.sqrt(len(differences)) + 1e-3
+
+    def test_a_step_through_pyros_handlers_is_the_same_step(self, name, components):
+        """A guide whose ``forward`` is its own is run as any Pyro program."""
+        plain = bayes_with(name, components=components, noise="shared", kl_weight=0.1)
+        other = copy.deepcopy(plain)
+        cls = type(other.guide)
+        other.guide.__class__ = type("Own", (cls,), {"forward": lambda self, *args, **kwargs: self.run(pyro)})
+        steps = []
+        for bayes in (plain, other):
+            torch.manual_seed(3)
+            bayes(**tiny_batch()).loss.backward()
+            gradients = {n: p.grad for n, p in bayes.named_parameters() if p.requires_grad}
+            steps.append((bayes.elbo.parts.to_floats(), gradients))
+        assert steps[0][0] == pytest.approx(steps[1][0], rel=1e-4)
+        for parameter, gradient in steps[0][1].items():
+            torch.testing.assert_close(steps[1][1][parameter], gradient, rtol=1e-3, atol=1e-5)
 
     @pytest.mark.parametrize("normalization", ["paper", "elbo"])
     def test_svi_drives_model_and_guide_as_they_are(self, name, components, normalization):
@@ -345,6 +363,60 @@ class TestGaussianGuide:
         torch.testing.assert_close(found[1:], torch.ones(2, 2), rtol=1e-3, atol=1e-3)
 
 
+class ScaledByTheMean(Guide):
+    """s = |μ|/2 for every entry: what a guide sees of μ decides its draws."""
+
+    symmetric_rows = True
+
+    def sample_group(self, group, program):
+        mean = self.model.mean(group)
+        adapters, columns = self.plates(group, program)
+        with adapters:
+            sites = self.sample_priors(group, program)
+            with columns:
+                normal = pyro.distributions.Normal(mean, mean.abs() / 2 + 1e-6).to_event(1)
+                return sites | {f"A_{group.name}": program.sample(f"A_{group.name}", normal)}
+
+
+class TestTheMeanOfAGuide:
+    """``model.mean(group)`` is μ whenever a guide asks, in training too."""
+
+    @pytest.mark.parametrize("noise", ["per_example", "shared"])
+    def test_a_law_that_depends_on_mu_is_the_same_in_training(self, noise, monkeypatch):
+        options = {"r": 2, "noise": noise, "target_modules": ["query"]}
+        bayes = randomize_b(BayesLoRA(tiny_network(), MonteCLoRAConfig(**options), guide=ScaledByTheMean)).train()
+        seen = []
+        observe = bayes.model.observe
+
+        def look(**batch):
+            draws = [adapter.lora_A.draw for group in bayes.model.groups for adapter in group.adapters]
+            seen.append([(draw.weight.detach(), draw.mirrors) for draw in draws])
+            return observe(**batch)
+
+        monkeypatch.setattr(bayes.model, "observe", look)
+        torch.manual_seed(4)
+        bayes(**tiny_batch()).loss.backward()
+        torch.manual_seed(4)
+        expected = bayes.model.matrices(bayes.guide.run(pyro))
+        for group in bayes.model.groups:
+            for adapter, columns, (weight, mirrors) in zip(group.adapters, expected[group.name], seen[0], strict=True):
+                drawn = weight if mirrors is None else weight[:2] + weight[2:]
+                torch.testing.assert_close(drawn, columns.mT.detach(), rtol=1e-5, atol=1e-7)
+                assert (drawn - adapter.lora_A.weight).abs().mean() > 0.1 * adapter.lora_A.weight.abs().mean()
+
+    def test_only_a_program_with_the_argument_is_given_a_mean(self):
+        class Former(MixtureGuide):
+            def sample_group(self, group, program):
+                return super().sample_group(group, program)
+
+        class FormerRun(GaussianGuide):
+            def run(self, program):
+                return super().run(program)
+
+        assert not any(guide.takes_mean for guide in (Guide, ScaledByTheMean, Former, FormerRun))
+        assert all(guide.takes_mean for guide in GUIDES.values())
+
+
 class TestPyrosOwnGuides:
     """On the yardstick, where they are the usual way to approximate a posterior."""
 
@@ -418,6 +490,6 @@ def test_a_joint_site_weighs_as_much_as_an_independent_one(normalization):
     for guide in (plain, joint):
         recorder = Recorder(values)
         guide.run(recorder)
-        elbo.average(lambda nodes=recorder.nodes: ({**prior_nodes(model, values), **observed}, nodes))
-        kls.append(torch.stack([elbo.parts.kl[name] for name in values]))
+        score = elbo.score({**prior_nodes(model, values), **observed}, recorder.nodes)
+        kls.append(torch.stack([score.parts.kl[name] for name in values]))
     torch.testing.assert_close(*kls)

@@ -50,7 +50,7 @@ def test_parts_are_the_variance_with_the_others_at_their_means(batch_size):
         for place, adapter in enumerate(group.adapters):
             logits = []
             for sites in sample_sites(bayes, 4, 7):
-                drawn = bayes.model.weights(sites)
+                drawn = bayes.model.matrices(sites)
                 weights = {other.name: other.mean().detach().clone() for other in groups}
                 weights[group.name][place] = drawn[group.name][place]
                 with using_draw(groups, weights), torch.no_grad():

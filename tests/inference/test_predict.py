@@ -35,7 +35,7 @@ def outputs_by_hand(bayes, dataset, num_samples, seed=0):
     bayes.eval()
     draws = []
     for index in range(num_samples):
-        weights = bayes.model.weights({name: values[index] for name, values in sites.items()})
+        weights = bayes.model.matrices({name: values[index] for name, values in sites.items()})
         with torch.no_grad(), using_draw(bayes.model.groups, weights):
             draws.append(torch.cat([alone(bayes.network, example) for example in dataset]))
     return torch.stack(draws)

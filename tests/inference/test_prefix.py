@@ -25,7 +25,7 @@ def batch_of(kind, size=3):
 
 def draws(bayes, count):
     sites = bayes.sample(count, seed=0)
-    each = [bayes.model.weights({name: values[index] for name, values in sites.items()}) for index in range(count)]
+    each = [bayes.model.matrices({name: values[index] for name, values in sites.items()}) for index in range(count)]
     return each, {name: torch.stack([draw[name] for draw in each]) for name in each[0]}
 
 

@@ -50,6 +50,15 @@ def test_factors_multiply_every_adapters_noise(options):
     torch.testing.assert_close(prior_spread(bayes), prior_spread(bayes, torch.ones(())) * factors)
 
 
+def test_epsilon_has_its_former_name_too():
+    """Guides are written by others."""
+    bayes = module("per_layer")
+    bayes.noise_schedule.set(0.5)
+    for group in bayes.model.groups:
+        assert torch.equal(bayes.model.sample_scaler(group), torch.full((len(group),), 0.25))
+        assert torch.equal(bayes.model.noise_scale(group), bayes.model.sample_scaler(group))
+
+
 def logged_variance(bayes):
     """Of every adapter; the sparse mixture has no formula."""
     variances = [bayes.guide.noise_variance(group) for group in bayes.model.groups]

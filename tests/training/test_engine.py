@@ -248,7 +248,7 @@ class TestSharedWeights:
     def assert_one_draw(self, bayes):
         """The logits are those of plain PEFT with that draw as its lora_A."""
         batch = inputs_only(tiny_batch())
-        weights = bayes.model.weights(next(sample_sites(bayes, 1, seed=0)))
+        weights = bayes.model.matrices(next(sample_sites(bayes, 1, seed=0)))
         with using_draw(bayes.model.groups, weights):
             logits = bayes.network(**batch).logits
         assert not torch.allclose(logits, bayes.network(**batch).logits)

@@ -372,7 +372,7 @@ DECISIONS = {
     "lr_scheduler_kwargs": {}, "optim": "adafactor", "optim_args": "unknown=1", "adam_beta1": 0.8, "adam_beta2": 0.9,
     "adam_epsilon": 1e-6, "average_tokens_across_devices": False, "bf16": True, "fp16": True, "tf32": False,
     "activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False},
-    "gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}, "torch_compile": False,
+    "gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}, "torch_compile": False,
     "torch_compile_backend": None, "torch_compile_mode": None, "use_cache": True, "neftune_noise_alpha": 5.0,
     "torch_empty_cache_steps": 1, "logging_strategy": "epoch", "logging_steps": 1, "logging_first_step": True,
     "log_on_each_node": False, "logging_nan_inf_filter": True, "include_num_input_tokens_seen": "non_padding",
@@ -456,6 +456,7 @@ class TestArguments:
             ({"accelerator_config": {"no such": 4}}, "no such"),
             ({"eval_strategy": "steps"}, "need an eval_dataset"),
             ({"no_such_argument": 1}, "no_such_argument"),
+            ({"activation_checkpointing_kwargs": {"use_reentrant": True}}, "pass use_reentrant=False"),
         ],
     )
     def test_what_cannot_be_had_is_refused_and_the_folder_is_free(self, options, message, tmp_path):
@@ -463,6 +464,13 @@ class TestArguments:
             fit(classifier(), tiny_dataset(8), output_dir=tmp_path / "run", **FIT_OPTIONS | options)
         assert written(tmp_path / "run") in (None, [])
         fit(classifier(), tiny_dataset(8), output_dir=tmp_path / "run", **FIT_OPTIONS)
+
+    def test_a_network_that_recomputes_reentrantly_is_refused_before_a_folder_is_made(self, tmp_path):
+        bayes = classifier()
+        bayes.network.get_base_model().activation_checkpointing_enable({"use_reentrant": True})
+        with pytest.raises(InputError, match="pass use_reentrant=False"):
+            fit(bayes, tiny_dataset(8), output_dir=tmp_path / "run", **FIT_OPTIONS)
+        assert written(tmp_path / "run") is None
 
     def test_what_only_trainer_can_find_out_leaves_the_folder_free(self, tmp_path):
         """Lengths of images cannot be told, which Trainer says when it makes its batches."""

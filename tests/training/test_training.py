@@ -12,7 +12,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from bayeslora import BayesLoRA, InputError, TrainingDivergedError
 from bayeslora.inference.predict import Collator
 from bayeslora.storage.run_folder import last_checkpoint
-from bayeslora.training.monitor import effective_components
+from bayeslora.training.monitor import components_in_use
 from bayeslora.training.trainer import BayesTrainer
 from tests.conftest import tiny_dataset
 from tests.modules import randomize_b
@@ -351,13 +351,13 @@ class TestLogs:
         squares = (drawn.mixture_weights**2).sum(-1).mean(0)  # E[Σ_k π_k²] of every adapter
         assert entry["posterior/effective_components"] == pytest.approx((1 / squares).mean(), rel=0.05)
 
-    def test_effective_components(self):
+    def test_components_in_use(self):
         bayes = new(guide="mean_field", num_components=4)
         with torch.no_grad():
             for name, parameter in bayes.guide.named_parameters():
                 if name.startswith("log_alpha"):
                     parameter.copy_(torch.tensor([1.0, 2.0, 3.0, 4.0]).log().expand_as(parameter))
-        assert effective_components(bayes).tolist() == pytest.approx([2.75] * len(bayes.adapter_names), rel=1e-6)
+        assert components_in_use(bayes).tolist() == pytest.approx([2.75] * len(bayes.adapter_names), rel=1e-6)
 
     def test_no_posterior_to_speak_of(self, tmp_path):
         plain = run(tmp_path / "plain", new(sample_scaler=0.0), max_steps=1)

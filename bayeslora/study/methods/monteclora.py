@@ -23,7 +23,7 @@ from bayeslora.study.methods.base import Method, PostHocMethod, TrainedMethod, r
 from bayeslora.study.methods.post_hoc import tempered
 from bayeslora.study.outcome import Predict, Predicted, Predictor, Trained
 from bayeslora.training.fit import fit
-from bayeslora.training.monitor import effective_components, noise_to_signal
+from bayeslora.training.monitor import components_in_use, noise_to_signal
 
 if TYPE_CHECKING:
     from bayeslora.study.experiment import Experiment
@@ -217,7 +217,7 @@ def posterior_facts(bayes: BayesLoRA) -> dict[str, float]:
     """Means over adapters: effective components, entropy of π in nats, noise relative to the mean of A."""
     facts = {}
     if isinstance(bayes.guide, MixtureGuide):
-        facts["effective_components"] = float(effective_components(bayes).mean())
+        facts["effective_components"] = float(components_in_use(bayes).mean())
         weights = bayes.posterior_draws(num_samples=16).mixture_weights
         facts["mixture_entropy"] = float(np.mean(mixture_entropy(weights)))
     ratio = noise_to_signal(bayes)

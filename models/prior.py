@@ -1,0 +1,131 @@
+r"""The prior of MonteCLoRA as a Pyro program: three sites over the columns of every LoRA-A matrix.
+
+========================  ===========================================  ===============================================
+site (one per group)      prior                                        shape (plates ``adapters``, ``columns``)
+========================  ===========================================  ===============================================
+``pi_{group}``            Dirichlet(α0·1_N)                            ``(adapters, 1, N)``
+``sigma_tril_{group}``    Cholesky factor of Wishart(I_r, ν)           ``(adapters, 1, r, r)``
+``A_{group}``             N(μ_i, ε²·Σ_k π_k²·I_r) for every column i   ``(adapters, columns, r)``
+========================  ===========================================  ===============================================
+
+A group holds all adapters of one shape (r, n_in). With ``components="explicit"`` the third site is the N Gaussians
+``S_{group}``, of shape ``(N, adapters, columns, r)``, and A is computed from them.
+
+Reference: Sengupta et al., *Robust and Efficient Fine-tuning of LLMs with Bayesian Reparameterization of Low-Rank
+Adaptation* (TMLR 2025), section 4.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro.nn import PyroModule
+from torch import Tensor
+
+from bayeslora.adapters.groups import AdapterGroup
+from bayeslora.config import MonteCLoRAConfig
+from bayeslora.distributions import CollapsedMixture, MixtureWeights, WishartCholesky, active_weights
+
+
+class Prior(PyroModule):
+    """p(π, Σ, A) of groups of adapters: all that a guide needs to know of the model.
+
+    Args:
+        groups: The adapters by shape.
+        config: Hyperparameters.
+    """
+
+    def __init__(self, groups: tuple[AdapterGroup, ...], config: MonteCLoRAConfig):
+        super().__init__("model")
+        self.config = config
+        self.groups = groups
+        if config.noise_schedule != "constant":
+            for group in groups:
+                factors = torch.ones(len(group), device=group.device)
+                self.register_buffer(f"noise_factor_{group.name}", factors)
+
+    def degrees_of_freedom(self, group: AdapterGroup) -> float:
+        """ν of a group: the configured value, or its rank."""
+        return float(self.config.degrees_of_freedom or group.rank)
+
+    def sample_scaler(self, group: AdapterGroup) -> float | Tensor:
+        """ε of prior and posterior: a number, or under a noise schedule one for each adapter, ``(adapters,)``."""
+        factors = self.noise_factors(group)
+        return self.config.sample_scaler if factors is None else self.config.sample_scaler * factors
+
+    def noise_scale(self, group: AdapterGroup) -> float | Tensor:
+        """The former name of :meth:`sample_scaler`, for guides that were written with it."""
+        return self.sample_scaler(group)
+
+    def noise_factors(self, group: AdapterGroup) -> Tensor | None:
+        """What a noise schedule multiplies ε by, ``(adapters,)``: a buffer, saved with the posterior; None without."""
+        return getattr(self, f"noise_factor_{group.name}", None)
+
+    def weights_prior(self, group: AdapterGroup) -> MixtureWeights:
+        """p(π) = Dirichlet(α0·1_N) of a group's adapters, batch shape ``(adapters, 1)``."""
+        shape = (len(group), 1, self.config.num_components)
+        return MixtureWeights(torch.full(shape, float(self.config.prior_concentration), device=group.device))
+
+    def covariance_prior(self, group: AdapterGroup) -> WishartCholesky:
+        """p(Σ) = Wishart(I_r, ν), on its Cholesky factor, batch shape ``(adapters, 1)``."""
+        scale = torch.ones((len(group), 1, group.rank), device=group.device)
+        return WishartCholesky(self.degrees_of_freedom(group), scale)
+
+    def full_precision(self) -> torch.autocast:
+        """Switches autocast off inside: factors and noise stay in float32, whatever the network computes in."""
+        return torch.autocast(self.groups[0].device.type, enabled=False)
+
+    def run(self, program: Any, means: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The prior's program, under Pyro's primitives or a :class:`~bayeslora.recorder.Recorder`'s.
+
+        Args:
+            program: Has ``sample`` and ``plate``.
+            means: Group name to what A is centred at, ``(adapters, columns, r)``; μ where ``None``. Around
+                :meth:`zero_means` the program draws A − μ, whose law does not depend on μ.
+
+        Returns:
+            Group name to A, one column a row: ``(adapters, columns, r)``.
+        """
+        means = {group.name: self.mean(group) for group in self.groups} if means is None else means
+        return {group.name: self._sample_group(group, program, means[group.name]) for group in self.groups}
+
+    def mean(self, group: AdapterGroup) -> Tensor:
+        """μ of a group's adapters, one column a row, ``(adapters, columns, r)``."""
+        return group.mean()
+
+    def zero_means(self) -> dict[str, Tensor]:
+        """Zeros in place of every group's μ, for both programs to draw A − μ: see :meth:`run`."""
+        zero = torch.zeros((), device=self.groups[0].device)
+        return {group.name: zero.expand(len(group), group.columns, group.rank) for group in self.groups}
+
+    def matrices(self, sites: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A of every group from the values of its sites: group name to ``(adapters, columns, r)``."""
+        if self.config.components == "explicit":
+            return {group.name: self._from_components(group, sites, self.mean(group)) for group in self.groups}
+        return {group.name: sites[f"A_{group.name}"] for group in self.groups}
+
+    def _sample_group(self, group: AdapterGroup, program: Any, mean: Tensor) -> Tensor:
+        config, name, device = self.config, group.name, group.device
+        identity = torch.eye(group.rank, device=device).expand(len(group), group.rank, group.rank)
+        adapters = program.plate(f"adapters_{name}", len(group), dim=-2)
+        columns = program.plate(f"columns_{name}", group.columns, dim=-1)
+        with adapters:
+            pi = program.sample(f"pi_{name}", self.weights_prior(group))
+            program.sample(f"sigma_tril_{name}", self.covariance_prior(group))
+            if config.components == "explicit":
+                standard = dist.Normal(torch.zeros((), device=device), 1).expand([group.rank]).to_event(1)
+                with program.plate(f"components_{name}", config.num_components, dim=-3), columns:
+                    components = program.sample(f"S_{name}", standard)
+                return self._from_components(group, {f"pi_{name}": pi, f"S_{name}": components}, mean)
+            weights = active_weights(pi[..., 0, :], config.mixture)
+            prior = CollapsedMixture(mean, identity, weights, self.sample_scaler(group))
+            with columns:
+                return program.sample(f"A_{name}", prior)
+
+    def _from_components(self, group: AdapterGroup, sites: Mapping[str, Tensor], mean: Tensor) -> Tensor:
+        """A as the mixture of its N Gaussians."""
+        weights = active_weights(sites[f"pi_{group.name}"][..., 0, :], self.config.mixture)  # (adapters, N)
+        noise = torch.einsum("ak,kacr->acr", weights, sites[f"S_{group.name}"])
+        scale = self.sample_scaler(group)
+        return mean + (scale[:, None, None] if isinstance(scale, Tensor) else scale) * noise
