@@ -23,7 +23,8 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from bayeslora.errors import InputError
-from bayeslora.models import CategoricalLikelihood, MonteCLoRA
+from bayeslora.models import MonteCLoRA
+from bayeslora.models.likelihoods import as_likelihood
 
 RATE = 0.05  # weight of the newest batch in an average
 RISING_SHARE = 0.5  # of training, over which the cosine rises
@@ -83,7 +84,7 @@ class EntropySchedule(NoiseSchedule):
 
     def __init__(self, model: MonteCLoRA):
         super().__init__(model)
-        if not isinstance(model.likelihood, CategoricalLikelihood):
+        if not as_likelihood(model.likelihood).of_classes:
             raise InputError("noise_schedule='entropy' follows the entropy of class probabilities, and this network "
                              "has none: choose another noise_schedule")  # fmt: skip
         self.set(LEAST)

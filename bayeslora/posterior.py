@@ -33,7 +33,8 @@ from bayeslora.distributions import random_signs
 from bayeslora.elbo import CooperativeELBO, Nodes
 from bayeslora.errors import InputError
 from bayeslora.guides import GUIDES, Guide
-from bayeslora.models import MonteCLoRA, NextTokenLikelihood
+from bayeslora.models import MonteCLoRA
+from bayeslora.models.likelihoods import as_likelihood
 from bayeslora.noise_schedules import SCHEDULES, NoiseSchedule
 from bayeslora.recorder import Recorder
 
@@ -114,8 +115,9 @@ class Posterior(PeftModel):
         """Tell Trainer, which asks the network, whether it can count what the objective averages over."""
         base: Any = self.network.get_base_model()
         base.accepts_loss_kwargs = getattr(self.model.likelihood, "counted_by_trainer", False)
-        if isinstance(self.model.likelihood, NextTokenLikelihood):
-            base.loss_type = "ForCausalLM"  # GPT-2 does not say so: the first label has nothing before it
+        loss_type = as_likelihood(self.model.likelihood).loss_type
+        if loss_type is not None:
+            base.loss_type = loss_type  # GPT-2 does not say so: the first label has nothing before it
 
     def __setattr__(self, name: str, value: Any) -> None:
         before = self.__dict__.get("_modules", {}).get(name, value)

@@ -10,7 +10,7 @@ from torch.distributions import kl_divergence
 
 from bayeslora import BayesLoRA, InputError, MonteCLoRAConfig
 from bayeslora.distributions import WishartCholesky, expected_column_kl
-from bayeslora.inference.predict import sample_sites
+from bayeslora.inference.draws import sample_sites
 from tests.conftest import tiny_batch, tiny_network
 from tests.modules import inputs_only, module, randomize_b
 

@@ -39,8 +39,8 @@ from bayeslora.adapters.provenance import (
 from bayeslora.adapters.quantized import frozen_weight, is_quantized
 from bayeslora.config import MonteCLoRAConfig
 from bayeslora.errors import InputError
-from bayeslora.models.language import described_likelihood
-from bayeslora.models.likelihoods import Likelihood
+from bayeslora.models.likelihoods import as_likelihood
+from bayeslora.models.selection import described_likelihood
 from bayeslora.posterior import Posterior
 from bayeslora.untrusted import (
     PREFIX,
@@ -189,8 +189,7 @@ def _manifest(bayes: Posterior, folder: Path) -> dict[str, Any]:
         "adapters": _adapter_shapes(bayes),
         "sha256": {name: _sha256(folder / name) for name in FILES},
     }
-    likelihood = bayes.model.likelihood
-    described = likelihood.describe() if isinstance(likelihood, Likelihood) else None
+    described = as_likelihood(bayes.model.likelihood).describe()
     if described is not None:
         manifest["likelihood"] = described
     return manifest | {"digest": _digest(manifest)}

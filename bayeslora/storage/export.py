@@ -4,7 +4,7 @@ import tempfile
 from pathlib import Path
 
 from bayeslora.errors import InputError
-from bayeslora.inference.predict import sample_sites
+from bayeslora.inference.draws import sample_sites
 from bayeslora.posterior import Posterior
 from bayeslora.storage.checkpoint import write_peft_files
 from bayeslora.storage.run_folder import write_json

@@ -122,7 +122,7 @@ def fit(
                   evaluations=evaluations, early_stopping=early_stopping)  # fmt: skip
     check_words(trainer_arguments)
     data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
-    collate = check_to_learn_from(bayes, {n: part for n, part in data.items() if part is not None}, batch_size)
+    collate = check_to_learn_from(bayes.model, {n: part for n, part in data.items() if part is not None}, batch_size)
     metrics_of = Metrics(bayes, compute_metrics, best_metric)
     settings = {
         **trainer_settings(
