@@ -59,7 +59,9 @@ def described_likelihood(record: Any) -> Likelihood:
     if isinstance(kind, str) and isinstance(names, list) and all(isinstance(name, str) for name in names):
         kind = _CALLED_IN_FILES.get(kind, kind)
         try:
-            return KINDS[kind](**options)
+            likelihood = KINDS[kind](**options)
         except (KeyError, TypeError):
-            pass
+            likelihood = Likelihood()
+        if likelihood.describe() is not None:
+            return likelihood
     raise InputError(f"unknown likelihood {record!r:.200}: pass the one used when fitting as likelihood=")
