@@ -128,9 +128,9 @@ class Likelihood(PyroModule):
         """The result of a prediction.
 
         Args:
-            outputs: :meth:`outputs` of n examples under S draws, ``(S, n, ...)``; of examples that differ in length,
-                NaN after the shorter ones.
-            labels: ``(n, ...)``, with -100 there; None if there are none.
+            outputs: :meth:`outputs` of n examples under S draws, ``(S, n, ...)``. Where examples differ in length, what
+                lies beyond the shorter ones means nothing: it is of padding, or NaN.
+            labels: ``(n, ...)``, -100 there; None if there are none.
             network: The network.
             keep: Whether the result holds what each draw says.
         """
