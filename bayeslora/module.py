@@ -16,13 +16,14 @@ from bayeslora.adapters.groups import find_groups
 from bayeslora.adapters.quantized import is_quantized
 from bayeslora.distributed import refuse_sharded
 from bayeslora.errors import InputError
+from bayeslora.inference.draws import Draws, PosteriorDraws, sample_sites
+from bayeslora.inference.draws import posterior_draws as draws_per_adapter
 from bayeslora.inference.generation import Generation
 from bayeslora.inference.generation import generate as generate_texts
-from bayeslora.inference.predict import Draws, PosteriorDraws, Prediction, sample_sites
-from bayeslora.inference.predict import posterior_draws as draws_per_adapter
 from bayeslora.inference.predict import predict as predict_examples
 from bayeslora.inference.prior import prior_draws as draws_from_prior
 from bayeslora.posterior import Posterior
+from bayeslora.prediction import Prediction
 from bayeslora.storage import checkpoint
 from bayeslora.storage.export import export_draws as write_draws
 
@@ -82,7 +83,7 @@ class BayesLoRA(Posterior):
     @contextmanager
     def as_draw(self, index: int = 0, *, seed: int = 0) -> Iterator[nn.Module]:
         """Inside, ``bayes.network`` is draw ``index`` of ``seed``, one network for whatever is done with it."""
-        with one_at_a_time, using_draw(self.model.groups, Draws(self, 1, seed, first=index).weights(0, 1)):
+        with one_at_a_time, using_draw(self.model.groups, Draws(self, 1, seed, first=index).matrices(0, 1)):
             yield self.network
 
     def merge(self, draw: int | None = None, *, seed: int = 0) -> nn.Module:
@@ -105,7 +106,7 @@ class BayesLoRA(Posterior):
         merged = copy.deepcopy(self.network)
         _untie(merged)
         if draw is not None:
-            drawn = Draws(self, 1, seed, first=draw).weights(0, 1)
+            drawn = Draws(self, 1, seed, first=draw).matrices(0, 1)
             with torch.no_grad():
                 for group in find_groups(merged):
                     for adapter, columns in zip(group.adapters, drawn[group.name], strict=True):

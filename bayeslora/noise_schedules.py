@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from bayeslora.errors import InputError
-from bayeslora.models.likelihoods import CategoricalLikelihood
+from bayeslora.models.likelihoods import as_likelihood
 from bayeslora.models.prior import Prior
 
 RATE = 0.05  # weight of the newest batch in an average
@@ -84,7 +84,7 @@ class EntropySchedule(NoiseSchedule):
 
     def __init__(self, model: Prior):
         super().__init__(model)
-        if not isinstance(getattr(model, "likelihood", None), CategoricalLikelihood):
+        if not as_likelihood(model.likelihood).of_classes:
             raise InputError("noise_schedule='entropy' follows the entropy of class probabilities, and this network "
                              "has none: choose another noise_schedule")  # fmt: skip
         self.set(LEAST)

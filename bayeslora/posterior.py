@@ -32,7 +32,8 @@ from bayeslora.distributions import random_signs
 from bayeslora.elbo import CooperativeELBO, replayed
 from bayeslora.errors import InputError
 from bayeslora.guides import GUIDES, Guide
-from bayeslora.models import MonteCLoRA, NextTokenLikelihood
+from bayeslora.models import MonteCLoRA
+from bayeslora.models.likelihoods import as_likelihood
 from bayeslora.noise_schedules import SCHEDULES, NoiseSchedule
 from bayeslora.recorder import Recorder
 from bayeslora.wrapper import WrappedNetwork
@@ -113,8 +114,9 @@ class Posterior(WrappedNetwork):
         """Tell Trainer, which asks the network, whether it can count what the objective averages over."""
         base: Any = self.network.get_base_model()
         base.accepts_loss_kwargs = getattr(self.model.likelihood, "counted_by_trainer", False)
-        if isinstance(self.model.likelihood, NextTokenLikelihood):
-            base.loss_type = "ForCausalLM"  # GPT-2 does not say so: the first label has nothing before it
+        loss_type = as_likelihood(self.model.likelihood).loss_type
+        if loss_type is not None:
+            base.loss_type = loss_type  # GPT-2 does not say so: the first label has nothing before it
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Posterior":
         """Moves everything and casts the network; the posterior stays in float32 where ``fn`` would narrow it."""

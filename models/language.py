@@ -9,6 +9,7 @@ Padding is what ``attention_mask`` leaves out; no token id means padding (in man
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
+import numpy as np
 import pyro
 import torch
 from pyro.distributions import TorchDistribution
@@ -16,12 +17,21 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from bayeslora.errors import InputError
-from bayeslora.models.likelihoods import CategoricalLikelihood, Likelihood, example_plate
+from bayeslora.models.likelihoods import CategoricalLikelihood, Likelihood, Where, example_plate, plain
+from bayeslora.prediction import TextPrediction
 
 NOT_SCORED = -100  # the label of a token that is read but not scored, as in transformers
 ABSENT = -1e4  # the score of an option that is not there: its probability is exactly 0, and all stays finite
 Reduction = Literal["mean", "sum"]
 Normalization = Literal["tokens", "characters", "none"]
+
+
+def vocabulary_size(network: Any) -> int | None:
+    """Rows of the embedding of tokens; None where there is no such table."""
+    try:
+        return getattr(plain(network).get_input_embeddings(), "num_embeddings", None)
+    except (AttributeError, NotImplementedError):  # no network of transformers, or one without tokens
+        return None
 
 
 def logits_at(network: nn.Module, inputs: Mapping[str, Any], positions: Tensor) -> Tensor:
@@ -118,6 +128,10 @@ class NextTokenLikelihood(Likelihood):
             loss; with it a token, not a text, weighs the same in every batch.
     """
 
+    loss_type = "ForCausalLM"
+    evaluates_labels = True
+    takes_options = False
+
     def __init__(self, reduction: Reduction = "mean"):
         super().__init__("likelihood")
         if reduction not in get_args(Reduction):
@@ -157,6 +171,31 @@ class NextTokenLikelihood(Likelihood):
     def label_names(self, network: nn.Module) -> None:
         return None
 
+    def columns_read(self, arguments: frozenset[str]) -> frozenset[str] | None:
+        return arguments if type(self).outputs is NextTokenLikelihood.outputs else None
+
+    def check_label(self, label: np.ndarray, example: Mapping[str, Any], where: Where, network: nn.Module) -> None:
+        """A text has a token to score, and a label for each token."""
+        tokens, vocabulary = example.get("input_ids", label), vocabulary_size(network)
+        if label.ndim != 1 or len(label) != len(tokens):
+            raise InputError(
+                f"{where.dataset}: the labels of a text are its tokens, or -100, one for each; text {where.number} has "
+                f"{len(tokens)} tokens and labels of shape {label.shape}"
+            )
+        scored = label[label != NOT_SCORED]
+        if (label[1:] == NOT_SCORED).all():
+            raise InputError(
+                f"{where.dataset}: no token of text {where.number} is scored (its labels are all -100 after the "
+                "first): is max_length too short for the prompt?"
+            )
+        if vocabulary and not ((scored >= 0) & (scored < vocabulary)).all():
+            raise where.refused(f"labels of a text are tokens, 0 to {vocabulary - 1}, or -100")
+
+    def summarize(
+        self, outputs: np.ndarray, labels: np.ndarray | None, network: nn.Module, *, keep: bool
+    ) -> TextPrediction:
+        return TextPrediction(None, outputs[..., 0].astype(np.float64), outputs[0, :, 1])
+
     def describe(self) -> dict[str, Any]:
         return {"kind": "next_token", "reduction": self.reduction}
 
@@ -186,6 +225,7 @@ class ChoiceLikelihood(CategoricalLikelihood):
     """
 
     counted_by_trainer = False  # it would take the labels of a causal language model for tokens
+    takes_options = True
 
     def __init__(self, label_names: Sequence[str], normalization: Normalization = "tokens"):
         super().__init__("likelihood")
@@ -233,23 +273,8 @@ class ChoiceLikelihood(CategoricalLikelihood):
     def label_names(self, network: nn.Module) -> tuple[str, ...]:
         return self.names
 
+    def num_classes(self, network: nn.Module) -> int:
+        return len(self.names)
+
     def describe(self) -> dict[str, Any]:
         return {"kind": "choice", "label_names": list(self.names), "normalization": self.normalization}
-
-
-def described_likelihood(record: Any) -> Likelihood:
-    """The likelihood that :meth:`Likelihood.describe` described, from JSON of unknown origin.
-
-    Raises:
-        InputError: for anything else.
-    """
-    kinds: dict[str, type[Likelihood]] = {"next_token": NextTokenLikelihood, "choice": ChoiceLikelihood}
-    options = dict(record) if isinstance(record, dict) else {}
-    kind = options.pop("kind", None)
-    names = options.get("label_names", ["A", "B"])
-    if isinstance(kind, str) and kind in kinds and isinstance(names, list) and all(isinstance(n, str) for n in names):
-        try:
-            return kinds[kind](**options)
-        except TypeError:
-            pass
-    raise InputError(f"unknown likelihood {record!r:.200}: pass the one used when fitting as likelihood=")

@@ -2,23 +2,31 @@
 
 A likelihood is a :class:`PyroModule` called with the network's outputs, the labels (or ``None`` to simulate them) and
 the number of training examples; it samples the site ``labels`` in a plate over the examples of the batch. A
-:class:`Likelihood` also says what those outputs are; for any other module they are the network's logits. Those of
-language models are in :mod:`bayeslora.models.language`.
+:class:`Likelihood` also says all else that depends on the kind of task: what those outputs are, which labels there can
+be, how a prediction is summarised and an evaluation scored. Nothing else asks which likelihood it is. For a module that
+is none, its defaults hold. Likelihoods of language models are in :mod:`bayeslora.models.language`.
 """
 
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar, Literal, NamedTuple
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro.nn import PyroModule, PyroParam
+from scipy.special import log_softmax, softmax
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from bayeslora.analysis.metrics.registry import METRICS, calibration_summary
+from bayeslora.analysis.metrics.uncertainty import mutual_information, predictive_entropy
 from bayeslora.errors import InputError
+from bayeslora.prediction import ClassPrediction, NumberPrediction, Prediction
+
+UNLABELLED = -1  # how official test splits say that they have no labels
 
 
 @contextmanager
@@ -32,14 +40,44 @@ def example_plate(batch_size: int, num_examples: int | None) -> Iterator[None]:
         yield
 
 
-class Likelihood(PyroModule):
-    """What a likelihood says beside its density; each method has a default for a classifier or a regressor.
+class Where(NamedTuple):
+    """A row of a data set, for what is said about it."""
 
-    ``counted_by_trainer`` promises that ``transformers.Trainer``, which counts the labels other than -100 (from the
-    second on in a causal language model), finds the same number as :meth:`count`.
+    dataset: str
+    number: int
+
+    def refused(self, why: str) -> InputError:
+        return InputError(f"{self.dataset}, row {self.number}: {why}")
+
+
+class Likelihood(PyroModule):
+    """What a likelihood says beside its density; each method has a default for a classifier.
+
+    A new kind of task is a subclass, the :class:`~bayeslora.prediction.Prediction` that it makes, and a line in
+    :data:`bayeslora.models.selection.KINDS`.
     """
 
     counted_by_trainer = False
+    """Whether ``transformers.Trainer``, which counts the labels other than -100 (from the second on in a causal
+    language model), is sure to find the same number as :meth:`count`."""
+
+    loss_type: str | None = None
+    """What transformers calls the loss of this likelihood, where the network has to be told."""
+
+    of_classes = False
+    """Whether the outputs are logits of classes, of which one is the label."""
+
+    evaluates_labels = False
+    """Whether the outputs are of given labels, and do not exist without."""
+
+    takes_options = True
+    """Whether an example can be several texts to choose from, its columns lists of lists."""
+
+    label_type: Literal["class", "number"] | None = None
+    """What an example's label is: one whole number, one number, or whatever stands in the data."""
+
+    metric_names: ClassVar[Mapping[str, bool]] = {}
+    """What :meth:`metrics` gives: the name of each, and whether more is better."""
 
     def outputs(self, network: nn.Module, inputs: Mapping[str, Any], labels: Tensor | None = None) -> Tensor:
         """What the labels depend on, as the network computes it under the weights that are set.
@@ -67,28 +105,108 @@ class Likelihood(PyroModule):
         names = getattr(network.config, "id2label", None) or {}
         return tuple(str(names[i]) for i in sorted(names)) or None
 
+    def columns_read(self, arguments: frozenset[str]) -> frozenset[str] | None:
+        """Which columns :meth:`outputs` reads, of a network with these arguments; None where it cannot be known."""
+        return arguments if type(self).outputs is Likelihood.outputs else None
+
+    def check_label(self, label: np.ndarray, example: Mapping[str, Any], where: Where, network: nn.Module) -> None:
+        """Refuse an example's label, finite numbers, with an ``InputError`` where it is none for this likelihood."""
+
+    def check_labels(self, labels: np.ndarray, name: str, network: nn.Module, *, learns: bool) -> None:
+        """Refuse the labels of a whole data set with an ``InputError``, after :meth:`check_label` of each.
+
+        Args:
+            labels: ``(n,)``; NaN where a label is not one number.
+            name: What the data set is called.
+            network: The network.
+            learns: Whether it is to be learnt from, or evaluated on while learning.
+        """
+
+    def summarize(
+        self, outputs: np.ndarray, labels: np.ndarray | None, network: nn.Module, *, keep: bool
+    ) -> Prediction:
+        """The result of a prediction.
+
+        Args:
+            outputs: :meth:`outputs` of n examples under S draws, ``(S, n, ...)``. Where examples differ in length, what
+                lies beyond the shorter ones means nothing: it is of padding, or NaN.
+            labels: ``(n, ...)``, -100 there; None if there are none.
+            network: The network.
+            keep: Whether the result holds what each draw says.
+        """
+        if labels is not None and (labels == UNLABELLED).all():
+            labels = None
+        log_probs = log_softmax(outputs.astype(np.float64), axis=-1)
+        probs = np.exp(log_probs).mean(0)
+        return ClassPrediction(
+            labels,
+            self.label_names(network),
+            probs,
+            predictive_entropy(probs),
+            mutual_information(np.exp(log_probs)),
+            log_probs if keep else None,
+        )
+
+    def metrics(self, outputs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        """What an evaluation while training computes at the mean, beside the loss: :attr:`metric_names`."""
+        return {}
+
     def describe(self) -> dict[str, Any] | None:
-        """What makes this likelihood again, ready for JSON; None where the network's class says it all."""
+        """What makes this likelihood again, ready for JSON: ``kind``, its name in
+        :data:`bayeslora.models.selection.KINDS`, and its arguments. None where the network's class says it all."""
         return None
+
+
+_ANY = Likelihood()
+
+
+def as_likelihood(likelihood: nn.Module | None) -> Likelihood:
+    """The likelihood itself; for any other module, and for None, one with the defaults of :class:`Likelihood`."""
+    return likelihood if isinstance(likelihood, Likelihood) else _ANY
 
 
 def network_outputs(
     likelihood: nn.Module | None, network: nn.Module, inputs: Mapping[str, Any], labels: Tensor | None = None
 ) -> Tensor:
     """:meth:`Likelihood.outputs`; the network's logits for any other module, and for None."""
-    if isinstance(likelihood, Likelihood):
-        return likelihood.outputs(network, inputs, labels)
-    return network(**inputs).logits
+    return as_likelihood(likelihood).outputs(network, inputs, labels)
 
 
 class CategoricalLikelihood(Likelihood):
     """Class labels: ``y ~ Categorical(softmax(logits))``, logits of shape ``(batch, classes)``."""
 
     counted_by_trainer = True
+    of_classes = True
+    takes_options = False
+    label_type = "class"
+    metric_names = {name: metric.higher_is_better for name, metric in METRICS.items()}  # noqa: RUF012
 
     def forward(self, logits: Tensor, labels: Tensor | None, num_examples: int | None = None) -> Tensor:
         with example_plate(logits.shape[0], num_examples):
             return pyro.sample("labels", dist.Categorical(logits=logits.float()), obs=_classes(labels, logits))
+
+    def num_classes(self, network: nn.Module) -> int | None:
+        """How many classes there are, where the network's configuration says it."""
+        return getattr(network.config, "num_labels", None)
+
+    def check_label(self, label: np.ndarray, example: Mapping[str, Any], where: Where, network: nn.Module) -> None:
+        _check_single(label, where)
+
+    def check_labels(self, labels: np.ndarray, name: str, network: nn.Module, *, learns: bool) -> None:
+        if (labels == UNLABELLED).all():
+            if learns:
+                raise InputError(f"{name} is an unlabelled split (every label is -1): use a labelled one")
+            return
+        classes = self.num_classes(network) or labels.max() + 1
+        for row in np.flatnonzero(labels % 1 != 0)[:1]:
+            raise Where(name, row).refused(f"a classifier's labels are whole numbers, found {labels[row]:g}")
+        for row in np.flatnonzero((labels < 0) | (labels >= classes))[:1]:
+            raise Where(name, row).refused(
+                f"label {labels[row]:.0f} is outside the network's {classes} classes 0..{classes - 1}"
+            )
+
+    def metrics(self, outputs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        return calibration_summary(softmax(np.asarray(outputs, dtype=np.float64), axis=-1), labels)
 
 
 class GaussianLikelihood(Likelihood):
@@ -96,6 +214,9 @@ class GaussianLikelihood(Likelihood):
 
     σ starts at sqrt(½), where the gradient of the negative log-likelihood is that of the squared error.
     """
+
+    takes_options = False
+    label_type = "number"
 
     def __init__(self) -> None:
         super().__init__("likelihood")
@@ -110,6 +231,21 @@ class GaussianLikelihood(Likelihood):
         with example_plate(mean.shape[0], num_examples):
             return pyro.sample("labels", dist.Normal(mean, self.scale), obs=labels)
 
+    def check_label(self, label: np.ndarray, example: Mapping[str, Any], where: Where, network: nn.Module) -> None:
+        _check_single(label, where)
+
+    def summarize(
+        self, outputs: np.ndarray, labels: np.ndarray | None, network: nn.Module, *, keep: bool
+    ) -> Prediction:
+        means = outputs.reshape(len(outputs), -1).astype(np.float64)
+        noise = float(self.scale.detach())
+        return NumberPrediction(labels, means.mean(0), np.sqrt(means.var(0) + noise**2), noise, means if keep else None)
+
+
+def _check_single(label: np.ndarray, where: Where) -> None:
+    if label.size != 1:
+        raise where.refused(f"an example has one label, got labels of shape {label.shape}")
+
 
 def _one_each(labels: Tensor, logits: Tensor) -> Tensor:
     """Labels of shape ``(batch,)`` or ``(batch, 1)`` as the former; any other would be scored against each other."""
@@ -122,6 +258,11 @@ def _classes(labels: Tensor | None, logits: Tensor) -> Tensor | None:
     if labels is not None and labels.is_floating_point():
         raise InputError(f"the labels of a classifier are whole numbers (torch.long), got {labels.dtype}")
     return None if labels is None else _one_each(labels, logits)
+
+
+def plain(network: Any) -> Any:
+    """The transformers network itself, where PEFT has wrapped it."""
+    return network.get_base_model() if hasattr(network, "get_base_model") else network
 
 
 def is_causal(network: nn.Module) -> bool:

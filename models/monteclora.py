@@ -14,7 +14,7 @@ from bayeslora.adapters.inject import adapt
 from bayeslora.adapters.modes import checkpointable, recomputes
 from bayeslora.config import MonteCLoRAConfig
 from bayeslora.errors import InputError
-from bayeslora.models.likelihoods import Likelihood, network_outputs
+from bayeslora.models.likelihoods import as_likelihood
 from bayeslora.models.prior import Prior
 from bayeslora.models.selection import likelihood_for
 from bayeslora.parameter_store import claim_names
@@ -78,19 +78,15 @@ class MonteCLoRA(Prior):
     def outputs(self, inputs: Mapping[str, Any], labels: Tensor | None = None) -> Tensor:
         """What the likelihood makes of the network under the weights that are set: its logits, unless it is a
         :class:`~bayeslora.models.Likelihood` that says otherwise."""
-        return network_outputs(self.likelihood, self.network, inputs, labels)
+        return as_likelihood(self.likelihood).outputs(self.network, inputs, labels)
 
     def example_weights(self, outputs: Tensor) -> Tensor:
         """How much each example counts in an average over several batches, ``(batch,)``."""
-        if isinstance(self.likelihood, Likelihood):
-            return self.likelihood.weights(outputs)
-        return outputs.new_ones(len(outputs), dtype=torch.float32)
+        return as_likelihood(self.likelihood).weights(outputs)
 
     def count(self, labels: Tensor) -> Tensor:
         """What the mean over a batch is over: its examples, or the scored tokens of its texts."""
-        if isinstance(self.likelihood, Likelihood):
-            return self.likelihood.count(labels)
-        return torch.tensor(len(labels), device=labels.device)
+        return as_likelihood(self.likelihood).count(labels)
 
     def at_mean(self, labels: Tensor | None = None, **inputs: Any) -> tuple[Tensor, Tensor]:
         """The same with every A at its mean μ: no latent site, plain LoRA."""

@@ -1,4 +1,4 @@
-"""Which likelihood fits a network, read off its class and configuration."""
+"""The kinds of task there are, and which of them a network or a file is for."""
 
 from typing import Any
 
@@ -7,8 +7,18 @@ from torch import nn
 
 from bayeslora.adapters.provenance import CLASSIFIERS
 from bayeslora.errors import InputError
-from bayeslora.models.language import NextTokenLikelihood
-from bayeslora.models.likelihoods import CategoricalLikelihood, GaussianLikelihood, is_causal
+from bayeslora.models.language import ChoiceLikelihood, NextTokenLikelihood
+from bayeslora.models.likelihoods import CategoricalLikelihood, GaussianLikelihood, Likelihood, is_causal
+
+#: Kind of task (:attr:`bayeslora.tasks.base.Task.kind`) to the likelihood, which says all that depends on the kind:
+#: what is predicted (a :class:`bayeslora.prediction.Prediction`), which labels there can be, and how they are scored.
+KINDS: dict[str, type[Likelihood]] = {
+    "classification": CategoricalLikelihood,
+    "regression": GaussianLikelihood,
+    "choice": ChoiceLikelihood,
+    "text": NextTokenLikelihood,
+}
+_CALLED_IN_FILES = {"next_token": "text"}
 
 
 def likelihood_for(network: nn.Module) -> PyroModule:
@@ -35,3 +45,23 @@ def likelihood_for(network: nn.Module) -> PyroModule:
         "AutoModelForSequenceClassification (single-label or regression), AutoModelForImageClassification, "
         "AutoModelForAudioClassification or AutoModelForCausalLM, or pass likelihood= to BayesLoRA"
     )
+
+
+def described_likelihood(record: Any) -> Likelihood:
+    """The likelihood that :meth:`Likelihood.describe` described, from JSON of unknown origin.
+
+    Raises:
+        InputError: for anything else.
+    """
+    options = dict(record) if isinstance(record, dict) else {}
+    kind = options.pop("kind", None)
+    names = options.get("label_names", ["A", "B"])
+    if isinstance(kind, str) and isinstance(names, list) and all(isinstance(name, str) for name in names):
+        kind = _CALLED_IN_FILES.get(kind, kind)
+        try:
+            likelihood = KINDS[kind](**options)
+        except (KeyError, TypeError):
+            likelihood = Likelihood()
+        if likelihood.describe() is not None:
+            return likelihood
+    raise InputError(f"unknown likelihood {record!r:.200}: pass the one used when fitting as likelihood=")

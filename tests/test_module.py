@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 
 from bayeslora import BayesLoRA, InputError, MonteCLoRAConfig
 from bayeslora.distributions import WishartCholesky, expected_column_kl
-from bayeslora.inference.predict import sample_sites
+from bayeslora.inference.draws import sample_sites
 from tests.conftest import tiny_batch, tiny_dataset, tiny_network
 from tests.modules import inputs_only, module, randomize_b
 

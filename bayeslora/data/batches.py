@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from bayeslora.errors import InputError
-from bayeslora.models.language import NextTokenLikelihood
-from bayeslora.models.likelihoods import CategoricalLikelihood, GaussianLikelihood, Likelihood
+from bayeslora.models.language import vocabulary_size
+from bayeslora.models.likelihoods import as_likelihood, plain
 
 LABELS = ("labels", "label", "label_ids")  # what transformers' collators take for the labels; the first that is there
 OF_OPTIONS = ("input_ids", "attention_mask", "answer_mask")  # lists of lists where an example is a choice of texts
@@ -23,20 +23,12 @@ a batch; "alone": no two examples do."""
 
 def columns_read(network: nn.Module, likelihood: nn.Module | None) -> frozenset[str] | None:
     """Names of the columns that a network's ``forward`` takes; None where they cannot be known."""
-    passed_on = (Likelihood.outputs, NextTokenLikelihood.outputs)
-    if isinstance(likelihood, Likelihood) and type(likelihood).outputs not in passed_on:
-        return None
     names = _arguments(network)
-    return names if main_input(network) in names else None
+    return as_likelihood(likelihood).columns_read(names) if main_input(network) in names else None
 
 
 def _arguments(network: nn.Module) -> frozenset[str]:
     return frozenset(inspect.signature(plain(network).forward).parameters)
-
-
-def plain(network: Any) -> Any:
-    """The transformers network itself, where PEFT has wrapped it."""
-    return network.get_base_model() if hasattr(network, "get_base_model") else network
 
 
 def main_input(network: Any) -> str:
@@ -48,14 +40,6 @@ def pad_token(network: Any) -> int | None:
     """The padding token as transformers' classifiers look for it; it may lie outside the vocabulary."""
     config = network.config
     return getattr(config.get_text_config() if hasattr(config, "get_text_config") else config, "pad_token_id", None)
-
-
-def vocabulary_size(network: Any) -> int | None:
-    """Rows of the embedding of tokens; None where there is no such table."""
-    try:
-        return getattr(plain(network).get_input_embeddings(), "num_embeddings", None)
-    except (AttributeError, NotImplementedError):  # no network of transformers, or one without tokens
-        return None
 
 
 def filling(network: Any) -> int:
@@ -146,8 +130,7 @@ class Collator:
         """
         if padding is None:
             padding = "left" if getattr(network.config, "summary_type", None) == "last" else "right"
-        kinds: dict[type, Literal["class", "number"]] = {CategoricalLikelihood: "class", GaussianLikelihood: "number"}
-        labels = next((kind for known, kind in kinds.items() if isinstance(likelihood, known)), None)
+        labels = as_likelihood(likelihood).label_type
         columns = None if likelihood is None else columns_read(network, likelihood)
         mask = "attention_mask" in _arguments(network)
         return cls(filling(network), padding=padding, columns=columns, mask=mask, labels=labels)

@@ -25,19 +25,16 @@ from bayeslora.data.batches import (
     length_of,
     main_input,
     pad_token,
-    plain,
     used_columns,
-    vocabulary_size,
 )
 from bayeslora.data.padding import Placed, find_padding, run_alone
 from bayeslora.errors import InputError
-from bayeslora.models import CategoricalLikelihood, ChoiceLikelihood, GaussianLikelihood, NextTokenLikelihood
-from bayeslora.models.language import NOT_SCORED
-from bayeslora.posterior import Posterior
+from bayeslora.models import MonteCLoRA
+from bayeslora.models.language import vocabulary_size
+from bayeslora.models.likelihoods import Where, as_likelihood, plain
 
 logger = logging.getLogger(__name__)
 
-UNLABELLED = -1  # how official test splits say that they have no labels
 _POSITION_TABLES = {"position_embeddings", "wpe", "embed_positions", "positions_embed"}
 _PER_TOKEN = {"attention_mask", "token_type_ids", "position_ids", "answer_mask"}
 _CHUNK = 1000  # rows fetched at a time
@@ -63,7 +60,7 @@ class _Row(NamedTuple):
     length: int
 
 
-def read_examples(bayes: Posterior, dataset: Any, name: str = "the data set") -> Examples:
+def read_examples(model: MonteCLoRA, dataset: Any, name: str = "the data set") -> Examples:
     """The rows of a data set to predict; labels are optional, but for texts.
 
     Raises:
@@ -71,45 +68,46 @@ def read_examples(bayes: Posterior, dataset: Any, name: str = "the data set") ->
     """
     check_kind(dataset, name)
     rows = list(_rows(dataset))
-    ends = _check_rows(bayes, rows, name, learns=False)
+    ends = _check_rows(model, rows, name, learns=False)
     padding: Padding = "right"
     if len(rows) > 1:
-        padding = find_padding(bayes, *(Placed(f"{name}, row {end.number}", rows[end.number]) for end in ends))
-    return Examples(rows, Collator.for_network(bayes.network, bayes.model.likelihood, padding))
+        padding = find_padding(model, *(Placed(f"{name}, row {end.number}", rows[end.number]) for end in ends))
+    return Examples(rows, Collator.for_network(model.network, model.likelihood, padding))
 
 
-def check_to_learn_from(bayes: Posterior, datasets: Mapping[str, Any], batch_size: int) -> Collator:
+def check_to_learn_from(model: MonteCLoRA, datasets: Mapping[str, Any], batch_size: int) -> Collator:
     """Check data sets to learn from, or to evaluate on while learning, and return what puts their rows into batches.
 
     Args:
-        bayes: What is to learn.
+        model: What is to learn.
         datasets: Data sets with labels by their names.
         batch_size: Examples of a training batch.
 
     Raises:
         InputError: naming the first row that cannot be learnt from, or where examples cannot share a batch.
     """
+    network: Any = model.network
     ends: list[_Row] = []
     for name, dataset in datasets.items():
         check_kind(dataset, name)
-        ends += _check_rows(bayes, _rows(dataset), name, learns=True)
+        ends += _check_rows(model, _rows(dataset), name, learns=True)
     padding: Padding = "right"
-    if bayes.device.type != "meta":
+    if network.device.type != "meta":
         chosen = [choose(ends, key=lambda row: row.length) for choose in (min, max)]
         shortest, longest = (Placed(f"{row.name}, row {row.number}", datasets[row.name][row.number]) for row in chosen)
         for example in (shortest, longest):  # a failure now is none in the middle of training
-            run_alone(bayes, example)
+            run_alone(model, example)
         if batch_size > 1:
-            padding = find_padding(bayes, shortest, longest)
-            _check_sharing(bayes, padding)
-    return Collator.for_network(bayes.network, bayes.model.likelihood, padding)
+            padding = find_padding(model, shortest, longest)
+            _check_sharing(model, padding)
+    return Collator.for_network(model.network, model.likelihood, padding)
 
 
-def _check_sharing(bayes: Posterior, padding: Padding) -> None:
+def _check_sharing(model: MonteCLoRA, padding: Padding) -> None:
     """Refuse training batches in which examples change each other's outputs."""
     if padding in ("right", "left"):
         return
-    pad, size = pad_token(bayes.network), vocabulary_size(bayes.network)
+    pad, size = pad_token(model.network), vocabulary_size(model.network)
     if pad is None:
         mend = "set network.config.pad_token_id to the tokenizer's"
     elif size is not None and not 0 <= pad < size:
@@ -117,7 +115,7 @@ def _check_sharing(bayes: Posterior, padding: Padding) -> None:
                 "network.resize_token_embeddings(len(tokenizer)) before BayesLoRA")  # fmt: skip
     else:
         mend = "pad all examples to one length when they are encoded"
-    raise InputError(f"what {type(plain(bayes.network)).__name__} says of an example depends on how far its batch is "
+    raise InputError(f"what {type(plain(model.network)).__name__} says of an example depends on how far its batch is "
                      f"padded: {mend}, or train with batch_size=1 and gradient_accumulation")  # fmt: skip
 
 
@@ -147,22 +145,25 @@ def _rows(dataset: Any) -> Iterator[Any]:
         yield from several(numbers) if several is not None else (dataset[number] for number in numbers)
 
 
-def _check_rows(bayes: Posterior, rows: Any, name: str, *, learns: bool) -> tuple[_Row, _Row]:
+def _check_rows(model: MonteCLoRA, rows: Any, name: str, *, learns: bool) -> tuple[_Row, _Row]:
     """The shortest row and the longest."""
     check: _RowCheck | None = None
-    labels: list[float | None] = []
+    labels: list[float] = []
     lengths: list[int] = []
     for number, row in enumerate(rows):
         if not isinstance(row, Mapping):
             raise InputError(f"{name}, row {number} is a {type(row).__name__}: expected a dict from column to value")
-        check = check or _RowCheck(bayes, row, name, learns=learns)
+        check = check or _RowCheck(model, row, name, learns=learns)
         used = check(number, row)
         lengths.append(length_of(used))
-        labels.append(check.label(number, used))
+        if check.labelled:
+            labels.append(check.label(number, used))
+        elif "labels" in used:
+            raise Where(name, number).refused("it has a label, and row 0 has none: give all of them one, or none")
     if check is None:
         raise InputError(f"{name} is empty: nothing to {'learn from' if learns else 'predict'}")
-    if isinstance(bayes.model.likelihood, CategoricalLikelihood) and None not in labels:
-        _check_classes(bayes, np.array(labels), name, learns=learns)
+    if check.labelled:
+        check.likelihood.check_labels(np.array(labels), name, check.network, learns=learns)
     ends = int(np.argmin(lengths)), int(np.argmax(lengths))
     return _Row(name, ends[0], lengths[ends[0]]), _Row(name, ends[1], lengths[ends[1]])
 
@@ -170,26 +171,25 @@ def _check_rows(bayes: Posterior, rows: Any, name: str, *, learns: bool) -> tupl
 class _RowCheck:
     """Checks rows, one by one, against the network and against the first of them."""
 
-    def __init__(self, bayes: Posterior, first: Mapping[str, Any], name: str, *, learns: bool):
+    def __init__(self, model: MonteCLoRA, first: Mapping[str, Any], name: str, *, learns: bool):
         self.name, self.learns = name, learns
-        self.network: Any = plain(bayes.network)
+        self.network: Any = plain(model.network)
         self.kind = type(self.network).__name__
-        self.likelihood = bayes.model.likelihood
+        self.likelihood = as_likelihood(model.likelihood)
         self.columns = columns_read(self.network, self.likelihood)
         self.first = used_columns(first, self.columns)
+        self.labelled = learns or "labels" in self.first
         self.sizes: dict[str, tuple[int, ...]] = {}
         self.vocabulary = vocabulary_size(self.network)
         self.positions = None if "position_ids" in first else position_limit(self.network)
         self.tables = {"token_type_ids": _table_size(self.network, {"token_type_embeddings"}),
                        "position_ids": _table_size(self.network, _POSITION_TABLES)}  # fmt: skip
         self.end, self.ends = _end_of_text(self.network), 0
-        ours = CategoricalLikelihood | GaussianLikelihood | NextTokenLikelihood
-        self.takes_options = isinstance(self.likelihood, ChoiceLikelihood) or not isinstance(self.likelihood, ours)
         self._find_labels(first)
         self._name_unread(first)
 
     def _refused(self, number: int, why: str) -> InputError:
-        return InputError(f"{self.name}, row {number}: {why}")
+        return Where(self.name, number).refused(why)
 
     def _find_labels(self, first: Mapping[str, Any]) -> None:
         if any(name in first for name in LABELS):
@@ -197,7 +197,7 @@ class _RowCheck:
         if self.learns:
             raise InputError(f"{self.name} has no labels: there is no column 'labels' (it has {', '.join(first)}); "
                              "is it an unlabelled split?")  # fmt: skip
-        if isinstance(self.likelihood, NextTokenLikelihood):
+        if self.likelihood.evaluates_labels:
             raise InputError("the texts have no labels, so no token of theirs is scored: encode them with labels, or "
                              "let the model write with bayes.generate()")  # fmt: skip
 
@@ -220,7 +220,7 @@ class _RowCheck:
         for name, value in used.items():
             if name == "labels":
                 continue
-            options = self.takes_options and name in OF_OPTIONS and depth(value) == 2
+            options = self.likelihood.takes_options and name in OF_OPTIONS and depth(value) == 2
             parts = [self._array(number, name, part) for part in (value if options else [value])]
             lengths[name] = [len(part) if part.ndim else 0 for part in parts]
             for part in parts:
@@ -301,56 +301,21 @@ class _RowCheck:
                 raise self._refused(number, f"{name} has {lengths[name]} entries, and the example {main}: one is "
                                             "needed for each")  # fmt: skip
 
-    def label(self, number: int, used: Mapping[str, Any]) -> float | None:
-        """The label of a row, if it has one and is one number; 0 for other kinds of label.
+    def label(self, number: int, used: Mapping[str, Any]) -> float:
+        """The label of a row; NaN where it is not one number.
 
         Raises:
             InputError: where it is no label for this likelihood.
         """
         label = used.get("labels")
-        if "labels" not in self.first and not self.learns:
-            if label is not None:
-                raise self._refused(number, "it has a label, and row 0 has none: give all of them one, or none")
-            return None
         try:
             found = as_array(label)
         except NOT_NUMBERS:
             found = np.array(np.nan)
         if not np.isfinite(found).all():
             raise self._refused(number, f"every label must be a finite number, got {str(label)[:40]}")
-        if isinstance(self.likelihood, NextTokenLikelihood):
-            self._check_scored(number, found, used.get("input_ids", found))
-        elif isinstance(self.likelihood, CategoricalLikelihood | GaussianLikelihood):
-            if found.size != 1:
-                raise self._refused(number, f"an example has one label, got labels of shape {found.shape}")
-            return found.item()
-        return 0.0
-
-    def _check_scored(self, number: int, labels: np.ndarray, tokens: Any) -> None:
-        """A text has a token to score, and a label for each token."""
-        if labels.ndim != 1 or len(labels) != len(tokens):
-            raise InputError(f"{self.name}: the labels of a text are its tokens, or -100, one for each; text {number} "
-                             f"has {len(tokens)} tokens and labels of shape {labels.shape}")  # fmt: skip
-        scored = labels[labels != NOT_SCORED]
-        if (labels[1:] == NOT_SCORED).all():
-            raise InputError(f"{self.name}: no token of text {number} is scored (its labels are all -100 after the "
-                             "first): is max_length too short for the prompt?")  # fmt: skip
-        if self.vocabulary and not ((scored >= 0) & (scored < self.vocabulary)).all():
-            raise self._refused(number, f"labels of a text are tokens, 0 to {self.vocabulary - 1}, or -100")
-
-
-def _check_classes(bayes: Posterior, labels: np.ndarray, name: str, *, learns: bool) -> None:
-    chosen = bayes.model.likelihood if isinstance(bayes.model.likelihood, ChoiceLikelihood) else None
-    classes = len(chosen.names) if chosen else getattr(bayes.network.config, "num_labels", labels.max() + 1)
-    if (labels == UNLABELLED).all():
-        if learns:
-            raise InputError(f"{name} is an unlabelled split (every label is -1): use a labelled one")
-        return
-    for row in np.flatnonzero(labels % 1 != 0)[:1]:
-        raise InputError(f"{name}, row {row}: a classifier's labels are whole numbers, found {labels[row]:g}")
-    for row in np.flatnonzero((labels < 0) | (labels >= classes))[:1]:
-        raise InputError(f"{name}, row {row}: label {labels[row]:.0f} is outside the network's {classes} classes "
-                         f"0..{classes - 1}")  # fmt: skip
+        self.likelihood.check_label(found, used, Where(self.name, number), self.network)
+        return found.item() if found.size == 1 else np.nan
 
 
 def position_limit(network: nn.Module) -> int | None:

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from bayeslora.adapters.drawing import clear_draw, one_at_a_time
 from bayeslora.adapters.modes import evaluation_mode, is_compiled
 from bayeslora.adapters.quantized import is_quantized
-from bayeslora.data.batches import Collator, Padding, length_of, pad_token, plain
+from bayeslora.data.batches import Collator, Padding, length_of, pad_token
 from bayeslora.errors import InputError
-from bayeslora.posterior import Posterior
+from bayeslora.models import MonteCLoRA
+from bayeslora.models.likelihoods import plain
 
 _Found = tuple[int | None, int, int, Padding]  # for which padding token, and between which lengths
 _found: WeakKeyDictionary[nn.Module, _Found] = WeakKeyDictionary()
@@ -32,7 +33,7 @@ class Placed(NamedTuple):
     example: Mapping[str, Any]
 
 
-def find_padding(bayes: Posterior, shortest: Placed, longest: Placed) -> Padding:
+def find_padding(model: MonteCLoRA, shortest: Placed, longest: Placed) -> Padding:
     """How examples between these two can be put together, so that each has the outputs that it has alone.
 
     It is found once for the lengths in between.
@@ -40,64 +41,73 @@ def find_padding(bayes: Posterior, shortest: Placed, longest: Placed) -> Padding
     Raises:
         InputError: where the network cannot read one of the two.
     """
-    least, most, token = length_of(shortest.example), length_of(longest.example), pad_token(bayes.network)
+    least, most, token = length_of(shortest.example), length_of(longest.example), pad_token(model.network)
     if least == most and (token is not None or "input_ids" not in longest.example):
         return "right"  # nothing is padded
-    known = _found.get(bayes.network)
+    known = _found.get(model.network)
     if known is None or known[0] != token or not known[1] <= least <= most <= known[2]:
-        known = (token, least, most, _try(bayes, shortest, longest))
-        _found[bayes.network] = known
+        known = (token, least, most, _try(model, shortest, longest))
+        _found[model.network] = known
     return known[3]
 
 
-def _try(bayes: Posterior, shortest: Placed, longest: Placed) -> Padding:
-    alone = [run_alone(bayes, one) for one in (longest, shortest)]
+def _try(model: MonteCLoRA, shortest: Placed, longest: Placed) -> Padding:
+    alone = [run_alone(model, one) for one in (longest, shortest)]
     sides: tuple[Padding, ...] = ("right", "left")
     for side in sides:
-        if _agree(bayes, [longest.example, shortest.example], alone, side):
+        if _agree(model, [longest.example, shortest.example], alone, side):
             return side
-    return "none" if _agree(bayes, [shortest.example] * 2, [alone[1]] * 2, "none") else "alone"
+    return "none" if _agree(model, [shortest.example] * 2, [alone[1]] * 2, "none") else "alone"
 
 
-def run_alone(bayes: Posterior, one: Placed) -> Tensor:
+def run_alone(model: MonteCLoRA, one: Placed) -> Tensor:
     """Outputs of one example at the mean, ``(...)``.
 
     Raises:
         InputError: where the network cannot read it.
     """
     try:
-        return _run(bayes, [one.example], "right")[0]
+        return _run(model, [one.example], "right")[0]
     except (torch.OutOfMemoryError, InputError):
         raise
     except _FAILURES as error:
-        lacking = "" if pad_token(bayes.network) is not None else " (its configuration has no pad_token_id)"
-        kind = type(plain(bayes.network)).__name__
+        lacking = "" if pad_token(model.network) is not None else " (its configuration has no pad_token_id)"
+        kind = type(plain(model.network)).__name__
         raise InputError(f"{one.place}: {kind}{lacking} cannot read it: {error}") from error
 
 
-def _run(bayes: Posterior, examples: Sequence[Mapping[str, Any]], padding: Padding) -> Tensor:
+def _run(model: MonteCLoRA, examples: Sequence[Mapping[str, Any]], padding: Padding) -> Tensor:
     """Outputs of a batch at the mean."""
-    inputs = Collator.for_network(bayes.network, bayes.model.likelihood, padding)(examples).to(bayes.device)
+    network: Any = model.network
+    inputs = Collator.for_network(network, model.likelihood, padding)(examples).to(network.device)
     labels = inputs.pop("labels", None)
-    eager = torch.compiler.set_stance("force_eager") if is_compiled(bayes.network) else nullcontext()
-    with one_at_a_time, eager, evaluation_mode(bayes), torch.no_grad():
-        clear_draw(bayes.model.groups)
-        return bayes.model.outputs(inputs, labels).float()
+    eager = torch.compiler.set_stance("force_eager") if is_compiled(network) else nullcontext()
+    with one_at_a_time, eager, evaluation_mode(model), evaluation_mode(network), torch.no_grad():
+        clear_draw(model.groups)
+        return model.outputs(inputs, labels).float()
 
 
-def _agree(bayes: Posterior, pair: list, alone: list[Tensor], padding: Padding) -> bool:
+def _agree(model: MonteCLoRA, pair: list, alone: list[Tensor], padding: Padding) -> bool:
     """Whether both examples have the outputs that they have alone, up to the network's rounding."""
     try:
-        together = _run(bayes, pair, padding)
+        together = _run(model, pair, padding)
     except torch.OutOfMemoryError:
         raise
     except _FAILURES:  # transformers' refusals, and layers that the shapes do not suit
         return False
-    if any(one.shape != together.shape[1:] for one in alone):
+    rows = [_as_alone(row, one, padding) for row, one in zip(together, alone, strict=True)]
+    if any(row.shape != one.shape for row, one in zip(rows, alone, strict=True)):
         return False
-    expected = torch.stack(alone)
-    moved = together != expected
-    return bool((together - expected).norm() <= _rounding(bayes.network) * expected[moved].norm())
+    found, expected = (torch.cat([output.flatten() for output in outputs]) for outputs in (rows, alone))
+    moved = found != expected
+    return bool((found - expected).norm() <= _rounding(model.network) * expected[moved].norm())
+
+
+def _as_alone(row: Tensor, alone: Tensor, padding: Padding) -> Tensor:
+    """Of an output for each token, those of the example's own tokens."""
+    if row.shape == alone.shape or row.shape[1:] != alone.shape[1:]:
+        return row
+    return row[-len(alone) :] if padding == "left" else row[: len(alone)]
 
 
 def _rounding(network: nn.Module) -> float:

@@ -11,7 +11,8 @@ from bayeslora.adapters.drawing import check_in_use, one_at_a_time
 from bayeslora.analysis.draws.adapter_names import network_order, short_names
 from bayeslora.data.checks import read_examples
 from bayeslora.errors import InputError
-from bayeslora.inference.predict import Draws, evaluating, run_batches
+from bayeslora.inference.draws import Draws, evaluating
+from bayeslora.inference.predict import run_batches
 from bayeslora.posterior import Posterior
 
 PARTS = ("adapter", "layer", "kind")
@@ -79,7 +80,7 @@ def attribute_variance(
     parts = _parts(bayes.adapter_names, by)
     variances: list[np.ndarray] = []
     deviations = np.zeros((num_samples, len(parts) + 1))
-    examples = read_examples(bayes, dataset)
+    examples = read_examples(bayes.model, dataset)
     batches, order = examples.batches(batch_size)
     with one_at_a_time, evaluating(bayes):
         check_in_use(bayes.model.groups)
@@ -115,20 +116,23 @@ def _squared_deviations(logits: np.ndarray) -> np.ndarray:
     return np.square(logits - logits.mean(axis=0)).sum(axis=-1)
 
 
-class _OnePartAtATime(Draws):
-    """For each of S draws, P networks with one part drawn and the others at their means, and one with all drawn."""
+class _OnePartAtATime:
+    """For each of S draws, P networks with one part drawn and the others at their means, and one with all drawn.
+
+    They are :class:`bayeslora.inference.draws.Networks`, for :func:`bayeslora.inference.predict.run_batches`.
+    """
 
     def __init__(self, bayes: Posterior, count: int, seed: int, parts: list[list[int]]):
         self._whole = Draws(bayes, count, seed)
-        self.bayes, self.bytes_each = bayes, self._whole.bytes_each
+        self.bytes_each = self._whole.bytes_each
         self.variants = len(parts) + 1
         self.count = count * self.variants
         self._means = {group.name: group.mean() for group in bayes.model.groups}
-        self._chosen = self._masks(parts)
+        self._chosen = self._masks(bayes, parts)
 
-    def weights(self, start: int, count: int) -> dict[str, Tensor]:
+    def matrices(self, start: int, count: int) -> dict[str, Tensor]:
         first, last = start // self.variants, (start + count - 1) // self.variants
-        drawn = self._whole.weights(first, last - first + 1)
+        drawn = self._whole.matrices(first, last - first + 1)
         if last == first:
             drawn = {name: values.unsqueeze(0) for name, values in drawn.items()}
         rows = torch.arange(start, start + count)
@@ -139,13 +143,13 @@ class _OnePartAtATime(Draws):
         }
         return chosen if count > 1 else {name: values[0] for name, values in chosen.items()}
 
-    def _masks(self, parts: list[list[int]]) -> dict[str, Tensor]:
+    def _masks(self, bayes: Posterior, parts: list[list[int]]) -> dict[str, Tensor]:
         """Group name to which of its adapters each variant draws: ``(variants, adapters, 1, 1)``."""
-        everything = torch.zeros(self.variants, len(self.bayes.adapter_names), dtype=torch.bool)
+        everything = torch.zeros(self.variants, len(bayes.adapter_names), dtype=torch.bool)
         for variant, adapters in enumerate(parts):
             everything[variant, adapters] = True
         everything[-1] = True
-        groups = self.bayes.model.groups
+        groups = bayes.model.groups
         split = everything.split([len(group) for group in groups], dim=1)
         return {
             group.name: mask[..., None, None].to(self._means[group.name].device)

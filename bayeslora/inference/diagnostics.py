@@ -17,9 +17,10 @@ from bayeslora.data.batches import Collator
 from bayeslora.data.checks import check_kind, check_to_learn_from
 from bayeslora.errors import InputError
 from bayeslora.guides import MeanFieldGuide, MixtureGuide
-from bayeslora.inference.predict import Prediction, draw_trace
-from bayeslora.models import NextTokenLikelihood
+from bayeslora.inference.draws import draw_trace
+from bayeslora.models.likelihoods import as_likelihood
 from bayeslora.posterior import Posterior
+from bayeslora.prediction import Prediction
 from bayeslora.recorder import Recorder
 
 RESTART_EXAMPLES = 100  # whose predictions are compared between restarts
@@ -69,7 +70,7 @@ def diagnose(
     """
     if bayes.monteclora_config.sample_scaler == 0:
         raise InputError("sample_scaler=0 is plain LoRA: it has no posterior to diagnose")
-    if isinstance(bayes.model.likelihood, NextTokenLikelihood):
+    if as_likelihood(bayes.model.likelihood).evaluates_labels:
         raise InputError("diagnose permutes labels among examples, and a text has no label but itself")
     if num_samples < 25 or steps < 1:
         raise InputError(f"num_samples must be at least 25 and steps at least 1, got {num_samples} and {steps}")
@@ -79,15 +80,15 @@ def diagnose(
             f"the posterior is that of the {bayes.num_examples} examples it was fitted to, and this data set has "
             f"{len(dataset)}: pass the training set"
         )
-    collate = check_to_learn_from(bayes, {"the data set": dataset}, batch_size)
+    collate = check_to_learn_from(bayes.model, {"the data set": dataset}, batch_size)
     options = {"num_samples": num_samples, "batch_size": batch_size, "seed": seed, "progress": progress}
     prediction = bayes.predict(dataset, **options)
     found = [verdicts.importance_sampling(_log_weights(bayes, prediction, seed))]
     if restarts:
         chosen = np.sort(np.random.default_rng(seed).permutation(len(dataset))[:RESTART_EXAMPLES])
         few = [dataset[int(index)] for index in chosen]
-        others = [_outputs(restart.predict(few, **options)) for restart in restarts]
-        found.append(verdicts.restart_agreement([_outputs(prediction)[:, chosen], *others]))
+        others = [restart.predict(few, **options).sample_outputs for restart in restarts]
+        found.append(verdicts.restart_agreement([prediction.sample_outputs[:, chosen], *others]))
     found += verdicts.convergence(history)
     data = _Batches(bayes, dataset, collate, steps, batch_size, seed)
     found.append(verdicts.data_drivenness(*_response_to_labels(bayes, data, seed)))
@@ -130,12 +131,6 @@ def _log_ratio(bayes: Posterior, seed: int, index: int) -> float:
 
 def _log_density(sites: Any) -> float:
     return sum(float(site["fn"].log_prob(site["value"]).double().sum()) for site in sites)
-
-
-def _outputs(prediction: Prediction) -> np.ndarray:
-    """Class probabilities, or means, under every draw: ``(draws, examples, ...)``."""
-    probs = prediction.sample_probs
-    return prediction.sample_means[..., None] if probs is None else probs
 
 
 class _Batches:

@@ -15,29 +15,22 @@ Each draw has its own cache of keys and values, the prompt's too: those of a lay
 sharing the prompt's among draws would not be exact, and is never done.
 """
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
-from bayeslora.adapters.drawing import check_reached, using_draw
-from bayeslora.adapters.modes import is_compiled
-from bayeslora.data.batches import filling, vocabulary_size
 from bayeslora.data.checks import position_limit, read_examples
 from bayeslora.errors import InputError
-from bayeslora.inference.predict import Draws, evaluating
-from bayeslora.models.language import NOT_SCORED, logits_at
+from bayeslora.inference.draws import Draws, evaluating, run_as
+from bayeslora.inference.writing import Rule, Text, entropy_of, write
+from bayeslora.models.language import NOT_SCORED, logits_at, vocabulary_size
 from bayeslora.models.likelihoods import is_causal
 from bayeslora.posterior import Posterior
 from bayeslora.tasks.encoding import encode_text
-
-_AS_WRITTEN: dict[str, Any] = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-_STOP_WINDOW = 32  # tokens at the end of a text in which a stop is looked for
 
 
 @dataclass(frozen=True)
@@ -126,14 +119,14 @@ def generate(
         num_samples = 0
     order = np.argsort([-len(prompt) for prompt in tokens], kind="stable")
     size = max(batch_size // max(num_samples, 1), 1)
-    rule = _Rule(mode == "mixture" and num_samples > 0, max_new_tokens, temperature, top_p, tuple(stops), tokenizer,
+    rule = Rule(mode == "mixture" and num_samples > 0, max_new_tokens, temperature, top_p, tuple(stops), tokenizer,
                  _ends(bayes, tokenizer))  # fmt: skip
-    written: dict[int, list[_Text]] = {}
+    written: dict[int, list[Text]] = {}
     with evaluating(bayes):
         draws = Draws(bayes, num_samples, seed)
         for start in tqdm(range(0, len(tokens), size), "generate", disable=None if progress else True, leave=False):
             chosen = order[start : start + size]
-            texts = _write(bayes, [tokens[i] for i in chosen], draws, rule, batch_size, seed, chosen)
+            texts = write(bayes, [tokens[i] for i in chosen], draws, rule, batch_size, seed, chosen)
             written |= dict(zip(chosen.tolist(), texts, strict=True))
     found = [written[index] for index in range(len(tokens))]
     return Generation(
@@ -167,7 +160,7 @@ def token_uncertainty(
         InputError: for a network that is no causal language model, or texts without labels.
     """
     _check_causal(bayes)
-    examples = read_examples(bayes, dataset)
+    examples = read_examples(bayes.model, dataset)
     batches, order = examples.batches(batch_size)
     found: list[tuple[np.ndarray, ...]] = []
     with evaluating(bayes):
@@ -179,167 +172,17 @@ def token_uncertainty(
             positions = torch.nn.functional.pad(scored, (0, 1))
             mean, entropies, count = torch.zeros(()), torch.zeros(()), max(num_samples, 1)
             for index in range(count):
-                weights = draws.weights(index, 1) if draws.count else None
-                log_probs = _run_as(bayes, weights, lambda: logits_at(bayes.network, inputs, positions))  # noqa: B023
+                matrices = draws.matrices(index, 1) if draws.count else None
+                log_probs = run_as(bayes, matrices, lambda: logits_at(bayes.network, inputs, positions))  # noqa: B023
                 log_probs = log_probs.double().log_softmax(-1)
                 mean = mean + log_probs.exp() / count
-                entropies = entropies + _entropy(log_probs.exp()) / count
+                entropies = entropies + entropy_of(log_probs.exp()) / count
             log_prob = mean.gather(1, following[scored][:, None])[:, 0].log()
-            total = _entropy(mean)
+            total = entropy_of(mean)
             parts = [value.cpu().numpy() for value in (log_prob, total, (total - entropies).clamp(min=0))]
             borders = scored.sum(-1).cumsum(0).cpu().numpy()[:-1]
             found += zip(*(np.split(part, borders) for part in parts), strict=True)
     return TokenUncertainty(*([text[kind] for text in (found[i] for i in order)] for kind in range(3)))
-
-
-@dataclass(frozen=True)
-class _Rule:
-    """How to choose tokens, and when to stop."""
-
-    mixture: bool
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    stops: tuple[str, ...]
-    tokenizer: Any
-    ends: frozenset[int]
-
-    def choose(self, log_probs: Tensor, random: "list[np.random.Generator]") -> Tensor:
-        """The next token of each row, from ``(rows, vocabulary)``."""
-        if self.temperature == 0:
-            return log_probs.argmax(-1)
-        probs, order = torch.sort((log_probs / self.temperature).softmax(-1), dim=-1, descending=True, stable=True)
-        cumulative = probs.cumsum(-1)
-        kept = (cumulative - probs < self.top_p).sum(-1, keepdim=True)  # at least one
-        reached = cumulative.gather(1, kept - 1)
-        uniform = torch.tensor([generator.random() for generator in random], device=probs.device, dtype=probs.dtype)
-        place = (cumulative < uniform[:, None] * reached).sum(-1, keepdim=True).minimum(kept - 1)
-        return order.gather(1, place)[:, 0]
-
-    def stops_in(self, tokens: list[int]) -> bool:
-        if not self.stops:
-            return False
-        end = self.tokenizer.decode(tokens[-_STOP_WINDOW:], **_AS_WRITTEN)
-        return any(stop in end for stop in self.stops)
-
-
-class _Text:
-    """One text while it is written."""
-
-    def __init__(self, random: np.random.Generator):
-        self.random = random
-        self.tokens: list[int] = []
-        self.entropy: list[float] = []
-        self.information: list[float] = []
-        self.log_likelihood = 0.0
-        self.is_finished = False
-
-    def add(self, rule: _Rule, token: int, log_prob: float, entropy: float, information: float) -> None:
-        if self.is_finished:
-            return
-        self.tokens.append(token)
-        self.entropy.append(entropy)
-        self.information.append(information)
-        self.log_likelihood += log_prob
-        self.is_finished = token in rule.ends or rule.stops_in(self.tokens)
-
-    def read(self, rule: _Rule) -> str:
-        tokens = self.tokens[:-1] if self.tokens and self.tokens[-1] in rule.ends else self.tokens
-        text = rule.tokenizer.decode(tokens, **_AS_WRITTEN)
-        places = [text.find(stop) for stop in rule.stops if stop in text]
-        return text[: min(places, default=len(text))]
-
-
-def _write(
-    bayes: Posterior, prompts: list[list[int]], draws: Draws, rule: _Rule, batch_size: int, seed: int, numbers: Any
-) -> list[list[_Text]]:
-    """Texts of each prompt, token by token, all draws side by side."""
-    tokens, mask = _left_padded(prompts, bayes)
-    count, examples = max(draws.count, 1), len(prompts)
-    samples = 1 if rule.mixture else count
-    texts = [[_Text(np.random.default_rng([seed, number, sample])) for sample in range(samples)] for number in numbers]
-    flat = [texts[example][sample] for sample in range(samples) for example in range(examples)]
-    runs = _Runs(bayes, draws, _together(bayes, draws, tokens, mask, batch_size))
-    current, random = tokens.expand(count, -1, -1), [text.random for text in flat]
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    for _ in range(rule.max_new_tokens):
-        log_probs = runs.step(current, mask, positions).double().log_softmax(-1)  # (draws, prompts, vocabulary)
-        entropy = _entropy(log_probs.exp())
-        information = torch.zeros_like(entropy)
-        if rule.mixture:
-            log_probs = (log_probs.logsumexp(0) - np.log(count))[None]
-            total = _entropy(log_probs.exp())
-            information, entropy = (total - entropy.mean(0)).clamp(min=0), total
-        rows = log_probs.flatten(0, 1)
-        chosen = rule.choose(rows, random)
-        picked = rows.gather(1, chosen[:, None])[:, 0]
-        numbers_of_rows = (value.flatten().tolist() for value in (chosen, picked, entropy, information))
-        for text, token, *values in zip(flat, *numbers_of_rows, strict=True):
-            text.add(rule, token, *values)
-        if all(text.is_finished for text in flat):
-            break
-        current = chosen.view(samples, examples, 1).expand(count, -1, -1)
-        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-        positions = positions[:, -1:] + 1
-    return texts
-
-
-class _Runs:
-    """The language models that write, ``together`` draws to a forward pass, each pass with its own cache."""
-
-    def __init__(self, bayes: Posterior, draws: Draws, together: int):
-        self.bayes, self.draws = bayes, draws
-        self.starts = range(0, max(draws.count, 1), together)
-        self.together = together
-        self.caches: list[Any] = [None] * len(self.starts)
-        forward = inspect.signature(bayes.network.get_base_model().forward).parameters
-        self.options = {"logits_to_keep": 1} if "logits_to_keep" in forward else {}
-
-    def step(self, tokens: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        """Logits after the last token, ``(draws, prompts, vocabulary)``, of ``(draws, prompts, T)`` new tokens."""
-        found = []
-        for run, start in enumerate(self.starts):
-            part = tokens[start : start + self.together]
-            count = len(part)
-            inputs = {"input_ids": part.flatten(0, 1), "attention_mask": mask.repeat(count, 1),
-                      "position_ids": positions.repeat(count, 1), "past_key_values": self.caches[run],
-                      "use_cache": True, **self.options}  # fmt: skip
-            weights = self.draws.weights(start, count) if self.draws.count else None
-            output = _run_as(self.bayes, weights, lambda: self.bayes.network(**inputs))  # noqa: B023
-            self.caches[run] = output.past_key_values
-            found.append(output.logits[:, -1].float().unflatten(0, (count, -1)))
-        return torch.cat(found)
-
-
-def _run_as(bayes: Posterior, weights: Any, run: Any) -> Any:
-    """What ``run`` returns under these draws; at the mean if None."""
-    if weights is None:
-        return run()
-    with using_draw(bayes.model.groups, weights):
-        output = run()
-    check_reached(bayes.model.groups)
-    return output
-
-
-def _together(bayes: Posterior, draws: Draws, tokens: Tensor, mask: Tensor, batch_size: int) -> int:
-    """How many draws one forward pass takes."""
-    fitting = min(batch_size // len(tokens), draws.count)
-    if fitting < 2 or is_compiled(bayes.network):
-        return 1
-    return fitting if bayes.rows_are_examples({"input_ids": tokens, "attention_mask": mask}) else 1
-
-
-def _left_padded(prompts: list[list[int]], bayes: Posterior) -> tuple[Tensor, Tensor]:
-    length = max(map(len, prompts))
-    pad = filling(bayes.network)
-    tokens = torch.tensor([[pad] * (length - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    return tokens.to(bayes.device), mask.to(bayes.device)
-
-
-def _entropy(probs: Tensor) -> Tensor:
-    """In nats, over the last dimension."""
-    return torch.special.entr(probs).sum(-1)
 
 
 def _ends(bayes: Posterior, tokenizer: Any) -> frozenset[int]:

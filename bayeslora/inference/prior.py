@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from bayeslora.adapters.drawing import one_at_a_time
-from bayeslora.inference.predict import PosteriorDraws, collect_draws, sample_sites
+from bayeslora.inference.draws import PosteriorDraws, collect_draws, sample_sites
 from bayeslora.posterior import Posterior
 
 

@@ -22,8 +22,8 @@ from bayeslora.adapters.provenance import base_tensors, sketch
 from bayeslora.config import MonteCLoRAConfig
 from bayeslora.errors import InputError
 from bayeslora.files.writing import replacing_folder, sha256_of, sync
-from bayeslora.models.language import described_likelihood
-from bayeslora.models.likelihoods import Likelihood
+from bayeslora.models.likelihoods import as_likelihood
+from bayeslora.models.selection import described_likelihood
 from bayeslora.posterior import Posterior
 from bayeslora.storage.base_network import check_base, check_taken_from_base, fingerprint
 from bayeslora.storage.manifest import (
@@ -95,8 +95,7 @@ def _manifest(bayes: Posterior, folder: Path) -> dict[str, Any]:
         "adapters": _adapter_shapes(bayes),
         "sha256": {name: sha256_of(folder / name) for name in FILES},
     }
-    likelihood = bayes.model.likelihood
-    described = likelihood.describe() if isinstance(likelihood, Likelihood) else None
+    described = as_likelihood(bayes.model.likelihood).describe()
     if described is not None:
         manifest["likelihood"] = described
     return manifest | {"digest": digest_of(manifest)}

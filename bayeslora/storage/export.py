@@ -4,7 +4,7 @@ from pathlib import Path
 
 from bayeslora.errors import InputError
 from bayeslora.files.writing import replacing_folder, write_json
-from bayeslora.inference.predict import sample_sites
+from bayeslora.inference.draws import sample_sites
 from bayeslora.posterior import Posterior
 from bayeslora.storage.peft_files import write_peft_files
 

@@ -88,7 +88,7 @@ def compare(
     config = config or MonteCLoRAConfig.preset("calibrated")
     if config.mode == "post_hoc":
         raise InputError("compare starts both methods from scratch, but mode='post_hoc' needs a trained LoRA")
-    if task.kind not in ("classification", "choice"):
+    if not task.scores_probabilities:
         raise InputError(f"a comparison scores class probabilities; task {task.name!r} is of kind {task.kind}")
     study = Study.from_dict(
         {

@@ -281,7 +281,7 @@ def prepare_task(task: Task, study: Study) -> tuple[Task, str]:
     Raises:
         InputError: for a regression, a task without a labelled split to score, or too few examples to hold out.
     """
-    if task.kind not in ("classification", "choice"):
+    if not task.scores_probabilities:
         raise InputError(f"a comparison scores class probabilities; task {task.name!r} is of kind {task.kind}")
     scored = next((split for split in (study.test_split, "validation") if _is_labelled(task, split)), None)
     if scored is None:

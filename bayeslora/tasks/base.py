@@ -61,19 +61,38 @@ class Task:
             "label_names": list(self.label_names) or None,
         }
 
+    writes = False  # whether its labels are texts, which a language model can write itself
+    takes_texts = True  # whether a text of one's own is all that is read
+
     @property
     def kind(self) -> str:
-        """``"classification"``, ``"regression"``, ``"choice"`` or ``"text"``."""
+        """``"classification"``, ``"regression"``, ``"choice"`` or ``"text"``: its name in
+        :data:`bayeslora.models.selection.KINDS`."""
         return "classification" if self.label_names else "regression"
 
     @property
     def is_regression(self) -> bool:
         """Whether labels are numbers rather than classes."""
-        return self.kind == "regression"
+        return not (self.label_names or self.writes)
+
+    @property
+    def scores_probabilities(self) -> bool:
+        """Whether what is scored are probabilities of classes or options."""
+        return bool(self.label_names)
+
+    @property
+    def likelihood_record(self) -> dict[str, Any] | None:
+        """What :func:`bayeslora.models.selection.described_likelihood` makes its likelihood from; None where the
+        network says it."""
+        return None
 
     def likelihood(self) -> Any:
         """The likelihood for :class:`bayeslora.BayesLoRA`; None where the network says it."""
-        return None
+        if self.likelihood_record is None:
+            return None
+        from bayeslora.models.selection import described_likelihood  # a list of tasks needs no torch
+
+        return described_likelihood(self.likelihood_record)
 
     @property
     def num_labels(self) -> int:

@@ -38,8 +38,6 @@ from bayeslora.tasks.reading import read_hub, read_local
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from bayeslora.models import ChoiceLikelihood
-
 Row = Mapping[str, Any]
 _ROWS_AT_ONCE = 200
 
@@ -217,6 +215,7 @@ class ChoiceTask(Task):
     """
 
     prompting: ChoicePrompting = ChoicePrompting()
+    takes_texts = False
 
     @property
     def kind(self) -> str:
@@ -226,10 +225,10 @@ class ChoiceTask(Task):
     def recipe(self) -> dict[str, Any]:
         return {"name": self.name, "data_dir": self.data_dir, "prompting": dataclasses.asdict(self.prompting)}
 
-    def likelihood(self) -> "ChoiceLikelihood":
-        from bayeslora.models import ChoiceLikelihood
-
-        return ChoiceLikelihood(self.label_names, self.prompting.normalization)  # type: ignore[arg-type]
+    @property
+    def likelihood_record(self) -> dict[str, Any]:
+        names = list(self.label_names)
+        return {"kind": self.kind, "label_names": names, "normalization": self.prompting.normalization}
 
     def encode(
         self,

@@ -29,6 +29,8 @@ from bayeslora.tasks.text import TEXT_TASKS, load_text_task
 if TYPE_CHECKING:
     from datasets import Dataset
 
+#: Tasks with columns and labels of their own, which language models learn, and what loads each.
+LOADERS = {**dict.fromkeys(CHOICE_TASKS, load_choice_task), **dict.fromkeys(TEXT_TASKS, load_text_task)}
 _GLUE, _SUPERGLUE = "nyu-mll/glue", "aps/super_glue"
 
 
@@ -114,14 +116,14 @@ def load_task(
         >>> task.splits, task.label_names  # doctest: +SKIP
         (('train',), ('bad', 'good'))
     """
-    if name in CHOICE_TASKS or name in TEXT_TASKS:
+    if name in LOADERS:
         if text_columns or label_column or label_names:
             raise InputError(f"task {name!r} has columns and labels of its own: leave text_columns, label_column and "
                              "label_names out")  # fmt: skip
-        return (load_choice_task if name in CHOICE_TASKS else load_text_task)(name, data_dir, prompting)
+        return LOADERS[name](name, data_dir, prompting)
     if prompting:
         raise InputError(f"prompting is for tasks of language models, and {name!r} is none; those are "
-                         f"{', '.join([*CHOICE_TASKS, *TEXT_TASKS])}")  # fmt: skip
+                         f"{', '.join(LOADERS)}")  # fmt: skip
     known = NAMED_TASKS.get(name)
     columns = _text_columns(name, known, data_dir, text_columns)
     official = known is not None and label_column in (None, known.label_column)
@@ -152,7 +154,7 @@ def _text_columns(
     name: str, known: NamedTask | None, data_dir: str | Path | None, given: str | Sequence[str] | None
 ) -> tuple[str, ...]:
     if known is None and (data_dir is None or not given):
-        named = [*NAMED_TASKS, *CHOICE_TASKS, *TEXT_TASKS]
+        named = [*NAMED_TASKS, *LOADERS]
         close = difflib.get_close_matches(name, named)
         hint = f"did you mean {' or '.join(close)}? " if close else ""
         raise InputError(

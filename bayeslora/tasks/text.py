@@ -29,8 +29,6 @@ from bayeslora.tasks.reading import check_texts, read_hub, read_local
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from bayeslora.models import NextTokenLikelihood
-
 Row = Mapping[str, Any]
 
 
@@ -132,6 +130,8 @@ class TextTask(Task):
     """
 
     prompting: TextPrompting = TextPrompting()
+    writes = True
+    takes_texts = False
 
     @property
     def kind(self) -> str:
@@ -141,10 +141,9 @@ class TextTask(Task):
     def recipe(self) -> dict[str, Any]:
         return {"name": self.name, "data_dir": self.data_dir, "prompting": asdict(self.prompting)}
 
-    def likelihood(self) -> "NextTokenLikelihood":
-        from bayeslora.models import NextTokenLikelihood
-
-        return NextTokenLikelihood(self.prompting.reduction)  # type: ignore[arg-type]
+    @property
+    def likelihood_record(self) -> dict[str, Any]:
+        return {"kind": self.kind, "reduction": self.prompting.reduction}
 
     def prompts(self, tokenizer: Any, split: str, *, limit: int | None = None, seed: int = 0) -> list[str]:
         """What the model reads before it writes, one text an example, for :meth:`bayeslora.BayesLoRA.generate`."""

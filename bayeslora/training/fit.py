@@ -136,7 +136,7 @@ def fit(
     options.check(eval_dataset)
     check_names(trainer_arguments)
     data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
-    collate = check_to_learn_from(bayes, {n: part for n, part in data.items() if part is not None}, batch_size)
+    collate = check_to_learn_from(bayes.model, {n: part for n, part in data.items() if part is not None}, batch_size)
     metrics = Metrics(bayes, compute_metrics, best_metric)
     selection = {"eval_strategy": "no"} if eval_dataset is None else metrics.selection()
     arguments, compiled = fit_settings(options, len(train_dataset), output_dir, selection, progress, trainer_arguments)

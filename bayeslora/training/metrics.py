@@ -4,30 +4,27 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from transformers import (
-    EvalPrediction,
-)
+from transformers import EvalPrediction
 
-from bayeslora.analysis.metrics.registry import METRICS, calibration_summary
 from bayeslora.errors import InputError
-from bayeslora.models import CategoricalLikelihood
+from bayeslora.models.likelihoods import as_likelihood
 from bayeslora.module import BayesLoRA
 
 
 class Metrics:
-    """What an evaluation computes: ours for classes, and the caller's.
+    """What an evaluation computes: the likelihood's, and the caller's.
 
     Raises:
         InputError: where ``best_metric`` is not among them; for the caller's, at the first evaluation.
     """
 
     def __init__(self, bayes: BayesLoRA, compute_metrics: Callable[..., dict[str, Any]] | None, best_metric: str):
-        self.of_classes = isinstance(bayes.model.likelihood, CategoricalLikelihood)
+        self.likelihood = as_likelihood(bayes.model.likelihood)
         self.compute, self.best = compute_metrics, best_metric
-        self.ours = ("loss", *(METRICS if self.of_classes else ()))
-        self.any = self.of_classes or compute_metrics is not None
+        self.ours = {"loss": False, **self.likelihood.metric_names}
+        self.any = bool(self.likelihood.metric_names) or compute_metrics is not None
         if compute_metrics is None:
-            self._check(self.ours)
+            self._check(tuple(self.ours))
 
     def _check(self, available: Sequence[str]) -> None:
         if self.best.removeprefix("eval_") not in available:
@@ -35,23 +32,18 @@ class Metrics:
 
     def selection(self) -> dict[str, Any]:
         """How the best checkpoint is chosen."""
-        smaller = {*self.ours} - {"accuracy"}
         return {
             "eval_strategy": "steps",
             "load_best_model_at_end": True,
             "metric_for_best_model": self.best,
-            "greater_is_better": self.best not in smaller and not self.best.endswith("loss"),
+            "greater_is_better": self.ours.get(self.best.removeprefix("eval_"), not self.best.endswith("loss")),
         }
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, Any]:
-        found = _of_classes(prediction) if self.of_classes else {}
+        found: dict[str, Any] = {}
+        if self.likelihood.metric_names:
+            found |= self.likelihood.metrics(np.asarray(prediction.predictions), np.asarray(prediction.label_ids))
         if self.compute is not None:
             found |= self.compute(prediction)
         self._check(["loss", *(name.removeprefix("eval_") for name in found)])
         return found
-
-
-def _of_classes(prediction: EvalPrediction) -> dict[str, float]:
-    logits = np.asarray(prediction.predictions, dtype=np.float64)
-    odds = np.exp(logits - logits.max(-1, keepdims=True))
-    return calibration_summary(odds / odds.sum(-1, keepdims=True), np.asarray(prediction.label_ids))

@@ -9,6 +9,7 @@ from trl import SFTConfig, SFTTrainer
 
 from bayeslora.errors import InputError
 from bayeslora.models import NextTokenLikelihood
+from bayeslora.models.likelihoods import as_likelihood
 from bayeslora.module import BayesLoRA
 from bayeslora.training.arguments import REFUSED_BY_SFT, check_arguments
 from bayeslora.training.trainer import BayesTrainer
@@ -70,7 +71,7 @@ def _check_model(model: Any) -> None:
             f"BayesSFTTrainer fits a BayesLoRA, and model is a {type(model).__name__}: pass "
             "model=BayesLoRA(network, MonteCLoRAConfig(...)), whose configuration takes the words of a LoraConfig"
         )
-    if not isinstance(model.model.likelihood, NextTokenLikelihood):
+    if as_likelihood(model.model.likelihood).loss_type != NextTokenLikelihood.loss_type:
         raise InputError(
             f"BayesSFTTrainer learns texts, and the likelihood is a {type(model.model.likelihood).__name__}: pass a "
             "BayesLoRA over a causal language model, without likelihood= or with NextTokenLikelihood()"

@@ -9,8 +9,9 @@ import torch
 from bayeslora import BayesLoRA, MonteCLoRAConfig, fit
 from bayeslora.adapters.drawing import using_draw
 from bayeslora.analysis import held_out_elpd, leave_one_out, load_arviz, stream_arviz, to_arviz
+from bayeslora.data.batches import Collator
 from bayeslora.errors import InputError
-from bayeslora.inference.predict import Collator, prior_sites
+from bayeslora.inference.draws import prior_sites
 from tests.conftest import tiny_dataset, tiny_network
 
 pytestmark = pytest.mark.filterwarnings("ignore:\\s*ArviZ is undergoing a major refactor:FutureWarning")

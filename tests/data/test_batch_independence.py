@@ -125,16 +125,16 @@ def test_networks_that_pool_mix_or_normalise(name, changes):
 @pytest.mark.parametrize(("name", "expected"), [("bert", "right"), ("xlnet", "left"), ("wav2vec2", "none"),
                                                 ("fnet", "none")])  # fmt: skip
 def test_padding_only_where_it_changes_nothing(name, expected):
-    assert read_examples(adapted(name), data_of(name, masked=False)).collate.padding == expected
-    assert read_examples(adapted(name), data_of(name, masked=False)[:1]).collate.padding == "right"
+    assert read_examples(adapted(name).model, data_of(name, masked=False)).collate.padding == expected
+    assert read_examples(adapted(name).model, data_of(name, masked=False)[:1]).collate.padding == "right"
 
 
 def test_found_anew_for_longer_texts():
     """FNet's answer to texts of one length says nothing of others."""
     bayes, data = adapted("fnet"), data_of("fnet", masked=False)
     same = [row for row in data if len(row["input_ids"]) == len(data[0]["input_ids"])]
-    assert read_examples(bayes, same).collate.padding == "right"
-    assert read_examples(bayes, data).collate.padding == "none"
+    assert read_examples(bayes.model, same).collate.padding == "right"
+    assert read_examples(bayes.model, data).collate.padding == "none"
 
 
 class TestLanguageModels:

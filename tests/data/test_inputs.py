@@ -105,7 +105,9 @@ def test_taken_alike(kind):
     found = bayes.predict(data, num_samples=2, batch_size=3)
     np.testing.assert_allclose(found.sample_probs, expected.sample_probs, atol=1e-6)
     np.testing.assert_allclose(found.sample_log_likelihood, expected.sample_log_likelihood, atol=1e-5)
-    of_fit = check_to_learn_from(bayes, {"train_dataset": data}, batch_size=4)([data[index] for index in range(8)])
+    of_fit = check_to_learn_from(bayes.model, {"train_dataset": data}, batch_size=4)(
+        [data[index] for index in range(8)]
+    )
     assert of_fit.keys() == {"input_ids", "attention_mask", "labels"}
     for name, value in Collator()(rows).items():
         assert torch.equal(of_fit[name], value)
@@ -323,7 +325,7 @@ class TestLabels:
         found = bayes.predict(data, num_samples=2)
         assert found.labels.shape == (6,)
         assert found.sample_log_likelihood.shape == (2, 6)
-        batch = check_to_learn_from(bayes, {"train_dataset": data}, batch_size=6)(data)
+        batch = check_to_learn_from(bayes.model, {"train_dataset": data}, batch_size=6)(data)
         assert batch["labels"].shape == (6,)
         assert bayes.train()(**batch).loss.isfinite()
 

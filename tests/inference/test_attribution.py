@@ -6,9 +6,10 @@ import torch
 
 from bayeslora import BayesLoRA, MonteCLoRAConfig
 from bayeslora.adapters.drawing import using_draw
+from bayeslora.data.batches import Collator
 from bayeslora.errors import InputError
 from bayeslora.inference.attribution import attribute_variance
-from bayeslora.inference.predict import Collator, sample_sites
+from bayeslora.inference.draws import sample_sites
 from tests.conftest import tiny_dataset, tiny_network
 
 

@@ -16,7 +16,7 @@ from bayeslora import BayesLoRA, InputError, MonteCLoRAConfig, diagnose
 from bayeslora.analysis.tables import diagnostics
 from bayeslora.guides import GUIDES, Guide
 from bayeslora.inference.diagnostics import _curvature, log_importance_weights
-from bayeslora.inference.predict import draw_trace
+from bayeslora.inference.draws import draw_trace
 from bayeslora.models import low_rank_regression
 from tests.conftest import tiny_batch, tiny_dataset, tiny_network
 from tests.modules import randomize_b

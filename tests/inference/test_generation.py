@@ -7,8 +7,8 @@ from transformers import GenerationConfig
 
 from bayeslora import BayesLoRA, InputError, MonteCLoRAConfig
 from bayeslora.adapters.drawing import using_draw
+from bayeslora.inference.draws import Draws
 from bayeslora.inference.generation import token_uncertainty
-from bayeslora.inference.predict import Draws
 from bayeslora.tasks.encoding import encode_text
 from tests.conftest import tiny_network
 from tests.language import tiny_language_model, tiny_tokenizer, words
@@ -64,7 +64,7 @@ def by_hand(bayes, tokens, draws):
     """Distribution of the next token under each draw, ``(draws, vocabulary)``."""
     found = []
     for index in range(draws.count):
-        with using_draw(bayes.model.groups, draws.weights(index, 1)):
+        with using_draw(bayes.model.groups, draws.matrices(index, 1)):
             found.append(bayes.network(input_ids=torch.tensor([tokens])).logits[0, -1].double().softmax(-1))
     return torch.stack(found)
 

@@ -9,7 +9,7 @@ from bayeslora import BayesLoRA, InputError, MonteCLoRAConfig
 from bayeslora.adapters.drawing import using_draw
 from bayeslora.guides import MeanFieldGuide
 from bayeslora.inference import predict as predict_module
-from bayeslora.inference.predict import Draws
+from bayeslora.inference.draws import Draws
 from tests.conftest import tiny_batch, tiny_dataset, tiny_network
 from tests.modules import adapted, module, randomize_b
 

@@ -9,7 +9,8 @@ import torch
 
 from bayeslora import BayesLoRA, InputError, MonteCLoRAConfig
 from bayeslora.adapters.drawing import using_draw, using_noise
-from bayeslora.inference.predict import Collator, Draws
+from bayeslora.data.batches import Collator
+from bayeslora.inference.draws import Draws
 from bayeslora.models import ChoiceLikelihood, NextTokenLikelihood
 from bayeslora.models.language import ABSENT, target_log_probs
 from bayeslora.tasks.encoding import encode_letters, encode_text, pack
@@ -178,13 +179,13 @@ def test_all_options_of_a_question_see_the_same_draw():
     assert bayes._has_own_noise({**batch, "labels": labels})
     draws = Draws(bayes, 3, seed=0)
     with torch.no_grad():
-        with using_draw(bayes.model.groups, draws.weights(0, 3)):
+        with using_draw(bayes.model.groups, draws.matrices(0, 3)):
             together = bayes.model.outputs(batch)  # question i under draw i
         for index, example in enumerate(questions()):
             alone = COLLATE([{name: value for name, value in example.items() if name != "labels"}])
-            with using_draw(bayes.model.groups, draws.weights(index, 1)):
+            with using_draw(bayes.model.groups, draws.matrices(index, 1)):
                 torch.testing.assert_close(together[index : index + 1], bayes.model.outputs(alone))
-        with using_draw(bayes.model.groups, draws.weights(0, 1)):
+        with using_draw(bayes.model.groups, draws.matrices(0, 1)):
             assert (bayes.model.outputs(batch)[1] - together[1]).abs().max() > 1e-3  # the draws do differ
 
 
@@ -195,7 +196,7 @@ def test_prediction_of_choices_averages_the_draws(batch_size):
     draws, expected = Draws(bayes, 4, seed=0), []
     with torch.no_grad():
         for index in range(4):
-            with using_draw(bayes.model.groups, draws.weights(index, 1)):
+            with using_draw(bayes.model.groups, draws.matrices(index, 1)):
                 expected.append(bayes.model.outputs(COLLATE(questions())).double().softmax(-1))
     np.testing.assert_allclose(prediction.probs, torch.stack(expected).mean(0), atol=1e-5)
     assert prediction.label_names == ("A", "B", "C", "D")
@@ -212,7 +213,7 @@ def test_prediction_of_texts_gives_their_likelihoods():
     for index in range(3):
         for number, example in enumerate(texts()):
             batch = COLLATE([example])
-            with torch.no_grad(), using_draw(bayes.model.groups, draws.weights(index, 1)):
+            with torch.no_grad(), using_draw(bayes.model.groups, draws.matrices(index, 1)):
                 alone = bayes.model.outputs(batch, batch.pop("labels"))[0]
             assert prediction.sample_log_likelihood[index, number] == pytest.approx(float(alone[0]), rel=1e-4)
             assert prediction.num_tokens[number] == alone[1]
@@ -235,7 +236,7 @@ def test_the_likelihood_is_stored_with_the_adapter(tmp_path, likelihood):
                {"kind": []}, {"kind": "next_token", "reduction": "max"}]
 )  # fmt: skip
 def test_a_stranger_s_likelihood_is_refused(record):
-    from bayeslora.models.language import described_likelihood
+    from bayeslora.models.selection import described_likelihood
 
     with pytest.raises(InputError):
         described_likelihood(record)

@@ -8,7 +8,7 @@ from peft import PeftModel
 
 from bayeslora import BayesLoRA, InputError, MonteCLoRAConfig
 from bayeslora.adapters.drawing import using_draw
-from bayeslora.inference.predict import Draws
+from bayeslora.inference.draws import Draws
 from tests.conftest import tiny_batch, tiny_network
 from tests.language import tiny_language_model, words
 
@@ -39,7 +39,7 @@ def test_each_draw_opens_in_peft_as_the_network_that_was_drawn(tmp_path, name):
     for index, folder in enumerate(folders):
         assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
         alone = PeftModel.from_pretrained(tiny_language_model(), folder).eval()
-        with using_draw(bayes.model.groups, draws.weights(index, 1)):
+        with using_draw(bayes.model.groups, draws.matrices(index, 1)):
             expected = bayes.network(**batch).logits
         torch.testing.assert_close(alone(**batch).logits, expected, rtol=1e-4, atol=1e-4)
         seen.append(expected)

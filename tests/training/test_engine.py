@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 from bayeslora import BayesLoRA, InputError, MonteCLoRAConfig, fit
 from bayeslora.adapters.drawing import using_draw
-from bayeslora.inference.predict import sample_sites
+from bayeslora.inference.draws import sample_sites
 from tests.conftest import VOCABULARY, tiny_batch, tiny_dataset, tiny_network
 from tests.language import tiny_language_model
 

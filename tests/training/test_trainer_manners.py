@@ -13,11 +13,12 @@ import transformers
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from bayeslora import BayesLoRA, InputError, MonteCLoRAConfig, fit
-from bayeslora.inference.predict import Collator
+from bayeslora.data.batches import Collator
 from bayeslora.models import ChoiceLikelihood, NextTokenLikelihood
 from bayeslora.study.trainer import PlainTrainer
 from bayeslora.tasks.encoding import pack
 from bayeslora.training.arguments import FIT_NAMES, REFUSED_BY_FIT
+from bayeslora.training.metrics import Metrics
 from tests.conftest import tiny_batch, tiny_dataset, tiny_network
 from tests.language import tiny_language_model
 
@@ -534,6 +535,12 @@ class TestComputeMetrics:
                      best_metric="distance", greater_is_better=False)  # fmt: skip
         losses = [entry["eval_loss"] for entry in result.history if "eval_loss" in entry]
         assert losses[-1] == pytest.approx(losses[1], rel=1e-6)
+
+    @pytest.mark.parametrize("prefix", ["", "eval_"])
+    def test_which_is_better_of_ours_is_known_under_both_names(self, prefix):
+        better = {name: Metrics(classifier(), None, prefix + name).selection()["greater_is_better"]
+                  for name in ("loss", "accuracy", "nll", "ece", "brier")}  # fmt: skip
+        assert better == {"loss": False, "accuracy": True, "nll": False, "ece": False, "brier": False}
 
     def test_a_best_metric_that_there_is_not(self, tmp_path):
         with pytest.raises(InputError, match=r"no evaluation metric 'f1'; there are loss, accuracy, .*mine"):

@@ -1,0 +1,195 @@
+"""What is predicted of a data set: one class of result for each kind of likelihood, on one base.
+
+A likelihood's :meth:`~bayeslora.models.Likelihood.summarize` makes the result. A new kind of result is a frozen
+dataclass on :class:`Prediction` with fields of its own, and what it says about them.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from bayeslora.analysis.metrics.calibration import calibration_summary
+
+Array = Any  # a numpy array, or None where there is no such thing
+
+_OF_SOME_KINDS = frozenset({
+    "label_names", "probs", "entropy", "mutual_information", "sample_log_probs", "sample_probs",
+    "mean", "std", "sample_means", "noise_scale",
+    "text_log_likelihood", "num_tokens", "text_log_predictive", "nats_per_token", "perplexity",
+})  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Posterior predictive of n examples; numpy arrays, float64 where they are averaged.
+
+    ==================================================  ===============================================================
+    labels are                                          it is a
+    ==================================================  ===============================================================
+    classes, or options to choose from                  :class:`ClassPrediction`
+    numbers                                             :class:`NumberPrediction`
+    texts                                               :class:`TextPrediction`
+    ==================================================  ===============================================================
+
+    ``labels`` (n,) is ``None`` for unlabelled data, and for texts. An attribute of another kind is ``None``, and so are
+    draws that were not kept. There are S draws; S is 1 at the mean (``num_samples=0``).
+    """
+
+    labels: Array
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _OF_SOME_KINDS:
+            return None
+        raise AttributeError(f"a {type(self).__name__} has no {name!r}")
+
+    @property
+    def sample_outputs(self) -> Array:
+        """What every draw predicts, ``(S, n, ...)``: what restarts are compared by."""
+        return None
+
+    @property
+    def sample_log_likelihood(self) -> Array:
+        """log p(y_i | draw s) in nats, ``(S, n)``; ``None`` without labels or draws."""
+        return None
+
+    def row(self, index: int) -> dict[str, Any]:
+        """What is predicted of one example, in words and numbers ready for JSON."""
+        raise NotImplementedError(f"a {type(self).__name__} does not say what is predicted of one example")
+
+    def scores(self, task: Any) -> dict[str, float]:
+        """How well it agrees with the labels: general measures, and those of a :class:`bayeslora.tasks.base.Task`."""
+        raise NotImplementedError(f"a {type(self).__name__} has no scores")
+
+
+@dataclass(frozen=True)
+class ClassPrediction(Prediction):
+    """Of C classes.
+
+    Attributes:
+        label_names: Names of the classes, where they have any.
+        probs: ``(n, C)``, the mean of the draws' probabilities.
+        entropy: ``(n,)``, of ``probs``, in nats.
+        mutual_information: ``(n,)``, between label and draw, in nats.
+        sample_log_probs: ``(S, n, C)``.
+    """
+
+    label_names: tuple[str, ...] | None
+    probs: np.ndarray
+    entropy: np.ndarray
+    mutual_information: np.ndarray
+    sample_log_probs: Array = field(default=None, repr=False)
+
+    @property
+    def sample_probs(self) -> Array:
+        """Probabilities of every draw, ``(S, n, C)``."""
+        return None if self.sample_log_probs is None else np.exp(self.sample_log_probs)
+
+    @property
+    def sample_outputs(self) -> Array:
+        """The probabilities of every draw."""
+        return self.sample_probs
+
+    @property
+    def sample_log_likelihood(self) -> Array:
+        """See :attr:`Prediction.sample_log_likelihood`."""
+        if self.labels is None or self.sample_log_probs is None:
+            return None
+        return self.sample_log_probs[:, np.arange(len(self.labels)), self.labels.astype(int)]
+
+    def row(self, index: int) -> dict[str, Any]:
+        """The most probable class, all probabilities, and how uncertain it is."""
+        probs = self.probs[index]
+        names = self.label_names or tuple(str(i) for i in range(len(probs)))
+        return {
+            "label": names[int(probs.argmax())],
+            "probs": {name: round(float(p), 6) for name, p in zip(names, probs, strict=True)},
+            "entropy": round(float(self.entropy[index]), 6),
+            "mutual_information": round(float(self.mutual_information[index]), 6),
+        }
+
+    def scores(self, task: Any) -> dict[str, float]:
+        """Accuracy and calibration, and the task's metrics."""
+        return calibration_summary(self.probs, self.labels) | task.score(self.probs, self.labels)
+
+
+@dataclass(frozen=True)
+class NumberPrediction(Prediction):
+    """Of one number for each example.
+
+    Attributes:
+        mean: ``(n,)``.
+        std: ``(n,)``, of the predictive, the noise included.
+        noise_scale: The likelihood's σ.
+        sample_means: ``(S, n)``.
+    """
+
+    mean: np.ndarray
+    std: np.ndarray
+    noise_scale: float
+    sample_means: Array = field(default=None, repr=False)
+
+    @property
+    def sample_outputs(self) -> Array:
+        """The mean of every draw."""
+        return None if self.sample_means is None else self.sample_means[..., None]
+
+    @property
+    def sample_log_likelihood(self) -> Array:
+        """See :attr:`Prediction.sample_log_likelihood`."""
+        if self.labels is None or self.sample_means is None:
+            return None
+        standard = (self.labels - self.sample_means) / self.noise_scale
+        return -(standard**2) / 2 - np.log(self.noise_scale) - np.log(2 * np.pi) / 2
+
+    def row(self, index: int) -> dict[str, Any]:
+        """Mean and standard deviation."""
+        return {"mean": float(self.mean[index]), "std": float(self.std[index])}
+
+    def scores(self, task: Any) -> dict[str, float]:
+        """The task's metrics."""
+        return task.score(self.mean, self.labels)
+
+
+@dataclass(frozen=True)
+class TextPrediction(Prediction):
+    """Of texts that are given: how probable they are.
+
+    Attributes:
+        text_log_likelihood: ``(S, n)``, of their scored tokens, in nats.
+        num_tokens: ``(n,)``, how many those are.
+    """
+
+    text_log_likelihood: np.ndarray = field(repr=False)
+    num_tokens: np.ndarray
+
+    @property
+    def text_log_predictive(self) -> np.ndarray:
+        """log p of each text under the posterior predictive, one draw for a whole text, in nats, ``(n,)``."""
+        return np.logaddexp.reduce(self.text_log_likelihood, axis=0) - np.log(len(self.text_log_likelihood))
+
+    @property
+    def nats_per_token(self) -> float:
+        """−log p of all texts under the posterior predictive, over the number of their scored tokens."""
+        return float(-self.text_log_predictive.sum() / self.num_tokens.sum())
+
+    @property
+    def perplexity(self) -> float:
+        """exp of :attr:`nats_per_token`."""
+        return float(np.exp(self.nats_per_token))
+
+    @property
+    def sample_log_likelihood(self) -> np.ndarray:
+        """See :attr:`Prediction.sample_log_likelihood`; of a text, the sum over its scored tokens."""
+        return self.text_log_likelihood
+
+    def row(self, index: int) -> dict[str, Any]:
+        """The log-likelihood of a text, and how many tokens it is over."""
+        return {
+            "log_likelihood": round(float(self.text_log_predictive[index]), 6),
+            "tokens": int(self.num_tokens[index]),
+        }
+
+    def scores(self, task: Any) -> dict[str, float]:
+        """Nats per token and perplexity; how good texts are that it writes is judged elsewhere."""
+        return {"nats_per_token": self.nats_per_token, "perplexity": self.perplexity}
