@@ -15,22 +15,27 @@ if not (_here / "models").is_dir():  # a checkout: models/, guides/ and analysis
 
 _HOMES = {
     "BayesLoRA": "bayeslora.module",
+    "BayesTrainer": "bayeslora.training.trainer",
     "CooperativeELBO": "bayeslora.elbo",
     "InputError": "bayeslora.errors",
     "MonteCLoRAConfig": "bayeslora.config",
+    "Study": "bayeslora.study.spec",
     "TrainingDivergedError": "bayeslora.errors",
     "compare": "bayeslora.study.compare",
     "diagnose": "bayeslora.inference.diagnostics",
     "fit": "bayeslora.training.fit",
     "load_task": "bayeslora.tasks.load",
     "report": "bayeslora.command.reporting",
+    "run_study": "bayeslora.study.runner",
 }
 
 __all__ = [
     "BayesLoRA",
+    "BayesTrainer",
     "CooperativeELBO",
     "InputError",
     "MonteCLoRAConfig",
+    "Study",
     "TrainingDivergedError",
     "__version__",
     "compare",
@@ -38,6 +43,7 @@ __all__ = [
     "fit",
     "load_task",
     "report",
+    "run_study",
 ]
 
 if TYPE_CHECKING:
@@ -48,8 +54,11 @@ if TYPE_CHECKING:
     from bayeslora.inference.diagnostics import diagnose
     from bayeslora.module import BayesLoRA
     from bayeslora.study.compare import compare
+    from bayeslora.study.runner import run_study
+    from bayeslora.study.spec import Study
     from bayeslora.tasks.load import load_task
     from bayeslora.training.fit import fit
+    from bayeslora.training.trainer import BayesTrainer
 
 
 def __getattr__(name: str) -> Any:

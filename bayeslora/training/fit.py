@@ -22,7 +22,6 @@ from bayeslora.data.checks import check_to_learn_from
 from bayeslora.distributed import check_parallelism, on_main_process
 from bayeslora.errors import InputError
 from bayeslora.module import BayesLoRA
-from bayeslora.noise_schedules import NoiseScheduleCallback
 from bayeslora.storage.checkpoint import load_adapter
 from bayeslora.storage.run_folder import (
     ADAPTER_FOLDER,
@@ -37,7 +36,7 @@ from bayeslora.training.budget import trainer_settings
 from bayeslora.training.metrics import Metrics
 from bayeslora.training.monitor import BriefProgress, GroupedTensorBoard
 from bayeslora.training.record import begin_run, refuse_other_content, run_record
-from bayeslora.training.trainer import BayesTrainer
+from bayeslora.training.trainer import BayesTrainer, posterior_rate
 
 
 @dataclass(frozen=True)
@@ -135,8 +134,8 @@ def fit(
         "report_to": installed_loggers(),
         "restore_callback_states_from_checkpoint": True,  # early stopping goes on counting after a resume
         "ddp_find_unused_parameters": False,  # every trained parameter gets a gradient in every step
+        "save_total_limit": 2,
         **trainer_arguments,
-        "save_total_limit": None,  # BayesTrainer deletes old checkpoints itself, once the new one is sealed
     }  # fmt: skip
     compiled = compile_options(settings)
     try:
@@ -147,9 +146,8 @@ def fit(
     check_resumable(arguments)
     check_evaluated(arguments, eval_dataset, best_metric)
     check_parallelism(arguments)
-    rate = 10 * learning_rate if variational_learning_rate is None else variational_learning_rate
+    rate = posterior_rate(arguments, variational_learning_rate)
     record = run_record(bayes, arguments, rate, len(train_dataset), metadata)
-    bayes.num_examples = len(train_dataset)
     if compiled is not None:
         bayes.compile(**compiled)
     with ExitStack() as stack:
@@ -163,23 +161,19 @@ def fit(
         checkpoint, finished = on_main_process(open_run)
         if finished is not None:
             load_adapter(bayes, output_dir / ADAPTER_FOLDER)
+            bayes.num_examples = len(train_dataset)
             bayes.to(arguments.device).eval()
             return FitResult(finished["metrics"], finished["history"], finished["steps"], output_dir)
         with _refusing(output_dir, resume):
             trainer = BayesTrainer(
-                model=bayes,
-                args=arguments,
+                bayes,
+                arguments,
+                collate,
+                train_dataset,
+                eval_dataset,
                 variational_learning_rate=rate,
-                keep_checkpoints=trainer_arguments.get("save_total_limit", 2),
-                train_dataset=train_dataset,
-                eval_dataset=eval_dataset,
-                data_collator=collate,
                 compute_metrics=metrics_of if metrics_of.any else None,
-                callbacks=[
-                    NoiseScheduleCallback(bayes.noise_schedule),
-                    *callbacks,
-                    *([EarlyStoppingCallback(early_stopping)] if early_stopping else []),
-                ],
+                callbacks=[*callbacks, *([EarlyStoppingCallback(early_stopping)] if early_stopping else [])],
             )
             trainer.get_train_dataloader()
         set_seed(seed)
