@@ -37,6 +37,12 @@ class Likelihood(PyroModule):
 
     ``counted_by_trainer`` promises that ``transformers.Trainer``, which counts the labels other than -100 (from the
     second on in a causal language model), finds the same number as :meth:`count`.
+
+    Example:
+        >>> Likelihood().count(torch.tensor([0, 1, 1]))  # examples
+        tensor(3)
+        >>> Likelihood().label_names(network)
+        ('LABEL_0', 'LABEL_1')
     """
 
     counted_by_trainer = False
@@ -82,7 +88,18 @@ def network_outputs(
 
 
 class CategoricalLikelihood(Likelihood):
-    """Class labels: ``y ~ Categorical(softmax(logits))``, logits of shape ``(batch, classes)``."""
+    """Class labels: ``y ~ Categorical(softmax(logits))``.
+
+    Called with logits of shape ``(batch, classes)`` and whole numbers, or None to draw them, of shape ``(batch,)``.
+
+    Raises:
+        InputError: for labels that are no whole numbers, or not one for each example.
+
+    Example:
+        >>> trace = pyro.poutine.trace(CategoricalLikelihood()).get_trace(torch.zeros(2, 2), torch.tensor([0, 1]))
+        >>> round(float(trace.log_prob_sum()), 4)  # two labels of probability 1/2: -2 log 2
+        -1.3863
+    """
 
     counted_by_trainer = True
 
@@ -92,9 +109,18 @@ class CategoricalLikelihood(Likelihood):
 
 
 class GaussianLikelihood(Likelihood):
-    """Real labels: ``y ~ N(f, σ²)`` with f of shape ``(batch, 1)`` or ``(batch,)`` and a learned σ.
+    """Real labels: ``y ~ N(f, σ²)`` with a learned σ, in the labels' unit.
 
+    Called with f of shape ``(batch, 1)`` or ``(batch,)`` and labels, or None to draw them, of shape ``(batch,)``.
     σ starts at sqrt(½), where the gradient of the negative log-likelihood is that of the squared error.
+
+    Raises:
+        InputError: for a network with several outputs, or labels that are not one for each example.
+
+    Example:
+        >>> trace = pyro.poutine.trace(GaussianLikelihood()).get_trace(torch.zeros(1, 1), torch.zeros(1))
+        >>> round(trace.log_prob_sum().item(), 4)  # log N(0; 0, 1/2) = -log(π)/2
+        -0.5724
     """
 
     def __init__(self) -> None:

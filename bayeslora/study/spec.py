@@ -26,7 +26,15 @@ LORA_WORDS = ("lora_alpha", "target_modules", "lora_dropout", "modules_to_save",
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """What :func:`bayeslora.load_task` needs to read a task."""
+    """What :func:`bayeslora.load_task` needs to read a task.
+
+    Args:
+        name, data_dir, text_columns, label_column, label_names, prompting: As there.
+
+    Example:
+        >>> TaskSpec("reviews", "reviews", text_columns=("text",)).load().label_names
+        ('bad', 'good')
+    """
 
     name: str
     data_dir: str | None = None
@@ -98,6 +106,11 @@ class Study:
 
     Raises:
         InputError: naming the first entry that cannot be.
+
+    Example:
+        >>> study = Study("base", tasks=("sst2", "cola"), methods=("lora", "monteclora"), learning_rates=(1e-3, 3e-3))
+        >>> Study.from_dict(study.to_dict()) == study
+        True
     """
 
     model: str

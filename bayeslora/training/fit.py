@@ -113,6 +113,11 @@ def fit(
             else or is in use.
         TrainingDivergedError: when the loss or a gradient is NaN or infinite; the last good checkpoint stays.
         StorageError: when the disk is full; the last good checkpoint stays.
+
+    Example:
+        >>> result = fit(BayesLoRA(network), dataset, output_dir="run", epochs=2, batch_size=4, progress=False)
+        >>> result.steps, sorted(path.name for path in result.output_dir.iterdir() if path.is_file())
+        (4, ['run.json'])
     """
     output_dir = Path(output_dir)
     if eval_dataset is None and (early_stopping is not None or evaluations is not None):

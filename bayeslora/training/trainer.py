@@ -59,9 +59,11 @@ class BayesTrainer(Trainer):
 
     Example:
         >>> from transformers import TrainingArguments
-        >>> args = TrainingArguments("out", max_steps=2, save_strategy="no", disable_tqdm=True, report_to="none")
+        >>> asked = {"save_strategy": "no", "disable_tqdm": True, "dataloader_pin_memory": False}
+        >>> args = TrainingArguments("out", max_steps=2, **asked)
         >>> trainer = BayesTrainer(BayesLoRA(network), args, train_dataset=dataset)
         >>> trainer.train().global_step
+        {'train_runtime': ...}
         2
     """
 
