@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-arviz1 lint types docs check benchmark clean
+.PHONY: demo test test-arviz1 test-newest lint types docs check dist release-check benchmark clean
 
 demo: $(VENV)/.installed
 	$(BIN)/bayeslora demo --output runs/demo
@@ -34,12 +34,45 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# mypy and import-linter see the folders as one package only when they lie as they are installed
+# mypy and import-linter see the folders as one package only when they lie as they are installed; the last line is what
+# mypy says to a user, whose Python finds the package, with its py.typed, and all that it needs as installed ones
 types: $(VENV)/.installed
-	rm -rf build/typed
+	rm -rf build/typed build/user
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --target build/typed .
 	cd build/typed && $(abspath $(BIN))/mypy --config-file $(abspath pyproject.toml) -p bayeslora
 	cd build/typed && PYTHONPATH=. $(abspath $(BIN))/lint-imports --no-cache $(abspath pyproject.toml)
+	$(BIN)/python -m venv --without-pip build/user
+	$(BIN)/python -c 'import site; print("$(abspath build/typed)", *site.getsitepackages(), sep="\n")' \
+		> "$$(echo build/user/lib/python3.*/site-packages)/found.pth"
+	$(BIN)/mypy --config-file pyproject.toml --python-executable build/user/bin/python tests/public/typed_user.py
+
+# what a release uploads, in dist/, as a package index would check it
+dist: $(VENV)/.installed
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist .
+	$(BIN)/twine check --strict dist/*
+
+# the wheel beside the newest releases that its bounds allow: every public name is imported, away from this folder
+release-check: dist .venv-newest/.installed
+	.venv-newest/bin/pip install --quiet --no-deps --force-reinstall dist/*.whl
+	cd .venv-newest && bin/python -W ignore -c 'from bayeslora import *; from bayeslora.analysis import *; \
+		from bayeslora.guides import *; from bayeslora.models import *; from bayeslora.study import *; print(fit.__module__)'
+
+NEWEST_TESTS := tests/test_config.py tests/test_elbo.py tests/test_distributions.py tests/test_module.py \
+	tests/analysis/test_calibration.py tests/analysis/test_inference_data.py tests/inference/test_predict.py \
+	tests/storage/test_checkpoint.py tests/training/test_trainer_alone.py
+
+# the fast part of the suite on that wheel; warnings of what will change are shown and fail nothing
+test-newest: release-check
+	.venv-newest/bin/pip list --format freeze | grep -iE \
+		'^(accelerate|arviz|datasets|numpy|pandas|peft|pyro-ppl|scipy|torch|transformers)=='
+	MPLBACKEND=Agg .venv-newest/bin/pytest --quiet -p no:cacheprovider -o filterwarnings=default --disable-warnings $(NEWEST_TESTS)
+
+# without constraints.txt, but for torch: the newest one comes with some 3 GB of CUDA, and what is tested is the CPU build
+.venv-newest/.installed: pyproject.toml
+	$(PYTHON) -m venv --clear .venv-newest
+	.venv-newest/bin/pip install --quiet $$(grep '^torch==' constraints.txt) . pytest pytest-timeout hypothesis torchmetrics
+	touch $@
 
 # the site, in build/docs/index.html; a warning fails it
 docs: $(VENV)/.installed
@@ -55,4 +88,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf build dist *.egg-info $(VENV) .venv-arviz1
+	rm -rf build dist *.egg-info $(VENV) .venv-arviz1 .venv-newest

@@ -1,6 +1,15 @@
 """Posteriors for LoRA adapters: MonteCLoRA as a Pyro model over PEFT, with ArviZ diagnostics.
 
-Importing this package loads neither torch nor transformers; names of ``__init__.pyi`` are imported on first use.
+Importing this package loads neither torch nor transformers; each public name (``__init__.pyi``) on first use.
+
+Examples in docstrings have at hand: every public name; ``np``, ``torch``, ``pyro`` and its distributions, ``dist``;
+a tiny classifier ``network`` and its ``tokenizer``; labelled examples, ``dataset`` as a list and ``batch`` as tensors;
+``bayes``, a fitted :class:`bayeslora.BayesLoRA`; ``results``, the tidy table of a study; and, where they name them, the
+folders ``base`` with that network and ``reviews`` with a task's data.
+
+Example:
+    >>> __version__.count(".")
+    2
 """
 
 from pathlib import Path

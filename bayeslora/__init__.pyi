@@ -8,5 +8,8 @@ from .inference.diagnostics import diagnose as diagnose
 from .module import BayesLoRA as BayesLoRA
 from .runs import open_run as open_run
 from .study.compare import compare as compare
+from .study.runner import run_study as run_study
+from .study.spec import Study as Study
 from .tasks.load import load_task as load_task
 from .training.fit import fit as fit
+from .training.trainer import BayesTrainer as BayesTrainer

@@ -96,6 +96,15 @@ class MonteCLoRAConfig:
 
     Raises:
         InputError: naming the first argument that is out of range.
+
+    Example:
+        >>> config = MonteCLoRAConfig(r=4, sample_scaler=0.2)
+        >>> config.kl_weight, config.replace(normalization="elbo", kl_weight=None).kl_weight
+        (0.01, 1.0)
+        >>> MonteCLoRAConfig.preset("calibrated").noise_schedule
+        'entropy'
+        >>> MonteCLoRAConfig.from_dict(config.to_dict()) == config
+        True
     """
 
     r: int = option(8, "the rank of the adapters", Range(most=MAX_RANK))

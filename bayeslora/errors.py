@@ -5,6 +5,12 @@ class InputError(ValueError):
     """A mistake in what the user gave us: it names the thing, what was expected, and what to do.
 
     The command line prints its message on one line and exits with code 2.
+
+    Example:
+        >>> MonteCLoRAConfig(r=0)
+        Traceback (most recent call last):
+            ...
+        bayeslora.errors.InputError: r ... got 0
     """
 
 
@@ -13,7 +19,15 @@ class FolderInUseError(InputError):
 
 
 class TrainingDivergedError(RuntimeError):
-    """The loss, a gradient or a parameter became NaN or infinite; the last good checkpoint is kept."""
+    """The loss, a gradient or a parameter became NaN or infinite; the last good checkpoint is kept.
+
+    Example:
+        >>> try:
+        ...     fit(bayes, dataset, output_dir="run", max_steps=9, learning_rate=1e30, progress=False)
+        ... except TrainingDivergedError as error:
+        ...     print(str(error).partition(" at step")[0])
+        the loss became nan
+    """
 
 
 class StorageError(RuntimeError):

@@ -48,11 +48,23 @@ class BayesLoRA(Posterior):
 
     Raises:
         InputError: naming what cannot be honoured, and why.
+
+    Example:
+        >>> bayes = BayesLoRA(network, MonteCLoRAConfig(r=4))
+        >>> result = fit(bayes, dataset, output_dir="run", max_steps=2, progress=False)
+        >>> bayes.predict(dataset, num_samples=4).probs.shape  # (examples, classes)
+        (8, 2)
     """
 
     def sample(self, num_samples: int = 1, *, seed: int | None = None) -> dict[str, Tensor]:
         """Draws from the guide: site name to values of shape ``(num_samples, *site shape)``; see
-        :mod:`bayeslora.models.prior` for sites and shapes."""
+        :mod:`bayeslora.models.prior` for sites and shapes.
+
+        Example:
+            >>> draws = bayes.sample(5, seed=0)
+            >>> {name: tuple(values.shape) for name, values in draws.items() if name.startswith("pi")}
+            {'pi_r2_in16': (5, 11, 1, 4), 'pi_r2_in24': (5, 2, 1, 4)}
+        """
         with one_at_a_time:
             draws = list(sample_sites(self, num_samples, seed))
         return {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
@@ -60,29 +72,124 @@ class BayesLoRA(Posterior):
     def posterior_draws(
         self, *, num_samples: int = 64, seed: int | None = 0, adapters: Sequence[str] = (), first_draw: int = 0
     ) -> PosteriorDraws:
-        """Draws per adapter as numpy arrays, with A itself for the named ``adapters``, from draw ``first_draw`` on."""
+        """Draws per adapter as numpy arrays, with A itself for the named ``adapters``, from draw ``first_draw`` on.
+
+        Example:
+            >>> draws = bayes.posterior_draws(num_samples=5)
+            >>> draws.mixture_weights.shape, draws.covariance.shape  # draws, adapters, ...
+            ((5, 13, 4), (5, 13, 2, 2))
+        """
         with one_at_a_time:
             return draws_per_adapter(self, num_samples=num_samples, seed=seed, adapters=adapters, first_draw=first_draw)
 
-    def prior_draws(self, **options: Any) -> PosteriorDraws:
-        """The same from the prior; see :func:`bayeslora.inference.prior.prior_draws`."""
-        return draws_from_prior(self, **options)
+    def prior_draws(
+        self, *, num_samples: int = 64, seed: int = 0, adapters: Sequence[str] = (), first_draw: int = 0
+    ) -> PosteriorDraws:
+        """The same from the prior, around the means that the network has now; arguments as in
+        :func:`bayeslora.inference.prior.prior_draws`.
 
-    def predict(self, dataset: Any, num_samples: int = 16, **options: Any) -> Prediction:
-        """Posterior predictive; see :func:`bayeslora.inference.predict.predict`."""
+        Example:
+            >>> bayes.prior_draws(num_samples=5).noise_scale.shape  # draws, adapters
+            (5, 13)
+        """
+        return draws_from_prior(self, num_samples=num_samples, seed=seed, adapters=adapters, first_draw=first_draw)
+
+    def predict(
+        self,
+        dataset: Any,
+        num_samples: int = 16,
+        *,
+        batch_size: int = 32,
+        seed: int | None = 0,
+        keep_draws: bool = True,
+        progress: bool = True,
+        first_draw: int = 0,
+        prior: bool = False,
+        noise_factor: float = 1.0,
+        antithetic: bool = False,
+    ) -> Prediction:
+        """Posterior predictive: the mean over draws of the whole network.
+
+        Arguments and errors are those of :func:`bayeslora.inference.predict.predict`.
+
+        Example:
+            >>> prediction = bayes.predict(dataset, num_samples=4)
+            >>> prediction.probs.shape, prediction.sample_log_probs.shape  # (examples, classes), and for each draw
+            ((8, 2), (4, 8, 2))
+            >>> bool(np.allclose(prediction.probs, np.exp(prediction.sample_log_probs).mean(0)))
+            True
+        """
         with one_at_a_time:
             check_in_use(self.model.groups)
-            return predict_examples(self, dataset, num_samples=num_samples, **options)
+            return predict_examples(
+                self,
+                dataset,
+                num_samples=num_samples,
+                batch_size=batch_size,
+                seed=seed,
+                keep_draws=keep_draws,
+                progress=progress,
+                first_draw=first_draw,
+                prior=prior,
+                noise_factor=noise_factor,
+                antithetic=antithetic,
+            )
 
-    def generate(self, prompts: Any, **options: Any) -> Generation:
-        """Write on from prompts with a causal language model; see :func:`bayeslora.inference.generation.generate`."""
+    def generate(
+        self,
+        prompts: Sequence[str] | Sequence[Sequence[int]],
+        *,
+        tokenizer: Any = None,
+        num_samples: int = 8,
+        mode: str = "draws",
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        stops: Sequence[str] = (),
+        seed: int = 0,
+        batch_size: int = 16,
+        progress: bool = True,
+    ) -> Generation:
+        """Write on from prompts with a causal language model.
+
+        Arguments and errors are those of :func:`bayeslora.inference.generation.generate`.
+
+        Example:
+            >>> from transformers import GPT2Config, GPT2LMHeadModel
+            >>> writer = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=40))
+            >>> written = BayesLoRA(writer).generate([[5, 6, 7]], num_samples=2, max_new_tokens=3)
+            >>> written.num_tokens  # two draws, one text each
+            array([[3, 3]])
+        """
         with one_at_a_time:
             check_in_use(self.model.groups)
-            return generate_texts(self, prompts, **options)
+            return generate_texts(
+                self,
+                prompts,
+                tokenizer=tokenizer,
+                num_samples=num_samples,
+                mode=mode,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                stops=stops,
+                seed=seed,
+                batch_size=batch_size,
+                progress=progress,
+            )
 
     @contextmanager
     def as_draw(self, index: int = 0, *, seed: int = 0) -> Iterator[nn.Module]:
-        """Inside, ``bayes.network`` is draw ``index`` of ``seed``, one network for whatever is done with it."""
+        """Inside, ``bayes.network`` is draw ``index`` of ``seed``, one network for whatever is done with it.
+
+        Example:
+            >>> one = bayes.predict(dataset, num_samples=1, first_draw=3).probs[0]
+            >>> tokens = {name: torch.tensor([dataset[0][name]]) for name in ("input_ids", "attention_mask")}
+            >>> with bayes.as_draw(3) as network, torch.no_grad():
+            ...     logits = network(**tokens).logits
+            >>> bool(np.abs(logits.softmax(-1)[0].numpy() - one).max() < 1e-5)
+            True
+        """
         with one_at_a_time, using_draw(self.model.groups, Draws(self, 1, seed, first=index).matrices(0, 1)):
             yield self.network
 
@@ -95,6 +202,10 @@ class BayesLoRA(Posterior):
 
         Raises:
             InputError: for a quantised network.
+
+        Example:
+            >>> type(bayes.merge()).__name__, type(bayes.merge(draw=3)).__name__
+            ('BertForSequenceClassification', 'BertForSequenceClassification')
         """
         check_in_use(self.model.groups)
         if is_quantized(self.network):
@@ -133,6 +244,12 @@ class BayesLoRA(Posterior):
 
         Raises:
             InputError: if ``folder`` holds something else, or the weights are sharded.
+
+        Example:
+            >>> import os
+            >>> bayes.save_pretrained("adapter")
+            >>> sorted(os.listdir("adapter"))
+            ['adapter_config.json', 'adapter_model.safetensors', 'bayeslora.json', 'posterior.safetensors']
         """
         if state_dict is not None:
             refuse_sharded(self.model.groups)
@@ -149,6 +266,13 @@ class BayesLoRA(Posterior):
 
         Raises:
             InputError: for another adapter than the one that the posterior is over, or a folder that does not fit.
+
+        Example:
+            >>> bayes.save_pretrained("adapter")
+            >>> other = BayesLoRA(network, bayes.monteclora_config)
+            >>> other.load_adapter("adapter")
+            >>> bool(np.array_equal(other.predict(dataset).probs, bayes.predict(dataset).probs))
+            True
         """
         if adapter_name not in (None, self.active_adapter):
             raise InputError(f"the posterior is over the adapter {self.active_adapter!r}: another is loaded by "
@@ -156,17 +280,40 @@ class BayesLoRA(Posterior):
         checkpoint.load_adapter(self, Path(folder))
 
     def export_draws(self, folder: str | Path, num_draws: int, *, seed: int = 0) -> list[Path]:
-        """Write draws, and the mean, as ordinary PEFT adapters; see :func:`bayeslora.storage.export.export_draws`."""
+        """Write draws, and the mean, as ordinary PEFT adapters; returns the draws' folders.
+
+        Arguments and errors are those of :func:`bayeslora.storage.export.export_draws`.
+
+        Example:
+            >>> [folder.name for folder in bayes.export_draws("draws", 2)]
+            ['draw-000', 'draw-001']
+        """
         with one_at_a_time:
             return write_draws(self, folder, num_draws, seed=seed)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, network: nn.Module, **options: Any) -> "BayesLoRA":
-        """Read what :meth:`save_pretrained` wrote onto a fresh base; see :mod:`bayeslora.storage.checkpoint`."""
-        return checkpoint.from_pretrained(cls, folder, network, **options)
+    def from_pretrained(
+        cls, folder: str | Path, network: nn.Module, *, guide: Any = None, likelihood: Any = None
+    ) -> "BayesLoRA":
+        """Read what :meth:`save_pretrained` wrote onto a fresh base, in evaluation mode.
+
+        Arguments and errors are those of :func:`bayeslora.storage.checkpoint.from_pretrained`.
+
+        Example:
+            >>> bayes.save_pretrained("adapter")
+            >>> again = BayesLoRA.from_pretrained("adapter", network)
+            >>> bool(np.array_equal(again.predict(dataset).probs, bayes.predict(dataset).probs))
+            True
+        """
+        return checkpoint.from_pretrained(cls, folder, network, guide=guide, likelihood=likelihood)
 
     def version_info(self) -> dict[str, str]:
-        """Versions of everything the numbers depend on."""
+        """Versions of everything the numbers depend on.
+
+        Example:
+            >>> sorted(bayes.version_info())[:3]
+            ['arviz', 'bayeslora', 'peft']
+        """
         return checkpoint.version_info()
 
 

@@ -1,4 +1,11 @@
-"""How the posterior is approximated: variational families over (π, Σ, A)."""
+"""How the posterior is approximated: variational families over (π, Σ, A).
+
+``GUIDES`` has those that a configuration can name.
+
+Example:
+    >>> sorted(GUIDES)
+    ['amortized', 'gaussian', 'mean_field']
+"""
 
 from bayeslora.guides.amortized import AmortizedGuide
 from bayeslora.guides.base import Guide

@@ -22,6 +22,14 @@ class AmortizedGuide(MixtureGuide):
     The description is the kind of projection (an embedding), its depth, log n_in, log n_out, the scale and the row
     imbalance of the frozen weight, and the scale of μ. The last layer starts at zero, so every adapter starts with
     the same v and α as in the mean-field guide.
+
+    Args:
+        model: The model whose sites it approximates.
+
+    Example:
+        >>> log_v, log_alpha = AmortizedGuide(bayes.model).variational_parameters(bayes.model.groups[0])
+        >>> log_v.shape, log_alpha.shape  # (adapters, r) and (adapters, N)
+        (torch.Size([11, 2]), torch.Size([11, 4]))
     """
 
     def __init__(self, model: Prior):

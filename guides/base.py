@@ -21,6 +21,17 @@ class Guide(PyroModule):
 
     Args:
         model: The model whose sites it approximates.
+
+    Example:
+        >>> class PointGuide(Guide):
+        ...     def sample_group(self, group, program):
+        ...         adapters, columns = self.plates(group, program)
+        ...         with adapters:
+        ...             sites, name = self.sample_priors(group, program), f"A_{group.name}"
+        ...             with columns:
+        ...                 return sites | {name: program.sample(name, dist.Delta(self.model.mean(group), event_dim=1))}
+        >>> BayesLoRA(network, guide=PointGuide).predict(dataset, num_samples=2).mutual_information[:3].round(6)
+        array([0., 0., 0.])
     """
 
     #: Whether the sign of any row of A − μ can be turned without a change of its law; each example of a training batch

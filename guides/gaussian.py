@@ -19,8 +19,16 @@ class GaussianGuide(Guide):
     π and Σ stay at their priors. It has as many parameters as A, and starts at the dense prior's variance,
     :math:`\epsilon^2\,E[\sum_k \pi_k^2]`, times ``scale_init`` where that is given.
 
+    Args:
+        model: The model whose sites it approximates.
+
     Raises:
         InputError: for ``components="explicit"``, which has no site for A.
+
+    Example:
+        >>> guide = GaussianGuide(bayes.model)
+        >>> guide.log_scale(bayes.model.groups[0]).shape  # (adapters, columns, r)
+        torch.Size([11, 16, 2])
 
     References:
         Blundell et al. (2015), *Weight Uncertainty in Neural Networks*.

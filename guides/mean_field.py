@@ -11,7 +11,16 @@ from bayeslora.models.prior import Prior
 
 
 class MeanFieldGuide(MixtureGuide):
-    """r + N parameters for every adapter: log v and log α (paper, section 4.1)."""
+    """r + N parameters for every adapter: log v and log α (paper, section 4.1).
+
+    Args:
+        model: The model whose sites it approximates.
+
+    Example:
+        >>> guide = MeanFieldGuide(bayes.model)
+        >>> sum(p.numel() for p in guide.parameters()) == len(bayes.adapter_names) * (2 + 4)  # r and N
+        True
+    """
 
     def __init__(self, model: Prior):
         super().__init__(model)

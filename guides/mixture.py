@@ -23,6 +23,15 @@ class MixtureGuide(Guide):
     r"""q(π, Σ, A) = Dir(π; α) · W(Σ; diag(v), ν) · ∏_i N(A_i; μ_i, ε²·Σ_k π_k²·Σ) for every adapter.
 
     A subclass says where v and α come from, in :meth:`variational_parameters`.
+
+    Args:
+        model: The model whose sites it approximates.
+
+    Example:
+        >>> isinstance(bayes.guide, MixtureGuide)
+        True
+        >>> bayes.guide.expected_squares(bayes.model.groups[0])[:2]  # 2/(N + 1) for N = 4 and α = 1
+        tensor([0.4000, 0.4000], grad_fn=<SliceBackward0>)
     """
 
     symmetric_rows = True  # turns Σ into DΣD with a diagonal D of ±1, which is as likely

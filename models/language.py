@@ -126,6 +126,15 @@ class NextTokenLikelihood(Likelihood):
             ``normalization="elbo"`` needs. ``"mean"``: divided by the mean number of scored tokens of the batch's
             texts, in nats per token, so that the mean over the batch is that over all its tokens, transformers' own
             loss; with it a token, not a text, weighs the same in every batch.
+
+    Raises:
+        InputError: for another reduction; when called, without labels, or with others than the network has read.
+
+    Example:
+        >>> outputs, labels = torch.tensor([[-3.0, 2.0]]), torch.tensor([[-100, 5, 6]])  # a text of two scored tokens
+        >>> likelihoods = [NextTokenLikelihood("sum"), NextTokenLikelihood("mean")]
+        >>> [float(pyro.poutine.trace(each).get_trace(outputs, labels).log_prob_sum()) for each in likelihoods]
+        [-3.0, -1.5]
     """
 
     loss_type = "ForCausalLM"
@@ -222,6 +231,15 @@ class ChoiceLikelihood(CategoricalLikelihood):
         label_names: What to call the options: as many as an example can have.
         normalization: What a text's log-likelihood is divided by: its number of ``"tokens"``, its number of
             ``"characters"`` (accuracy is then the evaluation harness' ``acc_norm``), or nothing, ``"none"`` (``acc``).
+
+    Raises:
+        InputError: for fewer than two options or another normalization; when called, for inputs that are no choice.
+
+    Example:
+        >>> likelihood = ChoiceLikelihood(["A", "B"])
+        >>> trace = pyro.poutine.trace(likelihood).get_trace(torch.tensor([[3.0, 1.0]]).log(), torch.tensor([0]))
+        >>> round(float(trace.log_prob_sum()), 4)  # log 3/4
+        -0.2877
     """
 
     counted_by_trainer = False  # it would take the labels of a causal language model for tokens

@@ -55,6 +55,12 @@ class Likelihood(PyroModule):
 
     A new kind of task is a subclass, the :class:`~bayeslora.prediction.Prediction` that it makes, and a line in
     :data:`bayeslora.models.selection.KINDS`.
+
+    Example:
+        >>> Likelihood().count(torch.tensor([0, 1, 1]))  # examples
+        tensor(3)
+        >>> Likelihood().label_names(network)
+        ('LABEL_0', 'LABEL_1')
     """
 
     counted_by_trainer = False
@@ -173,7 +179,18 @@ def network_outputs(
 
 
 class CategoricalLikelihood(Likelihood):
-    """Class labels: ``y ~ Categorical(softmax(logits))``, logits of shape ``(batch, classes)``."""
+    """Class labels: ``y ~ Categorical(softmax(logits))``.
+
+    Called with logits of shape ``(batch, classes)`` and whole numbers, or None to draw them, of shape ``(batch,)``.
+
+    Raises:
+        InputError: for labels that are no whole numbers, or not one for each example.
+
+    Example:
+        >>> trace = pyro.poutine.trace(CategoricalLikelihood()).get_trace(torch.zeros(2, 2), torch.tensor([0, 1]))
+        >>> round(float(trace.log_prob_sum()), 4)  # two labels of probability 1/2: -2 log 2
+        -1.3863
+    """
 
     counted_by_trainer = True
     of_classes = True
@@ -210,9 +227,18 @@ class CategoricalLikelihood(Likelihood):
 
 
 class GaussianLikelihood(Likelihood):
-    """Real labels: ``y ~ N(f, σ²)`` with f of shape ``(batch, 1)`` or ``(batch,)`` and a learned σ.
+    """Real labels: ``y ~ N(f, σ²)`` with a learned σ, in the labels' unit.
 
+    Called with f of shape ``(batch, 1)`` or ``(batch,)`` and labels, or None to draw them, of shape ``(batch,)``.
     σ starts at sqrt(½), where the gradient of the negative log-likelihood is that of the squared error.
+
+    Raises:
+        InputError: for a network with several outputs, or labels that are not one for each example.
+
+    Example:
+        >>> trace = pyro.poutine.trace(GaussianLikelihood()).get_trace(torch.zeros(1, 1), torch.zeros(1))
+        >>> round(trace.log_prob_sum().item(), 4)  # log N(0; 0, 1/2) = -log(π)/2
+        -0.5724
     """
 
     takes_options = False

@@ -82,6 +82,13 @@ class LowRankRegression:
         labels: y, shape ``(examples,)`` for one output, else ``(examples, outputs)``.
         truth: The site values that the labels were simulated from.
         num_draws: Prior draws of π behind every integral over π.
+
+    Example:
+        >>> problem = low_rank_regression(20, columns=3, rank=2)
+        >>> problem.posterior().mean.shape, problem.posterior().covariance.shape  # of vec A
+        (torch.Size([6]), torch.Size([6, 6]))
+        >>> problem.log_predictive(problem.features[:2], problem.labels[:2]).shape  # in nats
+        torch.Size([2])
     """
 
     network: PeftModel
@@ -301,6 +308,14 @@ def low_rank_regression(
 
     Raises:
         InputError: for sizes below 1, a noise that is not positive, or explicit components.
+
+    Example:
+        >>> problem = low_rank_regression(20, columns=3, rank=2)
+        >>> problem.features.shape, problem.labels.shape
+        (torch.Size([20, 3]), torch.Size([20]))
+        >>> evidence, error = problem.log_evidence()  # in nats
+        >>> error < 0.01
+        True
     """
     for name, value in (("num_examples", num_examples), ("columns", columns), ("outputs", outputs)):
         if value < 1:

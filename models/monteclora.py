@@ -31,6 +31,19 @@ class MonteCLoRA(Prior):
 
     Called as a Pyro model, ``model(**batch)``, it registers the network's trainable parameters with Pyro, so
     ``pyro.infer.SVI(model, guide, optim, CooperativeELBO())`` trains them all.
+
+    Raises:
+        InputError: for a network that cannot be adapted, or whose likelihood is not known.
+
+    References:
+        Sengupta et al. (2025), *Robust and Efficient Fine-tuning of LLMs with Bayesian Reparameterization of Low-Rank
+        Adaptation*, section 4.
+
+    Example:
+        >>> model = MonteCLoRA(network, MonteCLoRAConfig(r=2, target_modules=["query"]))
+        >>> trace = pyro.poutine.trace(model).get_trace(**batch)
+        >>> {name: tuple(trace.nodes[name]["value"].shape) for name in ("pi_r2_in16", "A_r2_in16")}
+        {'pi_r2_in16': (2, 1, 4), 'A_r2_in16': (2, 16, 2)}
     """
 
     likelihood: Any

@@ -29,6 +29,10 @@ def likelihood_for(network: nn.Module) -> PyroModule:
     Raises:
         InputError: for a network that is neither a classifier of sequences, images or audio, nor a regressor, nor a
             causal language model.
+
+    Example:
+        >>> type(likelihood_for(network)).__name__  # a classifier
+        'CategoricalLikelihood'
     """
     config: Any = network.config
     problem = getattr(config, "problem_type", None)

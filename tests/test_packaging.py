@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from collections import Counter
@@ -10,6 +11,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+
+import bayeslora
+import bayeslora.analysis
 
 ROOT = Path(__file__).parent.parent
 ROOTS = {"bayeslora": "bayeslora", "bayeslora.models": "models", "bayeslora.guides": "guides",
@@ -69,29 +73,55 @@ def test_constraints_pin_every_dependency():
 
 
 def test_versions_agree():
-    import bayeslora
-
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert f"## {bayeslora.__version__}" in changelog
 
 
-def test_wheel_holds_every_module_and_works_elsewhere(tmp_path):
-    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", tmp_path, ROOT]
+def built(tmp_path):
+    """The sdist of this folder, and the wheel of what it holds, as an index would have them: files of each, by name."""
     if int(version("setuptools").split(".")[0]) < 77:
-        pytest.skip("building the wheel without network needs setuptools >= 77 in this environment")
+        pytest.skip("building without network needs setuptools >= 77 in this environment")
+    sdist = f"from setuptools.build_meta import build_sdist; build_sdist({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", sdist], cwd=ROOT, check=True, capture_output=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as files:
+        files.extractall(tmp_path / "sdist", filter="data")
+    (source,) = (tmp_path / "sdist").iterdir()
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        tmp_path,
+        source,
+    ]
     subprocess.run(build, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        names = set(archive.namelist())
-        expected = {f"{package.replace('.', '/')}/{file.name}" for package, folder in FOLDERS.items()
-                    for file in (ROOT / folder).glob("*.py*")}  # fmt: skip
-        assert expected <= names  # the .pyi among them, which says where each public name lies
-        assert "bayeslora/py.typed" in names
-        assert not any(name.split("/")[0] in ("models", "guides", "analysis", "tests") for name in names)
-        archive.extractall(tmp_path / "site")
+    with zipfile.ZipFile(wheel) as files:
+        files.extractall(tmp_path / "site")
+    return [
+        {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+        for folder in (source, tmp_path / "site")
+    ]
+
+
+def test_sdist_and_wheel_hold_every_module_and_work_elsewhere(tmp_path):
+    """A module that the sdist lacks is missing from the wheel too, which is built from it, as a release's is."""
+    source, site = built(tmp_path)
+    modules = {f"{package.replace('.', '/')}/{file.name}" for package, folder in FOLDERS.items()
+               for file in (ROOT / folder).glob("*.py")}  # fmt: skip
+    assert modules <= site
+    assert {"bayeslora/py.typed", "bayeslora/analysis/report/templates/report.html"} <= site
+    assert {name.split("/")[0] for name in site} == {"bayeslora", f"bayeslora-{bayeslora.__version__}.dist-info"}
+    assert {"CHANGELOG.md", "LICENSE", "README.md", "pyproject.toml"} <= source
+    assert not any(name.startswith("tests/") for name in source)  # setuptools would add some of them, and not all
     code = (
-        "import bayeslora, bayeslora.models, bayeslora.guides, bayeslora.analysis as a;"
-        "from bayeslora import *; from bayeslora.analysis import to_arviz;"
+        "import bayeslora, bayeslora.analysis as a; from bayeslora import *; from bayeslora.analysis import *;"
+        "from bayeslora.guides import *; from bayeslora.models import *; from bayeslora.study import *;"
         "print(bayeslora.__file__, a.__file__)"
     )
     environment = {"PYTHONPATH": str(tmp_path / "site"), "PATH": "", "HF_HUB_OFFLINE": "1"}
@@ -101,12 +131,24 @@ def test_wheel_holds_every_module_and_works_elsewhere(tmp_path):
 
 
 def test_public_names_resolve():
-    import bayeslora
-    import bayeslora.analysis
-
     for module in (bayeslora, bayeslora.analysis):
         for name in module.__all__:
             assert getattr(module, name) is not None
             assert name in dir(module)
     with pytest.raises(AttributeError, match="nosuch"):
         bayeslora.nosuch  # noqa: B018
+
+
+def test_importing_the_package_is_cheap(tmp_path):
+    """No name is used yet: what takes seconds to import, and what draws, stays out until one is."""
+    heavy = ["torch", "transformers", "peft", "pyro", "datasets", "matplotlib", "arviz", "pandas", "scipy", "sklearn"]
+    code = (
+        "import sys, bayeslora, bayeslora.analysis, bayeslora.study;"
+        "bayeslora.InputError, bayeslora.MonteCLoRAConfig, bayeslora.Study, dir(bayeslora.analysis);"
+        f"print([name for name in {heavy} if name in sys.modules])"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, check=True, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "[]"

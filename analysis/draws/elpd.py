@@ -25,6 +25,13 @@ def leave_one_out(data: Any) -> Any:
     Raises:
         InputError: There is no log-likelihood, it has fewer than 25 draws, or all draws are equal for some example, as
             those of plain LoRA are: then importance sampling has nothing to reweigh.
+
+    Example:
+        >>> draws = np.random.default_rng(0).normal(-0.7, 0.1, size=(1, 100, 3))  # chain, draw, example
+        >>> variables = {"posterior": {"site": draws}, "log_likelihood": {"labels": draws}}
+        >>> data = build_inference_data(variables, {}, {"site": ["example"], "labels": ["example"]}, {})
+        >>> round(float(leave_one_out(data).iloc[0]), 1)  # three times -0.7
+        -2.1
     """
     draws = _draws(_pointwise(data))
     if len(draws) < FEWEST_DRAWS:
@@ -64,6 +71,12 @@ def held_out_elpd(data: Any) -> Any:
 
     Raises:
         InputError: There is no log-likelihood.
+
+    Example:
+        >>> log_likelihood = np.log([[[0.25], [0.75]]])  # chain, draw, example
+        >>> data = build_inference_data({"log_likelihood": {"labels": log_likelihood}}, {}, {"labels": ["example"]}, {})
+        >>> round(float(held_out_elpd(data).iloc[0]), 4)  # log(0.25/2 + 0.75/2)
+        -0.6931
     """
     values = _pointwise(data)
     draws = _draws(values)  # (S, n)

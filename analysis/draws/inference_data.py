@@ -83,6 +83,13 @@ def to_arviz(
     Raises:
         InputError: The labels do not fit the predictions, the task has no such groups, the seed is None, or the
             run has no history of these adapters.
+
+    Example:
+        >>> data = to_arviz(bayes, dataset, num_samples=8)
+        >>> data["posterior"]["mixture_weights"].dims
+        ('chain', 'draw', 'adapter', 'component')
+        >>> data["posterior_predictive"]["class_probs"].shape  # chain, draw, example, class
+        (1, 8, 8, 2)
     """
     options: dict[str, Any] = {"seed": seed, "adapters": adapters, "batch_size": batch_size, "prior": prior}
     groups = draw_groups(bayes, dataset, num_samples=num_samples, **options)
@@ -157,6 +164,12 @@ def build_inference_data(
 
     Returns:
         ``arviz.InferenceData``, or ``xarray.DataTree`` with ArviZ 1.0 and later.
+
+    Example:
+        >>> groups = {"posterior": {"noise": np.ones((1, 4, 2))}}
+        >>> data = build_inference_data(groups, {"adapter": ["a", "b"]}, {"noise": ["adapter"]}, {"seed": 0})
+        >>> dict(data["posterior"].sizes)
+        {'chain': 1, 'draw': 4, 'adapter': 2}
     """
     datasets = {name: build_dataset(name, variables, coords, dims) for name, variables in groups.items()}
     return _as_arviz(datasets, dict(attrs))
@@ -209,6 +222,10 @@ def save_arviz(data: Any, path: str | os.PathLike[str]) -> Path:
 
     Raises:
         InputError: The folder does not exist.
+
+    Example:
+        >>> save_arviz(to_arviz(bayes, num_samples=4), "draws.nc").name
+        'draws.nc'
     """
     path = Path(path)
     if not path.parent.is_dir():
@@ -230,6 +247,11 @@ def load_arviz(path: str | os.PathLike[str], *, lazy: bool = False) -> Any:
 
     Raises:
         InputError: There is no such file.
+
+    Example:
+        >>> path = save_arviz(to_arviz(bayes, num_samples=4), "draws.nc")
+        >>> int(load_arviz(path).attrs["num_samples"])
+        4
     """
     path = Path(path)
     if not path.is_file() and not (path / ".zgroup").is_file():

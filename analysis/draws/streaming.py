@@ -47,6 +47,11 @@ def stream_arviz(
 
     Raises:
         InputError: As in `to_arviz`; or the destination exists, has another ending, or its folder does not exist.
+
+    Example:
+        >>> path = stream_arviz(bayes, "draws.nc", num_samples=5, block=2)
+        >>> load_arviz(path)["posterior"].sizes["draw"]
+        5
     """
     path = Path(path)
     store = _check_destination(path)

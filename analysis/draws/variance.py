@@ -22,6 +22,10 @@ def effective_components(mixture_weights: ArrayLike) -> np.ndarray:
 
     Raises:
         InputError: The array does not fit that description.
+
+    Example:
+        >>> effective_components([[0.25, 0.25, 0.25, 0.25], [0.5, 0.5, 0.0, 0.0]])
+        array([4., 2.])
     """
     return 1.0 / np.square(_check_weights(mixture_weights)).sum(axis=-1)
 
@@ -34,6 +38,10 @@ def mixture_entropy(mixture_weights: ArrayLike) -> np.ndarray:
 
     Raises:
         InputError: The array does not fit that description.
+
+    Example:
+        >>> mixture_entropy([[0.25, 0.25, 0.25, 0.25], [1.0, 0.0, 0.0, 0.0]]).round(4)  # log 4, and none
+        array([1.3863, 0.    ])
     """
     return entr(_check_weights(mixture_weights)).sum(axis=-1)
 
@@ -49,6 +57,10 @@ def eigenvalues(covariance: ArrayLike) -> np.ndarray:
 
     Raises:
         InputError: The array does not fit that description.
+
+    Example:
+        >>> eigenvalues([[2.0, 1.0], [1.0, 2.0]])
+        array([3., 1.])
     """
     matrices = np.asarray(covariance, dtype=np.float64)
     if matrices.ndim < 2 or matrices.shape[-1] != matrices.shape[-2] or not matrices.size:
@@ -76,6 +88,10 @@ def contraction(posterior: ArrayLike, prior: ArrayLike) -> np.ndarray:
 
     Raises:
         InputError: The shapes differ beyond the first axis, or one has fewer than two draws.
+
+    Example:
+        >>> contraction(posterior=[[1.0], [2.0], [3.0]], prior=[[0.0], [2.0], [4.0]])  # variances 1 and 4
+        array([0.75])
 
     References:
         Betancourt (2018), *Towards A Principled Bayesian Workflow* (posterior contraction).
@@ -107,6 +123,10 @@ def noise_contraction(posterior_scale: ArrayLike, prior_scale: ArrayLike) -> np.
 
     Raises:
         InputError: The shapes are not those.
+
+    Example:
+        >>> noise_contraction([[0.1], [0.1]], [[0.2], [0.2]])  # half the scale, a quarter of the variance
+        array([0.75])
     """
     after, before = np.asarray(posterior_scale, dtype=np.float64), np.asarray(prior_scale, dtype=np.float64)
     if after.ndim != 2 or before.ndim != 2 or after.shape[1] != before.shape[1] or not len(after) or not len(before):
@@ -129,6 +149,16 @@ def adapter_table(data: Any) -> pd.DataFrame:
         second over the first; ``effective_components`` of N; ``mixture_entropy`` in nats; ``largest_eigenvalue`` and
         ``condition`` (largest over smallest) of Σ. Means over the draws, but ``noise_scale`` is a root mean square
         and ``condition`` a median.
+
+    Raises:
+        InputError: The data hold no draws over adapters.
+
+    Example:
+        >>> table = adapter_table(to_arviz(bayes, num_samples=8))
+        >>> table[["layer", "kind"]].head(2).to_dict("records")
+        [{'layer': 0, 'kind': 'query'}, {'layer': 0, 'kind': 'key'}]
+        >>> bool(table["effective_components"].between(1, 4).all())
+        True
     """
     names = [str(name) for name in data["posterior"]["adapter"].values]
     order = network_order(names)
@@ -204,8 +234,16 @@ def variance_shares(
         num_resamples: Sets of draws to take.
         seed: Decides them.
 
+    Returns:
+        Shares without a unit, and the ends of their intervals. A share may be negative: parts can cancel.
+
     Raises:
         InputError: The shapes do not fit, the total is zero, or an option is out of range.
+
+    Example:
+        >>> shares = variance_shares(["query", "value"], [[1.0, 2.0, 4.0], [2.0, 4.0, 8.0]])
+        >>> shares.estimate  # the two, and what they leave
+        array([0.25, 0.5 , 0.25])
     """
     check_level(level)
     squares = np.asarray(deviations, dtype=np.float64)
@@ -261,6 +299,11 @@ def draws_needed(sample_values: ArrayLike, *, tolerance: float = 0.01) -> DrawsN
 
     Raises:
         InputError: Fewer than four draws, values that are not finite, or a tolerance that is not positive.
+
+    Example:
+        >>> found = draws_needed([[0.4], [0.6], [0.4], [0.6]] * 25, tolerance=0.01)
+        >>> found.enough, round(found.deviation, 4)
+        (102, 0.1005)
     """
     values = np.asarray(sample_values, dtype=np.float64)
     if values.ndim == 0 or len(values) < 4 or not values.size:

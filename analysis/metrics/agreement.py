@@ -18,6 +18,10 @@ def vote_entropy(share: ArrayLike) -> np.ndarray:
 
     Raises:
         InputError: The array does not fit that description.
+
+    Example:
+        >>> vote_entropy([0.0, 0.5, 0.9]).round(4)
+        array([0.    , 0.6931, 0.3251])
     """
     votes = check_examples(share, name="share")
     if votes.min() < 0 or votes.max() > 1:
@@ -41,6 +45,10 @@ def rank_correlation(
 
     Raises:
         InputError: The arrays do not fit that description.
+
+    Example:
+        >>> rank_correlation([0.1, 0.2, 0.3, 0.4], [1, 2, 4, 3]).estimate
+        0.8
     """
     theirs = check_examples(disagreement, name="disagreement")
     runs = np.asarray(uncertainty)

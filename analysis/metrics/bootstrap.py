@@ -46,8 +46,9 @@ def bootstrap_interval(
         InputError: No arrays, arrays of unequal or no length, or an option out of range.
 
     Example:
-        >>> bootstrap_interval(np.mean, [1.0, 2.0, 3.0, 4.0]).estimate
-        2.5
+        >>> found = bootstrap_interval(np.mean, [1.0, 2.0, 3.0, 4.0])
+        >>> found.estimate, found.lower, found.upper
+        (2.5, 1.5, 3.5)
 
     References:
         Efron and Tibshirani (1993), *An Introduction to the Bootstrap*, section 13.3.

@@ -57,8 +57,18 @@ def brier_decomposition(
         num_bins: Bins for each class.
         binning: ``"width"`` or ``"mass"``, as for `expected_calibration_error`.
 
+    Returns:
+        The five parts, without a unit, each summed over classes; `BrierParts.brier` is the Brier score.
+
     Raises:
         InputError: The arrays do not fit that description, or an option is out of range.
+
+    Example:
+        >>> parts = brier_decomposition([[0.8, 0.2]] * 4 + [[0.2, 0.8]] * 4, [0, 0, 0, 1, 1, 1, 1, 0])
+        >>> round(parts.reliability, 4), round(parts.resolution, 4), round(parts.uncertainty, 4)
+        (0.005, 0.125, 0.5)
+        >>> round(parts.brier, 4)
+        0.38
 
     References:
         Stephenson, Coelho and Jolliffe (2008), *Two Extra Components in the Brier Score Decomposition*, Eq. 8.

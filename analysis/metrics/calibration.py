@@ -23,6 +23,11 @@ def accuracy(probs: ArrayLike, labels: ArrayLike) -> float:
 
     Raises:
         InputError: The arrays do not fit that description.
+
+    Example:
+        >>> probs, labels = [[0.9, 0.1], [0.4, 0.6], [0.7, 0.3], [0.2, 0.8]], [0, 1, 1, 1]
+        >>> accuracy(probs, labels)  # three of four
+        0.75
     """
     probs, labels = check_probs_and_labels(probs, labels)
     return float(accuracy_score(labels, probs.argmax(axis=1)))
@@ -46,6 +51,10 @@ def negative_log_likelihood(probs: ArrayLike, labels: ArrayLike) -> float:
 
     Raises:
         InputError: The arrays do not fit that description.
+
+    Example:
+        >>> round(negative_log_likelihood([[0.5, 0.5], [0.25, 0.75]], [0, 1]), 4)  # (log 2 + log 4/3) / 2
+        0.4904
     """
     probs, labels = check_probs_and_labels(probs, labels)
     at_label = probs[np.arange(len(labels)), labels]
@@ -66,6 +75,10 @@ def brier_score(probs: ArrayLike, labels: ArrayLike) -> float:
 
     Raises:
         InputError: The arrays do not fit that description.
+
+    Example:
+        >>> round(brier_score([[0.9, 0.1], [0.4, 0.6]], [0, 1]), 4)  # (2 · 0.1² + 2 · 0.4²) / 2
+        0.17
 
     References:
         Brier (1950), *Verification of forecasts expressed in terms of probability*.
@@ -89,6 +102,10 @@ def sharpness(probs: ArrayLike) -> float:
 
     Raises:
         InputError: The array does not fit that description.
+
+    Example:
+        >>> sharpness([[0.5, 0.5], [1.0, 0.0]])
+        0.75
 
     References:
         Gneiting, Balabdaoui and Raftery (2007), *Probabilistic forecasts, calibration and sharpness*.

@@ -44,6 +44,11 @@ def detection_scores(inside: ArrayLike, outside: ArrayLike, *, passing: float = 
     Raises:
         InputError: The arrays do not fit that description, or ``passing`` is no share.
 
+    Example:
+        >>> scores = detection_scores(inside=[0.1, 0.2, 0.3, 0.6], outside=[0.5, 0.7])
+        >>> scores.auroc, round(scores.aupr, 4), scores.fpr95  # 7 of 8 pairs are in order
+        (0.875, 0.8333, 0.5)
+
     References:
         Hendrycks and Gimpel (2017), *A Baseline for Detecting Misclassified and Out-of-Distribution Examples in
         Neural Networks*; Liang, Li and Srikant (2018), *Enhancing the Reliability of Out-of-distribution Image
@@ -66,8 +71,16 @@ def detection_curve(inside: ArrayLike, outside: ArrayLike) -> RocCurve:
     Args:
         inside, outside: As for `detection_scores`.
 
+    Returns:
+        Shares in ``[0, 1]``, one for each threshold and the strictest of all; shape ``(thresholds + 1,)``.
+
     Raises:
         InputError: The arrays do not fit that description.
+
+    Example:
+        >>> curve = detection_curve(inside=[0.1, 0.6], outside=[0.5, 0.7])
+        >>> curve.flagged_inside, curve.flagged_outside
+        (array([0. , 0. , 0.5, 0.5, 1. ]), array([0. , 0.5, 0.5, 1. , 1. ]))
     """
     scores, foreign = _joined(inside, outside)
     flagged_inside, flagged_outside, _ = roc_curve(foreign, scores, drop_intermediate=False)

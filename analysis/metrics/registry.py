@@ -133,5 +133,10 @@ def calibration_summary(probs: ArrayLike, labels: ArrayLike) -> dict[str, float]
 
     Raises:
         InputError: The arrays do not fit that description.
+
+    Example:
+        >>> probs, labels = [[0.9, 0.1], [0.4, 0.6], [0.7, 0.3], [0.2, 0.8]], [0, 1, 1, 1]
+        >>> {name: round(value, 3) for name, value in calibration_summary(probs, labels).items()}
+        {'accuracy': 0.75, 'nll': 0.511, 'ece': 0.35, 'brier': 0.35}
     """
     return {name: metric.function(probs, labels) for name, metric in METRICS.items()}

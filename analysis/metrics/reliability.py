@@ -59,6 +59,11 @@ def expected_calibration_error(
     Raises:
         InputError: The arrays do not fit that description, or an option is out of range.
 
+    Example:
+        >>> probs, labels = [[0.9, 0.1], [0.9, 0.1], [0.6, 0.4], [0.4, 0.6]], [0, 1, 0, 1]
+        >>> round(expected_calibration_error(probs, labels), 4)  # half: sure by 0.9, right by 0.5; half: by 0.6, by 1
+        0.4
+
     References:
         Naeini et al. (2015), *Obtaining Well Calibrated Probabilities Using Bayesian Binning* (equal mass).
         Guo et al. (2017), *On Calibration of Modern Neural Networks*, Eq. 3 (equal width).
@@ -85,6 +90,11 @@ def maximum_calibration_error(
     Raises:
         InputError: The arrays do not fit that description, or an option is out of range.
 
+    Example:
+        >>> probs, labels = [[0.9, 0.1], [0.9, 0.1], [0.7, 0.3], [0.3, 0.7]], [0, 1, 0, 1]
+        >>> round(maximum_calibration_error(probs, labels), 4)  # of confidence 0.9, half are right
+        0.4
+
     References:
         Naeini et al. (2015), *Obtaining Well Calibrated Probabilities Using Bayesian Binning*.
     """
@@ -109,6 +119,11 @@ def classwise_calibration_error(
 
     Raises:
         InputError: The arrays do not fit that description, or an option is out of range.
+
+    Example:
+        >>> probs, labels = [[0.8, 0.2, 0.0], [0.8, 0.2, 0.0], [0.0, 0.0, 1.0]], [0, 0, 2]
+        >>> classwise_calibration_error(probs, labels).round(4)
+        array([0.1333, 0.1333, 0.    ])
 
     References:
         Kull et al. (2019), *Beyond temperature scaling*, Eq. 4.
@@ -158,6 +173,13 @@ def reliability_curve(
 
     Raises:
         InputError: The arrays do not fit that description, or an option is out of range.
+
+    Example:
+        >>> curve = reliability_curve([[0.9, 0.1]] * 10, [0] * 8 + [1] * 2, num_bins=2)
+        >>> curve.accuracy, curve.count
+        (array([nan, 0.8]), array([ 0, 10]))
+        >>> curve.lower.round(3), curve.upper.round(3)
+        (array([  nan, 0.444]), array([  nan, 0.975]))
 
     References:
         Clopper and Pearson (1934), *The use of confidence or fiducial limits illustrated in the case of the

@@ -36,6 +36,11 @@ def risk_coverage(uncertainty: ArrayLike, wrong: ArrayLike) -> RiskCoverage:
     Raises:
         InputError: The arrays do not fit that description.
 
+    Example:
+        >>> curve = risk_coverage([0.1, 0.2, 0.3, 0.4], [False, False, True, True])
+        >>> curve.coverage, curve.risk.round(3)
+        (array([0.25, 0.5 , 0.75, 1.  ]), array([0.   , 0.   , 0.333, 0.5  ]))
+
     References:
         El-Yaniv and Wiener (2010), *On the Foundations of Noise-free Selective Classification*.
     """
@@ -57,6 +62,10 @@ def area_under_risk_coverage(uncertainty: ArrayLike, wrong: ArrayLike) -> float:
     Raises:
         InputError: The arrays do not fit that description.
 
+    Example:
+        >>> round(area_under_risk_coverage([0.1, 0.2, 0.3, 0.4], [0, 0, 1, 1]), 4)  # (0 + 0 + 1/3 + 1/2) / 4
+        0.2083
+
     References:
         Geifman, Uziel and El-Yaniv (2019), *Bias-Reduced Uncertainty Estimation for Deep Neural Classifiers*.
     """
@@ -71,6 +80,12 @@ def excess_area_under_risk_coverage(uncertainty: ArrayLike, wrong: ArrayLike) ->
 
     Raises:
         InputError: The arrays do not fit that description.
+
+    Example:
+        >>> excess_area_under_risk_coverage([0.1, 0.2, 0.3, 0.4], [0, 0, 1, 1])
+        0.0
+        >>> round(excess_area_under_risk_coverage([0.4, 0.3, 0.2, 0.1], [0, 0, 1, 1]), 4)  # the worst order
+        0.5833
 
     References:
         Geifman, Uziel and El-Yaniv (2019), section 3 (E-AURC, here with the exact optimum instead of its limit).

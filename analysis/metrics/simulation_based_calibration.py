@@ -80,6 +80,13 @@ def chi_square_test(ranks: ArrayLike, num_draws: int, *, bins: int = 10) -> floa
 
     Raises:
         InputError: Ranks out of range, too few of them, or bins of unequal size.
+
+    Example:
+        >>> uniform, narrow = np.arange(100), np.repeat([0, 99], 50)
+        >>> chi_square_test(uniform, 99)
+        1.0
+        >>> chi_square_test(narrow, 99) < 1e-6
+        True
     """
     values = _check(ranks, num_draws)
     if (num_draws + 1) % bins:
@@ -102,6 +109,14 @@ def ecdf_test(ranks: ArrayLike, num_draws: int, *, repeats: int = 2000, seed: in
         repeats: Simulated sets of ranks.
         seed: Decides them.
 
+    Raises:
+        InputError: Ranks that are no integers, none, or out of range.
+
+    Example:
+        >>> uniform, narrow = np.arange(100), np.repeat([0, 99], 50)
+        >>> ecdf_test(uniform, 99) > 0.9, ecdf_test(narrow, 99) < 0.001
+        (True, True)
+
     References:
         Säilynoja et al. (2022), algorithm 2.
     """
@@ -111,7 +126,28 @@ def ecdf_test(ranks: ArrayLike, num_draws: int, *, repeats: int = 2000, seed: in
 
 
 def rank_ecdf(ranks: ArrayLike, num_draws: int, *, level: float = 0.95, repeats: int = 2000, seed: int = 0) -> RankECDF:
-    """The ECDF of ranks against the uniform one, with a simultaneous band; arguments as in :func:`ecdf_test`."""
+    """The ECDF of ranks against the uniform one, with a simultaneous band.
+
+    Args:
+        ranks: Of independent simulations, 0 to ``num_draws``, shape ``(simulations,)``.
+        num_draws: S.
+        level: Probability with which uniform ranks stay within the band all along.
+        repeats: Simulated sets of ranks behind the band.
+        seed: Decides them.
+
+    Returns:
+        A curve of S points; all of its fields are shares in ``[-1, 1]``, shape ``(S,)``.
+
+    Raises:
+        InputError: Ranks that are no integers, none, or out of range, or a level that is no share.
+
+    Example:
+        >>> curve = rank_ecdf(np.repeat([0, 9], 50), 9)
+        >>> curve.difference.round(2)  # half of the ranks are 0, where a tenth should be
+        array([ 0.4,  0.3,  0.2,  0.1,  0. , -0.1, -0.2, -0.3, -0.4])
+        >>> bool((curve.difference > curve.upper).any())
+        True
+    """
     values = _check(ranks, num_draws)
     gamma = np.quantile(_simulated(len(values), num_draws, repeats, seed), 1 - check_level(level))
     z = np.arange(1, num_draws + 1) / (num_draws + 1)

@@ -20,6 +20,10 @@ def predictive_entropy(probs: ArrayLike) -> np.ndarray:
 
     Raises:
         InputError: The array does not fit that description.
+
+    Example:
+        >>> predictive_entropy([[0.5, 0.5], [1.0, 0.0]]).round(4)  # log 2, and none
+        array([0.6931, 0.    ])
     """
     return entr(check_probs(probs)).sum(axis=-1)
 
@@ -39,6 +43,11 @@ def expected_entropy(sample_probs: ArrayLike) -> np.ndarray:
 
     Raises:
         InputError: The array does not fit that description.
+
+    Example:
+        >>> draws = [[[1.0, 0.0], [0.5, 0.5]], [[0.0, 1.0], [0.5, 0.5]]]  # two draws, two examples
+        >>> expected_entropy(draws).round(4)  # each draw is sure of the first
+        array([0.    , 0.6931])
 
     References:
         Depeweg et al. (2018), *Decomposition of Uncertainty in Bayesian Deep Learning*, Eq. 3.
@@ -63,6 +72,11 @@ def mutual_information(sample_probs: ArrayLike) -> np.ndarray:
 
     Raises:
         InputError: The array does not fit that description.
+
+    Example:
+        >>> draws = [[[1.0, 0.0], [0.5, 0.5]], [[0.0, 1.0], [0.5, 0.5]]]  # two draws, two examples
+        >>> mutual_information(draws).round(4)  # they disagree about the first
+        array([0.6931, 0.    ])
 
     References:
         Houlsby et al. (2011), *Bayesian Active Learning for Classification and Preference Learning*, Eq. 2.

@@ -35,6 +35,12 @@ def vote(answers: Sequence[Sequence[Hashable | None]], log_weights: ArrayLike | 
     Raises:
         InputError: The shapes do not fit, or a weight is NaN or infinite.
 
+    Example:
+        >>> vote([["B", "A", "A", None]])
+        Vote(answers=['A'], confidence=array([0.5]))
+        >>> vote([["B", "A"]], log_weights=np.log([[3.0, 1.0]]))
+        Vote(answers=['B'], confidence=array([0.75]))
+
     References:
         Wang et al. (2023), *Self-Consistency Improves Chain of Thought Reasoning in Language Models*.
     """

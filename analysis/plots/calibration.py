@@ -52,6 +52,13 @@ def plot_calibration(
 
     Raises:
         InputError: No predictions, or arrays that do not fit the description.
+
+    Example:
+        >>> ax = plot_calibration({"LoRA": ([[0.9, 0.1]] * 20, [0] * 15 + [1] * 5)})
+        >>> ax.get_xlabel()
+        'confidence (largest probability)'
+        >>> [text.get_text() for text in ax.get_legend().get_texts()]
+        ['perfect calibration', 'LoRA (ECE 15.0 %)']
     """
     if not predictions:
         raise InputError("predictions is empty: give at least one method as {name: (probs, labels)}")
@@ -98,6 +105,11 @@ def plot_brier_parts(
 
     Raises:
         InputError: No predictions, or arrays that do not fit the description.
+
+    Example:
+        >>> ax = plot_brier_parts({"LoRA": ([[0.9, 0.1]] * 20, [0] * 15 + [1] * 5)})
+        >>> ax.get_xlabel()
+        'part of the Brier score (± 1.96 standard errors)'
     """
     if not predictions:
         raise InputError("predictions is empty: give at least one method as {name: (probs, labels)}")

@@ -27,6 +27,11 @@ def plot_rank_ecdf(ranks: Mapping[str, ArrayLike], num_draws: int, ax: Any = Non
 
     Raises:
         InputError: No ranks, or unequally many.
+
+    Example:
+        >>> ax = plot_rank_ecdf({"narrow": np.repeat([0, 9], 50)}, num_draws=9)
+        >>> ax.get_xlabel(), ax.get_ylabel()
+        ('rank of the truth / 9', 'ECDF − uniform')
     """
     if not ranks:
         raise InputError("ranks is empty: give at least one method as {name: ranks}")

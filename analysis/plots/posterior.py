@@ -36,6 +36,12 @@ def plot_posterior_spread(idata: Any, ax: Any = None, *, variable: str = "noise_
 
     Raises:
         InputError: There is no such variable, or ``level`` is out of range.
+
+    Example:
+        >>> data = to_arviz(bayes, num_samples=8, prior=False)
+        >>> ax = plot_posterior_spread(data)
+        >>> [label.get_text() for label in ax.get_yticklabels()][:2]
+        ['0 query', '0 key']
     """
     names, draws = _one_per_adapter(idata, variable)
     return plot_adapters(names, draws, ax, quantity=QUANTITIES.get(variable, variable), level=level)
@@ -56,6 +62,13 @@ def plot_adapters(names: Sequence[str], draws: ArrayLike, ax: Any = None, *, qua
 
     Raises:
         InputError: The shapes do not fit, or ``level`` is out of range.
+
+    Example:
+        >>> names = ["layers.0.query", "layers.0.value"]
+        >>> ax = plot_adapters(names, [[1.0, 2.0], [3.0, 4.0]], quantity="effective components")
+        >>> print(ax.get_xlabel())
+        effective components
+        median and 90 % interval of 2 draws
     """
     check_level(level)
     values = _check_draws(names, draws, "draws")
@@ -102,6 +115,12 @@ def plot_contraction(
 
     Raises:
         InputError: The shapes do not fit, or an option is out of range.
+
+    Example:
+        >>> names = ["layers.0.query", "layers.0.value"]
+        >>> ax = plot_contraction(names, [[0.1, 0.2], [0.1, 0.2]], [[0.2, 0.2], [0.2, 0.2]])
+        >>> ax.lines[0].get_xdata()  # 1 − 0.1²/0.2²
+        array([0.75])
     """
     after, before = _check_draws(names, posterior_scale, "posterior_scale"), _check_draws(names, prior_scale, "prior")
     rng = np.random.default_rng(seed)
@@ -134,6 +153,12 @@ def plot_layer_map(
 
     Raises:
         InputError: The shapes do not fit.
+
+    Example:
+        >>> names = ["layers.0.query", "layers.0.value", "layers.1.query"]
+        >>> ax = plot_layer_map(names, [0.1, 0.2, 0.3], quantity="noise / mean")
+        >>> [label.get_text() for label in ax.get_yticklabels()]
+        ['query', 'value']
     """
     numbers = np.asarray(values, dtype=np.float64)
     if numbers.shape != (len(names),):
@@ -182,6 +207,12 @@ def plot_spread_against_mean(
 
     Raises:
         InputError: The shapes do not fit, every mean is 0, or ``level`` is out of range.
+
+    Example:
+        >>> names = ["layers.0.query", "layers.0.value"]
+        >>> ax = plot_spread_against_mean(names, [1.0, 2.0], [[0.1, 0.2], [0.3, 0.4]])
+        >>> ax.get_xlabel(), ax.get_xscale()
+        ('RMS of the mean of A  (units of A)', 'log')
     """
     check_level(level)
     noise = _check_draws(names, noise_scale, "noise_scale")
@@ -223,6 +254,12 @@ def plot_eigenvalues(names: Sequence[str], eigenvalues: ArrayLike, ax: Any = Non
 
     Raises:
         InputError: The shapes do not fit, or ``level`` is out of range.
+
+    Example:
+        >>> names = ["layers.0.query", "layers.0.value"]
+        >>> ax = plot_eigenvalues(names, [[[2.0, 1.0], [4.0, 1.0]], [[2.0, 1.0], [4.0, 1.0]]])
+        >>> [line.get_ydata().tolist() for line in ax.lines]  # of the queries, of the values
+        [[2.0, 1.0], [4.0, 1.0]]
     """
     check_level(level)
     spectrum = np.asarray(eigenvalues, dtype=np.float64)
@@ -260,6 +297,11 @@ def plot_draws_needed(found: DrawsNeeded, ax: Any = None, *, unit: str = "probab
     Returns:
         The Axes, both logarithmic. Points are what means of so many draws differ by in fact; where draws are
         independent they lie on the line.
+
+    Example:
+        >>> found = draws_needed([[0.4], [0.6], [0.4], [0.6]] * 25, tolerance=0.01)
+        >>> [text.get_text() for text in plot_draws_needed(found).get_legend().get_texts()]
+        ['σ / √S', 'between blocks of draws', 'tolerance 0.01', 'enough: S = 102']
     """
     ax = new_axes(ax, height=2.5)
     ax.set_xscale("log", base=2)
@@ -286,6 +328,12 @@ def plot_variance_shares(shares: VarianceShares, ax: Any = None) -> Any:
 
     Returns:
         The Axes; the last row is what the parts do not explain one by one.
+
+    Example:
+        >>> shares = variance_shares(["query", "value"], [[1.0, 2.0, 4.0], [2.0, 4.0, 8.0]])
+        >>> ax = plot_variance_shares(shares)
+        >>> [label.get_text() for label in ax.get_yticklabels()]
+        ['query', 'value', 'remainder']
     """
     ax = new_axes(ax, height=0.6 + 0.16 * (len(shares.parts) + 1))
     rows = np.arange(len(shares.parts) + 1)

@@ -35,6 +35,10 @@ def plot_grid_spread(results: pd.DataFrame, ax: Any = None, *, metric: str = "ac
 
     Raises:
         InputError: no rows of that split, or several tasks.
+
+    Example:
+        >>> plot_grid_spread(results, metric="nll").get_xlabel()
+        'NLL (nats per example)'
     """
     chosen = _one_task(results, split)
     means = chosen.groupby(["method", *SETTING], sort=False)[metric].mean()
@@ -65,7 +69,22 @@ def plot_grid_spread(results: pd.DataFrame, ax: Any = None, *, metric: str = "ac
 def plot_learning_rates(results: pd.DataFrame, ax: Any = None, *, metric: str = "nll", split: str = "test") -> Any:
     """A metric against the learning rate, for each method: the mean over batch sizes, ranks and seeds, and their range.
 
-    Args, Raises: as :func:`plot_grid_spread`.
+    Args:
+        results: A study's tidy table, of one task.
+        ax: Where to draw; a new figure by default.
+        metric: ``"accuracy"``, ``"nll"``, ``"ece"`` or ``"brier"``.
+        split: Of which split.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        InputError: no rows of that split, or several tasks.
+
+    Example:
+        >>> ax = plot_learning_rates(results, metric="nll")
+        >>> ax.get_xlabel(), ax.get_ylabel()
+        ('learning rate', 'NLL (nats per example)')
     """
     chosen = _one_task(results, split)
     title, factor = METRICS[metric].axis, METRICS[metric].factor
@@ -88,7 +107,22 @@ def plot_accuracy_calibration(
 
     Bars are the standard deviation over seeds; best is the lower right corner.
 
-    Args, Raises: as :func:`plot_grid_spread`.
+    Args:
+        results: A study's tidy table, of one task.
+        ax: Where to draw; a new figure by default.
+        metric: ``"accuracy"``, ``"nll"``, ``"ece"`` or ``"brier"``.
+        split: Of which split.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        InputError: no rows of that split, or several tasks.
+
+    Example:
+        >>> ax = plot_accuracy_calibration(results)
+        >>> ax.get_xlabel(), ax.get_ylabel()
+        ('accuracy (%)', 'ECE (%)')
     """
     chosen = _one_task(_at_best(results), split)
     title, factor = METRICS[metric].axis, METRICS[metric].factor
@@ -116,7 +150,22 @@ def plot_accuracy_calibration(
 def plot_cost(results: pd.DataFrame, ax: Any = None, *, metric: str = "nll", split: str = "test") -> Any:
     """A metric against the seconds of training, a point for each method at its own best setting on validation.
 
-    Args, Raises: as :func:`plot_grid_spread`.
+    Args:
+        results: A study's tidy table, of one task.
+        ax: Where to draw; a new figure by default.
+        metric: ``"accuracy"``, ``"nll"``, ``"ece"`` or ``"brier"``.
+        split: Of which split.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        InputError: no rows of that split, or several tasks.
+
+    Example:
+        >>> ax = plot_cost(results)
+        >>> ax.get_xlabel(), ax.get_ylabel()
+        ('seconds of training', 'NLL (nats per example)')
     """
     chosen = _one_task(_at_best(results), split)
     title, factor = METRICS[metric].axis, METRICS[metric].factor

@@ -29,6 +29,11 @@ def plot_history(history: Sequence[Mapping[str, float]], ax: Any = None) -> Any:
 
     Raises:
         InputError: nothing was logged.
+
+    Example:
+        >>> ax = plot_history([{"step": 1, "loss": 0.7}, {"step": 2, "loss": 0.5}])
+        >>> ax.get_xlabel(), ax.get_ylabel()
+        ('step', 'nats per example')
     """
     traces = {name: _trace(history, name) for name in PARTS}
     if not len(traces["elbo/task"][0]):

@@ -42,6 +42,11 @@ def plot_risk_coverage(
 
     Raises:
         InputError: No methods, or arrays that do not fit the description.
+
+    Example:
+        >>> ax = plot_risk_coverage({"LoRA": (np.arange(40), np.arange(40) >= 30)})
+        >>> ax.get_xlabel(), ax.get_ylabel()
+        ('coverage  (% of examples answered)', 'wrong answers  (%, 95 % band)')
     """
     _check_methods(methods, "(uncertainty, wrong)")
     check_level(level)
@@ -87,6 +92,11 @@ def plot_detection(
 
     Raises:
         InputError: No methods, or arrays that do not fit the description.
+
+    Example:
+        >>> ax = plot_detection({"LoRA": ([0.1, 0.2, 0.3, 0.6], [0.5, 0.7])})
+        >>> ax.get_legend().get_texts()[0].get_text()
+        'LoRA (AUROC 87.5 %)'
     """
     _check_methods(methods, "(inside, outside)")
     check_level(level)
@@ -138,6 +148,11 @@ def plot_entropy_parts(
 
     Raises:
         InputError: No splits, or arrays that do not fit the description.
+
+    Example:
+        >>> ax = plot_entropy_parts({"test": ([0.2, 0.3], [0.01, 0.02]), "tweets": ([0.4, 0.5], [0.1, 0.2])})
+        >>> ax.get_xlabel()
+        'mean entropy  (nats, 95 % intervals)'
     """
     _check_methods(splits, "(expected_entropy, mutual_information)")
     check_level(level)
@@ -194,6 +209,11 @@ def plot_agreement(
 
     Raises:
         InputError: No methods, or arrays that do not fit the description.
+
+    Example:
+        >>> ax = plot_agreement({"LoRA": np.arange(40) / 40}, np.arange(40) / 10, num_bins=4)
+        >>> ax.get_legend().get_texts()[0].get_text()
+        'LoRA: ρ = 1.00 (1.00 to 1.00)'
     """
     _check_methods(methods, "uncertainty")
     theirs = check_examples(disagreement, name="disagreement")

@@ -53,6 +53,12 @@ def report_html(runs: Sequence[RunResults], *, title: str = "bayeslora report", 
 
     Raises:
         InputError: no runs, two of one name, or runs that do different tasks.
+
+    Example:
+        >>> split = SplitResults(np.array([0.1, 0.2]), mean=np.array([0.0, 0.2]), std=np.array([0.1, 0.1]))
+        >>> page = report_html([RunResults("first", {"task": "heights"}, {"test": split})], title="Heights")
+        >>> "<title>Heights</title>" in page, "<script" in page
+        (True, False)
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 

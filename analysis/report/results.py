@@ -14,6 +14,12 @@ class SplitResults:
 
     Classification (C classes): ``probs`` (n, C), ``entropy`` and ``mutual_information`` (n,) in nats. Regression:
     ``mean`` and ``std`` (n,). ``labels`` (n,), or None for a split without; ``texts``, n of them, or none to show.
+
+    Example:
+        >>> probs = np.array([[0.9, 0.1], [0.4, 0.6]])
+        >>> split = SplitResults(np.array([0, 1]), ["fine", "poor"], probs, predictive_entropy(probs), np.zeros(2))
+        >>> split.entropy.round(3)
+        array([0.325, 0.673])
     """
 
     labels: np.ndarray | None
@@ -39,6 +45,11 @@ class RunResults:
         noise_to_signal: Noise over mean of each, over draws: ``(draws, adapters)``; None for a point estimate.
         diagnostics: Answers of :func:`bayeslora.diagnose`.
         command: The command line that makes this run again, where it is known.
+
+    Example:
+        >>> split = SplitResults(np.array([0.1, 0.2]), mean=np.array([0.0, 0.2]), std=np.array([0.1, 0.1]))
+        >>> RunResults("first", {"task": "heights"}, {"test": split}).name
+        'first'
     """
 
     name: str

@@ -31,6 +31,10 @@ class Diagnostic:
         verdict: ``"good"``, ``"doubtful"`` or ``"bad"``.
         source: Where the number and its thresholds come from.
         advice: What to do about it, in one sentence.
+
+    Example:
+        >>> Diagnostic("pareto_k", 0.6, (0.5, 0.7), "doubtful", "Yao et al. (2018)", "compare with another guide").rule
+        'good if ≤ 0.5, bad if > 0.7'
     """
 
     name: str

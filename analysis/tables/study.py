@@ -36,12 +36,21 @@ def robustness_table(results: pd.DataFrame, *, split: str = "test", metrics: Ite
     Spread is best − worst, and robustness the median, as in the MonteCLoRA paper. A run that failed counts for nothing:
     compare the numbers of ``settings``.
 
+    Args:
+        results: A study's tidy table.
+        split: Of which split.
+        metrics: Columns of the table, in their own units.
+
     Returns:
         Indexed by ``(task, method)``; columns ``(metric, "best" | "median" | "worst" | "spread")`` and
         ``("settings", "count")``. Spread is never negative.
 
     Raises:
         InputError: no rows of that split.
+
+    Example:
+        >>> robustness_table(results)["nll"]["spread"].round(2).to_dict()
+        {('reviews', 'LoRA'): 0.2, ('reviews', 'MonteCLoRA'): 0.1}
     """
     chosen = _rows(results, split)
     order = _first_seen(chosen, ["task", "method"])
@@ -64,12 +73,21 @@ def robustness_table(results: pd.DataFrame, *, split: str = "test", metrics: Ite
 def best_settings(results: pd.DataFrame, *, split: str = "validation", metric: str = "nll") -> pd.DataFrame:
     """The setting of each task and method that is best on validation, in the mean over seeds.
 
+    Args:
+        results: A study's tidy table.
+        split: Where the settings are compared.
+        metric: By which column; the accuracy is better where it is higher, all others where they are lower.
+
     Returns:
         Indexed by ``(task, method)``; columns ``learning_rate``, ``batch_size``, ``rank`` and the metric. The first of
         equally good settings.
 
     Raises:
         InputError: no rows of that split.
+
+    Example:
+        >>> best_settings(results)["learning_rate"].to_dict()
+        {('reviews', 'LoRA'): 0.001, ('reviews', 'MonteCLoRA'): 0.001}
     """
     chosen = _rows(results, split)
     means = chosen.groupby(["task", "method", *SETTING], sort=False)[metric].mean().reset_index()
@@ -85,7 +103,19 @@ def best_settings(results: pd.DataFrame, *, split: str = "validation", metric: s
 
 def at_best_settings(results: pd.DataFrame, *, split: str = "validation", metric: str = "nll") -> pd.DataFrame:
     """The rows at each method's own :func:`best_settings`, methods in the order of ``results``; all rows where every
-    method has one setting only."""
+    method has one setting only.
+
+    Args:
+        results: A study's tidy table.
+        split, metric: As in :func:`best_settings`.
+
+    Raises:
+        InputError: no rows of that split.
+
+    Example:
+        >>> len(results), len(at_best_settings(results))  # each method at the better of two learning rates
+        (16, 8)
+    """
     if len(results.drop_duplicates(SETTING)) == 1:
         return results
     settings = best_settings(results, split=split, metric=metric)[SETTING].reset_index()
@@ -128,8 +158,9 @@ def paired_difference(
 
     Example:
         >>> sure, unsure = [[[0.9, 0.1], [0.1, 0.9]]], [[[0.6, 0.4], [0.4, 0.6]]]
-        >>> paired_difference(sure, unsure, [0, 1], metric="brier").verdict
-        'better'
+        >>> found = paired_difference(sure, unsure, [0, 1], metric="brier")
+        >>> round(found.estimate, 4), found.verdict
+        (-0.3, 'better')
     """
     ours, theirs = np.asarray(method, dtype=np.float64), np.asarray(reference, dtype=np.float64)
     if ours.ndim != 3 or theirs.ndim != 3 or ours.shape[1:] != theirs.shape[1:]:
@@ -170,6 +201,13 @@ def paired_robustness(
 
     Raises:
         InputError: shapes that do not fit, an unknown metric or statistic, or an option out of range.
+
+    Example:
+        >>> flat = np.tile([[0.8, 0.2], [0.2, 0.8]], (2, 1, 1, 1))  # (settings, seeds, examples, classes)
+        >>> steep = np.stack([flat[0], 0.5 * flat[0] + 0.25])
+        >>> found = paired_robustness(flat, steep, [0, 1], statistic="spread", metric="brier")
+        >>> round(found.estimate, 4), found.verdict
+        (-0.165, 'better')
     """
     if statistic not in STATISTICS:
         raise InputError(f"statistic must be one of {', '.join(STATISTICS)}, but is {statistic!r}")
@@ -248,6 +286,14 @@ def steps_to_reach(curve: Sequence[Mapping[str, float]], loss: float) -> float:
     Args:
         curve: ``{"step", "loss"}`` along training.
         loss: In nats per example.
+
+    Returns:
+        Steps of the optimizer.
+
+    Example:
+        >>> curve = [{"step": 10, "loss": 0.7}, {"step": 20, "loss": 0.5}, {"step": 30, "loss": 0.4}]
+        >>> steps_to_reach(curve, 0.5), steps_to_reach(curve, 0.3)
+        (20.0, nan)
     """
     return next(
         (float(point["step"]) for point in sorted(curve, key=lambda p: p["step"]) if point["loss"] <= loss),
@@ -258,12 +304,21 @@ def steps_to_reach(curve: Sequence[Mapping[str, float]], loss: float) -> float:
 def cost_table(results: pd.DataFrame, *, split: str = "test", reference: str = "LoRA") -> pd.DataFrame:
     """Means over all runs of what a method costs.
 
+    Args:
+        results: A study's tidy table.
+        split: Whose predictions are timed.
+        reference: The method that others' seconds of training are compared with.
+
     Returns:
         Indexed by ``(task, method)``: ``train_seconds``; ``train_ratio``, to the reference's; ``predict_seconds`` of
         the split per 1000 examples; ``peak_memory_mb``.
 
     Raises:
         InputError: no rows of that split.
+
+    Example:
+        >>> cost_table(results)["train_ratio"].to_dict()
+        {('reviews', 'LoRA'): 1.0, ('reviews', 'MonteCLoRA'): 1.2}
     """
     chosen = _rows(results, split).copy()
     chosen["predict_seconds"] = 1000 * chosen["predict_seconds"] / chosen["examples"]

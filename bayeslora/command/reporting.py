@@ -82,6 +82,12 @@ def report(
         InputError: for a folder that holds no finished run, runs of different tasks, and an ``output`` that cannot be
             written: before anything is predicted.
         StorageError: where it cannot be written at the end.
+
+    Example:
+        >>> task = load_task("reviews", "reviews", text_columns="text")
+        >>> _ = compare("base", task, output_dir="compared", num_samples=2, progress=False, max_steps=1)
+        >>> report(["compared"], "page.html", num_samples=2, diagnostics=False, progress=False).name
+        'page.html'
     """
     output = Path(output)
     folders = [run for folder in runs for run in _expand(Path(folder))]

@@ -67,6 +67,10 @@ def diagnose(
 
     Raises:
         InputError: for unlabelled data, data other than it was fitted to, too few draws, or plain LoRA (ε = 0).
+
+    Example:
+        >>> [found.name for found in diagnose(bayes, dataset, num_samples=25, steps=2)]
+        ['pareto_k', 'data_drivenness', 'amortization_gap']
     """
     if bayes.monteclora_config.sample_scaler == 0:
         raise InputError("sample_scaler=0 is plain LoRA: it has no posterior to diagnose")

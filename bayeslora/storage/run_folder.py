@@ -63,8 +63,9 @@ def is_whole(checkpoint: Path) -> bool:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """Every checkpoint folder of a run, whole or not, the newest first."""
-    found = (run / CHECKPOINT_FOLDER).glob("checkpoint-*")
+    """Every checkpoint folder of a run, or of a trainer's own folder, whole or not, the newest first."""
+    folder = run / CHECKPOINT_FOLDER
+    found = (folder if folder.is_dir() else run).glob("checkpoint-*")
     return sorted((p for p in found if p.is_dir() and _step(p) >= 0), key=_step, reverse=True)
 
 

@@ -84,6 +84,12 @@ def compare(
     Raises:
         InputError: for a regression task, ``mode="post_hoc"``, an ``output_dir`` that holds other settings or something
             else, and where a run fails.
+
+    Example:
+        >>> task = load_task("reviews", "reviews", text_columns="text")
+        >>> found = compare("base", task, output_dir="compared", num_samples=2, progress=False, max_steps=1)
+        >>> found.table["seeds"]["count"].xs("test").to_dict()
+        {'LoRA': 1, 'LoRA + temperature*': 1, 'MonteCLoRA, mean': 1, 'MonteCLoRA, 2 draws': 1}
     """
     config = config or MonteCLoRAConfig.preset("calibrated")
     if config.mode == "post_hoc":

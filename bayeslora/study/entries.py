@@ -14,7 +14,15 @@ from bayeslora.options import MOST
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """What :func:`bayeslora.load_task` needs to read a task."""
+    """What :func:`bayeslora.load_task` needs to read a task.
+
+    Args:
+        name, data_dir, text_columns, label_column, label_names, prompting: As there.
+
+    Example:
+        >>> TaskSpec("reviews", "reviews", text_columns=("text",)).load().label_names
+        ('bad', 'good')
+    """
 
     name: str
     data_dir: str | None = None

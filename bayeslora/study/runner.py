@@ -69,6 +69,13 @@ def run_study(
     Raises:
         InputError: for methods or tasks that cannot be, an ``output_dir`` that holds other settings or something else.
         StorageError: when the disk is full.
+
+    Example:
+        >>> tasks = TaskSpec("reviews", "reviews", text_columns=("text",))
+        >>> study = Study("base", tasks, ("lora", "monteclora"), ranks=2, num_samples=2, training={"max_steps": 1})
+        >>> result = run_study(study, "study", progress=False)
+        >>> "MonteCLoRA, 2 draws" in set(result.results["method"]), len(result.failures)
+        (True, 0)
     """
     output_dir = Path(output_dir)
     lineup = Lineup.of(study)

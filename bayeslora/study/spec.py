@@ -99,6 +99,11 @@ class Study:
 
     Raises:
         InputError: naming the first entry that cannot be.
+
+    Example:
+        >>> study = Study("base", tasks=("sst2", "cola"), methods=("lora", "monteclora"), learning_rates=(1e-3, 3e-3))
+        >>> Study.from_dict(study.to_dict()) == study
+        True
     """
 
     model: str

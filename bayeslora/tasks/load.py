@@ -112,9 +112,9 @@ def load_task(
         InputError: anything amiss with the name, the files, the columns, the labels or the options.
 
     Example:
-        >>> task = load_task("reviews", "reviews.csv", text_columns="review")  # doctest: +SKIP
-        >>> task.splits, task.label_names  # doctest: +SKIP
-        (('train',), ('bad', 'good'))
+        >>> task = load_task("reviews", "reviews", text_columns="text")
+        >>> task.splits, task.label_names
+        (('train', 'validation', 'test'), ('bad', 'good'))
     """
     if name in LOADERS:
         if text_columns or label_column or label_names:

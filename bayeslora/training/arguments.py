@@ -23,6 +23,7 @@ FIT_NAMES = {field: name for name, field in TRAINER_NAMES.items() if field != na
 }
 
 _OWN_LOSS = "the loss is the posterior's objective, noise and KL included, and it would be replaced by one without them"
+_COMPILED = "it would compile Pyro too: call bayes.compile() before training"
 _HUB = "the run would push whole checkpoints: call bayes.push_to_hub when it has ended"
 
 REFUSED = {
@@ -47,8 +48,10 @@ REFUSED_BY_FIT = REFUSED | {
     "push_to_hub": _HUB,
 }
 
+REFUSED_BY_TRAINER = REFUSED_BY_FIT | {"torch_compile": _COMPILED}
+
 REFUSED_BY_SFT = REFUSED | {
-    "torch_compile": "it would compile Pyro too: call bayes.compile() before training",
+    "torch_compile": _COMPILED,
     "loss_type": _OWN_LOSS,
     "router_aux_loss_coef": "mixtures of experts are not supported",
 }
@@ -80,9 +83,11 @@ def check_arguments(arguments: TrainingArguments, refused: Mapping[str, str]) ->
     _check_optimizer(arguments)
 
 
-def check_fit_arguments(arguments: TrainingArguments, network: nn.Module) -> None:
+def check_fit_arguments(
+    arguments: TrainingArguments, network: nn.Module, refused: Mapping[str, str] = REFUSED_BY_FIT
+) -> None:
     """:func:`check_arguments` for :func:`bayeslora.fit`, and what depends on the network."""
-    check_arguments(arguments, REFUSED_BY_FIT)
+    check_arguments(arguments, refused)
     recomputes(checkpointable(network))  # not reentrantly
     if "num_steps" in (arguments.accelerator_config.gradient_accumulation_kwargs or {}):
         raise InputError("fit calls num_steps of accelerator_config gradient_accumulation: pass gradient_accumulation=")

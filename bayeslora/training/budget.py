@@ -50,11 +50,6 @@ class FitOptions(TrainingBudget):
         "loss", "decides the best checkpoint: loss, accuracy, ...", trainer="metric_for_best_model"
     )
 
-    @property
-    def posterior_learning_rate(self) -> float:
-        rate = self.variational_learning_rate
-        return 10 * self.learning_rate if rate is None else rate
-
     def check(self, eval_dataset: Any) -> None:
         """Raise ``InputError`` for a count below 1, and for evaluations of nothing."""
         if eval_dataset is None and (self.early_stopping is not None or self.evaluations is not None):

@@ -23,7 +23,6 @@ from bayeslora.distributed import check_parallelism, on_main_process
 from bayeslora.errors import InputError
 from bayeslora.files.writing import write_json
 from bayeslora.module import BayesLoRA
-from bayeslora.noise_schedules import NoiseScheduleCallback
 from bayeslora.storage.checkpoint import load_adapter
 from bayeslora.storage.lock import lock_folder
 from bayeslora.storage.run_folder import (
@@ -115,6 +114,11 @@ def fit(
             else or is in use.
         TrainingDivergedError: when the loss or a gradient is NaN or infinite; the last good checkpoint stays.
         StorageError: when the disk is full; the last good checkpoint stays.
+
+    Example:
+        >>> result = fit(BayesLoRA(network), dataset, output_dir="run", epochs=2, batch_size=4, progress=False)
+        >>> result.steps, sorted(path.name for path in result.output_dir.iterdir() if path.is_file())
+        (4, ['run.json'])
     """
     output_dir = Path(output_dir)
     options = FitOptions(
@@ -141,24 +145,25 @@ def fit(
     selection = {"eval_strategy": "no"} if eval_dataset is None else metrics.selection()
     arguments, compiled = fit_settings(options, len(train_dataset), output_dir, selection, progress, trainer_arguments)
     _check_arguments(arguments, bayes.network.get_base_model(), eval_dataset, best_metric)
-    record = run_record(bayes, arguments, options.posterior_learning_rate, len(train_dataset), metadata)
-    bayes.num_examples = len(train_dataset)
+    rate = posterior_rate(arguments, variational_learning_rate)
+    record = run_record(bayes, arguments, rate, len(train_dataset), metadata)
     if compiled is not None:
         bayes.compile(**compiled)
     with ExitStack() as stack:
         checkpoint, finished = on_main_process(lambda: _open_folder(output_dir, resume, record, stack))
         if finished is not None:
+            bayes.num_examples = len(train_dataset)
             return _load_finished(bayes, finished, output_dir, arguments)
         with _refusing(output_dir, resume):
             trainer = BayesTrainer(
-                model=bayes,
-                args=arguments,
-                variational_learning_rate=options.posterior_learning_rate,
-                keep_checkpoints=trainer_arguments.get("save_total_limit", 2),
-                data_collator=collate,
+                bayes,
+                arguments,
+                collate,
+                train_dataset,
+                eval_dataset,
+                variational_learning_rate=rate,
                 compute_metrics=metrics if metrics.any else None,
-                callbacks=_callbacks(bayes, callbacks, early_stopping),
-                **data,
+                callbacks=[*callbacks, *([EarlyStoppingCallback(early_stopping)] if early_stopping else [])],
             )
             trainer.get_train_dataloader()
         result = _train(trainer, checkpoint, output_dir, progress, stack)
@@ -204,11 +209,6 @@ def _refusing(output_dir: Path, resume: bool) -> Iterator[None]:
             (output_dir / RUN_FILE).unlink(missing_ok=True)
             shutil.rmtree(output_dir / CHECKPOINT_FOLDER, ignore_errors=True)
         raise InputError(f"transformers.Trainer refuses an argument: {error}") from error
-
-
-def _callbacks(bayes: BayesLoRA, further: Sequence[Any], early_stopping: int | None) -> list[Any]:
-    stopping = [EarlyStoppingCallback(early_stopping)] if early_stopping else []
-    return [NoiseScheduleCallback(bayes.noise_schedule), *further, *stopping]
 
 
 def _train(

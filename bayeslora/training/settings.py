@@ -83,8 +83,8 @@ def fit_settings(
         "report_to": ["tensorboard"] if find_spec("tensorboard") else [],
         "restore_callback_states_from_checkpoint": True,  # early stopping goes on counting after a resume
         "ddp_find_unused_parameters": False,  # every trained parameter gets a gradient in every step
+        "save_total_limit": 2,
         **given,
-        "save_total_limit": None,  # BayesTrainer deletes old checkpoints itself, once the new one is sealed
     }
     compiled = compile_options(settings)
     try:

@@ -1,6 +1,8 @@
 """``transformers.Trainer`` for a posterior."""
 
+import copy
 import math
+from collections.abc import Callable, Mapping, Sequence, Sized
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,40 +12,95 @@ from torch import Tensor, nn
 from transformers import (
     EarlyStoppingCallback,
     Trainer,
+    TrainingArguments,
 )
 
+from bayeslora.data.batches import Collator
+from bayeslora.data.checks import check_to_learn_from
+from bayeslora.distributed import check_parallelism
 from bayeslora.elbo import ELBOParts
-from bayeslora.errors import TrainingDivergedError
+from bayeslora.errors import InputError, TrainingDivergedError
 from bayeslora.module import BayesLoRA
+from bayeslora.noise_schedules import NoiseScheduleCallback
 from bayeslora.storage.checkpoint import load_adapter, write_adapter
 from bayeslora.storage.run_folder import (
+    CHECKPOINT_FOLDER,
     best_checkpoint,
     delete,
     last_checkpoint,
     rotate,
     seal,
 )
+from bayeslora.training.arguments import REFUSED_BY_TRAINER, check_fit_arguments
 from bayeslora.training.monitor import posterior_logs
 from bayeslora.training.parameters import trained_parameters
 
 
 class BayesTrainer(Trainer):
-    """Trainer with a learning rate for the posterior, a guard against NaN, and checkpoints that are whole or do not
-    count."""
+    """``transformers.Trainer`` for a :class:`bayeslora.BayesLoRA`: what :func:`bayeslora.fit` trains with.
+
+    It has a learning rate for the posterior, stops at NaN, logs the parts of the objective, and writes checkpoints that
+    are whole or do not count. ``fit`` adds a run folder, the choice of the best checkpoint and exact resuming.
+
+    Args:
+        model: What to fit. Its ``num_examples`` is set to the length of ``train_dataset``.
+        args: Any fields but those that :mod:`bayeslora.training.arguments` refuses. Of the checkpoints
+            ``save_total_limit`` are kept; the best and the last always stay.
+        data_collator: Puts examples into batches; :class:`bayeslora.data.batches.Collator` if ``None``, and the data
+            are then checked as in ``fit``.
+        train_dataset: Encoded examples with ``labels`` (or ``label``), as for ``fit``.
+        eval_dataset: The same, or a mapping of several, for evaluation at the posterior mean.
+        variational_learning_rate: For the guide; 10 × ``args.learning_rate`` if ``None``.
+        callbacks: Further ones; that of the noise schedule is always there.
+        options: Further arguments of ``transformers.Trainer``.
+
+    Raises:
+        InputError: For another model, arguments that cannot mean here what they mean in transformers, or bad data.
+        TrainingDivergedError: When the loss or a gradient is NaN or infinite.
+
+    Example:
+        >>> from transformers import TrainingArguments
+        >>> asked = {"save_strategy": "no", "disable_tqdm": True, "dataloader_pin_memory": False}
+        >>> args = TrainingArguments("out", max_steps=2, **asked)
+        >>> trainer = BayesTrainer(BayesLoRA(network), args, train_dataset=dataset)
+        >>> trainer.train().global_step
+        {'train_runtime': ...}
+        2
+    """
 
     optimizer: Any
 
     def __init__(
-        self, *args: Any, variational_learning_rate: float, keep_checkpoints: int | None = None, **kwargs: Any
+        self,
+        model: BayesLoRA,
+        args: TrainingArguments | None = None,
+        data_collator: Callable[..., Any] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        *,
+        variational_learning_rate: float | None = None,
+        callbacks: Sequence[Any] | None = None,
+        **options: Any,
     ):
-        self.variational_learning_rate = variational_learning_rate
-        self.keep_checkpoints = keep_checkpoints
+        if not isinstance(model, BayesLoRA):
+            raise InputError(f"BayesTrainer fits a BayesLoRA, and model is a {type(model).__name__}: pass "
+                             "model=BayesLoRA(network)")  # fmt: skip
+        args = TrainingArguments() if args is None else copy.copy(args)
+        check_fit_arguments(args, model.network.get_base_model(), REFUSED_BY_TRAINER)
+        check_parallelism(args)
+        self.keep_checkpoints, args.save_total_limit = args.save_total_limit, None  # old ones go once the new is sealed
+        if data_collator is None:
+            data_collator = _collator(model, train_dataset, eval_dataset, args.per_device_train_batch_size)
+        if isinstance(train_dataset, Sized):
+            model.num_examples = len(train_dataset)
+        self.variational_learning_rate = posterior_rate(args, variational_learning_rate)
         self._ended = False
         self._step_loss: Tensor | float = 0.0
         self._parts: ELBOParts | None = None
         self._parts_steps = 0
         self._norms: dict[str, Tensor] = {}
-        super().__init__(*args, **kwargs)
+        callbacks = [NoiseScheduleCallback(model.noise_schedule), *(callbacks or ())]
+        super().__init__(model, args, data_collator, train_dataset, eval_dataset, callbacks=callbacks, **options)
         self.model_accepts_loss_kwargs = True  # whatever the likelihood: what it averages over is counted here
         self.label_names = ["labels"]
 
@@ -175,7 +232,8 @@ class BayesTrainer(Trainer):
 
     @property
     def _run_folder(self) -> Path:
-        return Path(self.args.output_dir).parent
+        folder = Path(self.args.output_dir)
+        return folder.parent if folder.name == CHECKPOINT_FOLDER else folder
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if not all(torch.isfinite(p).all() for p in self.bayes.parameters() if p.requires_grad):
@@ -201,6 +259,21 @@ class BayesTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         load_adapter(self.bayes, Path(self.state.best_model_checkpoint))
+
+
+def posterior_rate(args: TrainingArguments, given: float | None) -> float:
+    """The learning rate of the guide: ten times the network's, unless it is given."""
+    return 10 * args.learning_rate if given is None else given
+
+
+def _collator(bayes: BayesLoRA, train: Any, evaluation: Any, batch_size: int) -> Collator:
+    """For data sets that are checked first."""
+    several = evaluation if isinstance(evaluation, Mapping) else {"eval_dataset": evaluation}
+    data = {"train_dataset": train, **several}
+    given = {name: part for name, part in data.items() if part is not None}
+    if not given:
+        return Collator.for_network(bayes.network, bayes.model.likelihood)
+    return check_to_learn_from(bayes.model, given, batch_size)
 
 
 def parameter_groups(bayes: BayesLoRA) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:

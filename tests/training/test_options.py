@@ -6,6 +6,7 @@ import json
 import re
 
 import pytest
+from transformers import TrainingArguments
 
 from bayeslora import InputError, MonteCLoRAConfig, fit
 from bayeslora.command.checks import configuration
@@ -15,6 +16,7 @@ from bayeslora.options import choices, flags, ranges
 from bayeslora.study.experiment import Experiment
 from bayeslora.study.spec import Study, cells
 from bayeslora.training.budget import RECORDED, TRAINER_NAMES, FitOptions, TrainingBudget
+from bayeslora.training.trainer import posterior_rate
 from tests.conftest import tiny_dataset
 from tests.runs import new
 
@@ -83,8 +85,9 @@ def test_a_run_records_every_option(tmp_path):
 
 
 def test_fit_takes_ten_times_the_rate_for_the_posterior():
-    assert FitOptions(learning_rate=0.5).posterior_learning_rate == 5
-    assert FitOptions(learning_rate=0.5, variational_learning_rate=0.0).posterior_learning_rate == 0
+    args = TrainingArguments("out", learning_rate=0.5)
+    assert posterior_rate(args, None) == 5
+    assert posterior_rate(args, 0.0) == 0
 
 
 @pytest.mark.parametrize(
