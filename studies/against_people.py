@@ -4,7 +4,7 @@ Fits LoRA and a posterior to 500 movie sentences, and ranks the sentences of two
 sentence was rated by 15 or more people: their disagreement is the standard deviation of the ratings, or the entropy of
 their votes for positive and negative. Spearman's correlations, their mean over seeds, with 95 % bootstrap intervals.
 
-    python examples/against_people.py
+    python studies/against_people.py
 """
 
 from collections.abc import Sequence

@@ -4,8 +4,8 @@ Fits LoRA and a posterior to three tasks and asks whether their uncertainty tell
 CLINC's out-of-scope questions from its 150 intents, tweets from movie sentences, and news (AG News) from SST-2. Prints
 AUROC (0.5 is guessing), AUPR and FPR95, means over seeds. Takes about 40 minutes on one core.
 
-    python examples/out_of_scope.py                     # data sets from the hub
-    python examples/out_of_scope.py --data-dir DIR      # from DIR/clinc_oos, DIR/sst2, DIR/ag_news
+    python studies/out_of_scope.py                     # data sets from the hub
+    python studies/out_of_scope.py --data-dir DIR      # from DIR/clinc_oos, DIR/sst2, DIR/ag_news
 """
 
 import argparse
