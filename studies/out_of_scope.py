@@ -37,6 +37,7 @@ def tasks(data_dir: str | Path | None, names: Sequence[str]) -> dict[str, Task]:
 def main(
     output_dir: str = "runs/out_of_scope",
     *,
+    model: str = "demo",
     data_dir: str | Path | None = None,
     names: Sequence[str] = tuple(SETTINGS),
     seeds: Sequence[int] = (0, 1),
@@ -54,7 +55,7 @@ def main(
                 "posterior": MonteCLoRAConfig(),
             }.items():
                 set_seed(seed)
-                network, tokenizer = task.load_network("demo")
+                network, tokenizer = task.load_network(model)
                 bayes = BayesLoRA(network, config)
                 train = task.encode(tokenizer, "train", limit=examples, max_length=48, seed=seed)
                 run = Path(output_dir) / f"{name}-{method}-{seed}"

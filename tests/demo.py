@@ -21,10 +21,10 @@ def fetch_or_skip(*, encoder: bool = False) -> None:
 
 
 def tiny_encoder(folder):
-    """A BERT of two blocks that reads letters, and its tokenizer, in ``folder``."""
+    """For the demo's sentences: a BERT of two blocks that reads letters, and its tokenizer, in ``folder``."""
+    fetch_or_skip()
     letters = [*string.ascii_lowercase, *(f"##{letter}" for letter in string.ascii_lowercase)]
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters]
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.txt").write_text("\n".join(vocabulary), encoding="utf-8")
     BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}

@@ -6,35 +6,36 @@ from pathlib import Path
 
 import pytest
 
-from tests.demo import fetch_or_skip
+from tests.demo import tiny_encoder
 from tests.scripts import ROOT, names_of, script
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _demo_assets():
-    fetch_or_skip(encoder=True)
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_encoder(tmp_path_factory.mktemp("encoder"))
 
 
-def test_how_sure_is_the_model(tmp_path, capsys):
+def test_how_sure_is_the_model(model, tmp_path, capsys):
     small = {"train_examples": 32, "test_examples": 24, "max_steps": 2}
-    sentences = script("examples/how_sure_is_the_model").main(str(tmp_path / "run"), **small)
+    sentences = script("examples/how_sure_is_the_model").main(str(tmp_path / "run"), model=model, **small)
     assert len(set(sentences)) == 5
     assert capsys.readouterr().out.count("MI ") == 5
 
 
-def test_fit_with_pyro_svi():
-    losses = script("examples/fit_with_pyro_svi").main(train_examples=32)
+def test_fit_with_pyro_svi(model):
+    losses = script("examples/fit_with_pyro_svi").main(model=model, train_examples=32)
     assert len(losses) == 2
     assert all(math.isfinite(loss) for loss in losses)
 
 
-def test_your_own_csv(tmp_path):
-    adapter = script("examples/your_own_csv").main(str(tmp_path))
+def test_your_own_csv(model, tmp_path):
+    adapter = script("examples/your_own_csv").main(str(tmp_path), model=model)
     assert (adapter / "posterior.safetensors").is_file()
 
 
-def test_your_own_guide(tmp_path):
-    scores = script("examples/your_own_guide").main(str(tmp_path), train_examples=32, test_examples=24, max_steps=2)
+def test_your_own_guide(model, tmp_path):
+    small = {"train_examples": 32, "test_examples": 24, "max_steps": 2}
+    scores = script("examples/your_own_guide").main(str(tmp_path), model=model, **small)
     assert list(scores) == ["AmortizedGuide", "LowRankGuide"]
     assert all(math.isfinite(score["nll"]) for score in scores.values())
 
@@ -47,9 +48,9 @@ def test_the_guide_in_the_documentation_is_the_examples():
 
 
 @pytest.mark.filterwarnings("ignore")  # ArviZ's own, about Pareto's k and few draws
-def test_arviz_tour(tmp_path, capsys):
+def test_arviz_tour(model, tmp_path, capsys):
     small = {"train_examples": 8, "test_examples": 6, "num_samples": 25, "max_steps": 2}
-    table = script("examples/arviz_tour").main(str(tmp_path), **small)
+    table = script("examples/arviz_tour").main(str(tmp_path), model=model, **small)
     assert set(table.index) == {"LoRA", "MonteCLoRA", "Gaussian"}
     printed = capsys.readouterr().out
     assert "LoRA: all draws have the same log-likelihood" in printed

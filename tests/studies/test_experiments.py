@@ -5,13 +5,15 @@ import math
 import pytest
 import torch
 
-from tests.demo import fetch_or_skip
+from bayeslora.study import Study
+from bayeslora.study.runner import run_study
+from tests.demo import tiny_encoder
 from tests.scripts import script
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _demo_assets():
-    fetch_or_skip(encoder=True)
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_encoder(tmp_path_factory.mktemp("encoder"))
 
 
 @pytest.fixture
@@ -29,16 +31,16 @@ def test_calibration_of_inference(tmp_path, capsys):
     assert (tmp_path / "calibration_of_inference.png").is_file()
 
 
-def test_against_people(tmp_path, capsys):
+def test_against_people(model, tmp_path, capsys):
     small = {"seeds": (0,), "train_examples": 32, "test_examples": 24, "num_samples": 2, "max_steps": 2}
-    table = script("studies/against_people").main(str(tmp_path), **small)
+    table = script("studies/against_people").main(str(tmp_path), model=model, **small)
     assert len(table) == 2 * 4 * 2  # splits, uncertainties, kinds of disagreement
     assert all(-1 <= found.lower <= found.estimate <= found.upper <= 1 for found in table.values())
     assert capsys.readouterr().out.count(" to ") == 16
     assert (tmp_path / "against_people.png").is_file()
 
 
-def test_out_of_scope(tmp_path, capsys):
+def test_out_of_scope(model, tmp_path, capsys):
     texts = [f"{word} {number}" for number in range(8) for word in ("pay my bill", "sing a song", "rain tomorrow")]
     files = {
         "clinc_oos": ("intent", ["bills", "music", "oos"]),
@@ -52,7 +54,7 @@ def test_out_of_scope(tmp_path, capsys):
         for split in ("train", "validation", "test"):
             (tmp_path / name / f"{split}.csv").write_text("\n".join([header, *rows]) + "\n", encoding="utf-8")
     small = {"seeds": (0,), "test_examples": 16, "num_samples": 2, "max_steps": 2}
-    table = script("studies/out_of_scope").main(str(tmp_path / "runs"), data_dir=tmp_path, **small)
+    table = script("studies/out_of_scope").main(str(tmp_path / "runs"), model=model, data_dir=tmp_path, **small)
     assert len(table) == 3 * 3  # tasks, uncertainties
     for scores in table.values():
         assert scores.shape == (4,)
@@ -107,3 +109,24 @@ def test_finite_mixture_bias_of_exact_and_of_wrong_draws(double_precision, num_p
     assert wrong["spread"] == pytest.approx(0.5, rel=0.05)
     assert wrong["bias"] > 0.5
     assert wrong["rmse"] ** 2 == pytest.approx(wrong["bias"] ** 2 + wrong["sd"] ** 2)
+
+
+def test_more_draws(model, capsys):
+    found = script("studies/more_draws").main(model=model, train_examples=16, test_examples=12, draws=8, epochs=1)
+    assert len(found) == capsys.readouterr().out.count("AURC") == 2 * 5
+    assert all(math.isfinite(value) for row in found.values() for value in row)
+
+
+def test_findings(model, tmp_path, capsys):
+    sizes = {"train_examples": 16, "validation_examples": 12, "test_examples": 12}
+    study = Study(model=model, tasks=("sentiment",), methods=("lora", "temperature"), seeds=(0, 1), **sizes,
+                  learning_rates=(1e-3, 3e-3), max_length=64, training={"max_steps": 2})  # fmt: skip
+    rows = run_study(study, tmp_path).results
+    capsys.readouterr()
+    findings = script("studies/findings")
+    findings.compare(study, rows, tmp_path)
+    findings.at_one_setting(study, rows[rows["learning_rate"] == 1e-3], tmp_path)
+    printed = capsys.readouterr().out
+    assert printed.startswith("\n2 settings")
+    assert printed.count("from LoRA + temperature*, in the ") == 2
+    assert printed.count(", from LoRA\n") == 4  # a table of differences for each domain
