@@ -81,7 +81,7 @@ def test_each_example_has_its_own_noise(kind):
 
 
 def test_the_vision_example(tmp_path, capsys):
-    rows = script("examples/vision").main(str(tmp_path), pretraining=1, epochs=1, seeds=(0,))
+    rows = script("examples/vision").main(str(tmp_path), pretraining=1, epochs=1, testing=60, seeds=(0,))
     assert {(row["method"], row["split"]) for row in rows} == {
         (method, split) for method in ("LoRA", "MonteCLoRA") for split in ("turned", "turned, noisy")
     }
