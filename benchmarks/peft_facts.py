@@ -1,4 +1,4 @@
-"""What PEFT's own MonteCLoRA computes, next to the exact values: the facts the README states.
+"""What PEFT's own MonteCLoRA computes, next to the exact values: the facts of docs/compared_with_peft.md.
 
 python benchmarks/peft_facts.py
 """

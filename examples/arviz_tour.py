@@ -31,6 +31,7 @@ METHODS = {
 def main(
     output_dir: str = "runs/arviz_tour",
     *,
+    model: str = "demo",
     train_examples: int = 200,
     test_examples: int = 100,
     num_samples: int = 30,
@@ -41,7 +42,7 @@ def main(
     seen, unseen = {}, {}
     for name, config in METHODS.items():
         set_seed(0)
-        network, tokenizer = task.load_network("demo")
+        network, tokenizer = task.load_network(model)
         train = task.encode(tokenizer, "train", limit=train_examples, max_length=64)
         test = task.encode(tokenizer, "test", limit=test_examples, max_length=64)
         bayes = BayesLoRA(network, config)

@@ -14,12 +14,12 @@ from bayeslora.inference.predict import Collator
 from bayeslora.models import MonteCLoRA
 
 
-def main(*, train_examples: int = 64) -> list[float]:
+def main(*, model: str = "demo", train_examples: int = 64) -> list[float]:
     """One epoch on a few sentences; returns the loss of every step."""
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
     task = load_task("sentiment")
-    network, tokenizer = task.load_network("demo")
+    network, tokenizer = task.load_network(model)
     train = task.encode(tokenizer, "train", limit=train_examples, max_length=64)
 
     config = MonteCLoRAConfig(target_modules=("query", "value"))

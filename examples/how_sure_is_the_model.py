@@ -15,6 +15,7 @@ from bayeslora import BayesLoRA, MonteCLoRAConfig, fit, load_task
 def main(
     output_dir: str = "runs/how_sure",
     *,
+    model: str = "demo",
     train_examples: int = 500,
     test_examples: int = 200,
     max_steps: int | None = None,
@@ -22,7 +23,7 @@ def main(
     """Fit, predict, and return the five sentences that the posterior is least sure of."""
     set_seed(0)
     task = load_task("sentiment")
-    network, tokenizer = task.load_network("demo")
+    network, tokenizer = task.load_network(model)
     bayes = BayesLoRA(network, MonteCLoRAConfig())
     train = task.encode(tokenizer, "train", limit=train_examples, max_length=64)
     fit(bayes, train, output_dir=output_dir, epochs=5, max_steps=max_steps)

@@ -66,13 +66,19 @@ def pretrain(rows: np.ndarray, epochs: int) -> nn.Module:
 
 
 def main(
-    output: str | None = None, *, pretraining: int = 40, epochs: int = 40, seeds: tuple[int, ...] = (0, 1, 2)
+    output: str | None = None,
+    *,
+    pretraining: int = 40,
+    epochs: int = 40,
+    testing: int = 697,
+    seeds: tuple[int, ...] = (0, 1, 2),
 ) -> dict:
     """Adapt with both methods; returns a row of scores for each, split and seed."""
     place = Path(output or tempfile.mkdtemp())
     order = np.random.default_rng(0).permutation(1797)
     pretrained = pretrain(order[:1000], pretraining)
-    splits = {"turned": digits(order[1100:]), "turned, noisy": digits(order[1100:], noise=0.5)}
+    unseen = order[1100 : 1100 + testing]
+    splits = {"turned": digits(unseen), "turned, noisy": digits(unseen, noise=0.5)}
     rows: list[dict] = []
     for seed in seeds:
         for name, config in METHODS.items():

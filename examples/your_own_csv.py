@@ -24,7 +24,7 @@ ROWS = [
 ]
 
 
-def main(folder: str | None = None) -> Path:
+def main(folder: str | None = None, *, model: str = "demo") -> Path:
     """Fit to the file, reopen the adapter with plain PEFT, and return its folder."""
     place = Path(folder or tempfile.mkdtemp())
     with (place / "messages.csv").open("w", newline="", encoding="utf-8") as file:
@@ -32,11 +32,11 @@ def main(folder: str | None = None) -> Path:
 
     set_seed(0)
     task = load_task("messages", place / "messages.csv", text_columns="message", label_column="kind")
-    network, tokenizer = task.load_network("demo")
+    network, tokenizer = task.load_network(model)
     bayes = BayesLoRA(network, MonteCLoRAConfig(r=4))
     fit(bayes, task.encode(tokenizer, "train"), output_dir=place / "run", max_steps=4, batch_size=6)
 
-    plain, _ = task.load_network("demo")
+    plain, _ = task.load_network(model)
     PeftModel.from_pretrained(plain, str(place / "run" / "adapter"))
     print(f"classes: {', '.join(task.label_names)}; adapter, also for plain PEFT: {place / 'run' / 'adapter'}")
     return place / "run" / "adapter"

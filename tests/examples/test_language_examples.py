@@ -1,11 +1,11 @@
-"""The examples of language models on a tiny one."""
+"""The scripts about language models, on a tiny one."""
 
 import math
 
 import pytest
 
-from tests.example_scripts import example
 from tests.language import OFFICIAL, tiny_language_model, tiny_tokenizer, write
+from tests.scripts import script
 
 
 @pytest.fixture
@@ -22,7 +22,9 @@ def place(tmp_path):
 
 def test_llama_commonsense(place, capsys):
     sizes = {"train_examples": 4, "test_examples": 4, "validation_examples": 4, "num_samples": 2}
-    example("llama_commonsense").main(str(place), str(place / "out"), model=str(place / "model"), seeds=(0,), **sizes)
+    script("studies/llama_commonsense").main(
+        str(place), str(place / "out"), model=str(place / "model"), seeds=(0,), **sizes
+    )
     printed = capsys.readouterr().out
     assert printed.count("| LoRA + temperature*") == printed.count("| MonteCLoRA, 2 draws + temperature*") == 2
     assert printed.index("arc_easy\n") < printed.index("openbookqa\n")
@@ -30,7 +32,7 @@ def test_llama_commonsense(place, capsys):
 
 def test_gsm8k(place, capsys):
     sizes = {"training": 8, "testing": 4, "questions": 2, "num_samples": 2}
-    found = example("gsm8k").main(str(place), str(place / "out"), model=str(place / "model"), **sizes)
+    found = script("examples/gsm8k").main(str(place), str(place / "out"), model=str(place / "model"), **sizes)
     assert set(found) == {"LoRA", "MonteCLoRA"}
     assert all(math.isfinite(value) for numbers in found.values() for value in numbers.values())
     assert found["LoRA"]["mutual information"] == 0  # of one model with itself

@@ -11,7 +11,7 @@ from transformers import WhisperForAudioClassification
 from bayeslora import BayesLoRA, InputError, MonteCLoRAConfig, fit
 from bayeslora.assets.ctranslate2 import read, unpack
 from bayeslora.models import CategoricalLikelihood
-from tests.example_scripts import example
+from tests.scripts import script
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 KINDS = ("vision", "speech")
@@ -81,7 +81,7 @@ def test_each_example_has_its_own_noise(kind):
 
 
 def test_the_vision_example(tmp_path, capsys):
-    rows = example("vision").main(str(tmp_path), pretraining=1, epochs=1, seeds=(0,))
+    rows = script("examples/vision").main(str(tmp_path), pretraining=1, epochs=1, testing=60, seeds=(0,))
     assert {(row["method"], row["split"]) for row in rows} == {
         (method, split) for method in ("LoRA", "MonteCLoRA") for split in ("turned", "turned, noisy")
     }
@@ -96,7 +96,7 @@ def test_the_speech_example(tmp_path):
         speech_encoder()
     except InputError as error:
         pytest.skip(f"the speech encoder is not here and cannot be fetched: {error}")
-    rows = example("speech").main(str(tmp_path), training=20, testing=10, epochs=1, seeds=(0,))
+    rows = script("examples/speech").main(str(tmp_path), training=20, testing=10, epochs=1, seeds=(0,))
     assert len(rows) == 4
     assert all(np.isfinite(row["nll"]) for row in rows)
 

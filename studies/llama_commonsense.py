@@ -4,8 +4,8 @@ SmolLM2-135M-Instruct learns a part of ARC-easy and of OpenBookQA, with plain Lo
 budget. An option's score is the log-likelihood of its text after the question, over its length. Needs the extra
 `language`.
 
-    python examples/llama_commonsense.py                        # data from the hub
-    python examples/llama_commonsense.py --data-dir DIR         # DIR/arc_easy/train.parquet, DIR/openbookqa/...
+    python studies/llama_commonsense.py                        # data from the hub
+    python studies/llama_commonsense.py --data-dir DIR         # DIR/arc_easy/train.parquet, DIR/openbookqa/...
 
 It prints, within an hour on two busy cores (the same command twice, with one --output: two workers on one study), for
 ARC-easy and then OpenBookQA:

@@ -4,7 +4,7 @@ Simulation-based calibration on the yardstick: draw adapters from the prior and 
 adapter back, and ask where the truth lies among the draws. Guides are fitted to all data sets at once, as adapters of
 one network: given the data they are independent. `docs/calibration_of_inference.md` discusses what this prints.
 
-    python examples/calibration_of_inference.py
+    python studies/calibration_of_inference.py
 """
 
 from pathlib import Path

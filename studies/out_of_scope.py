@@ -4,8 +4,8 @@ Fits LoRA and a posterior to three tasks and asks whether their uncertainty tell
 CLINC's out-of-scope questions from its 150 intents, tweets from movie sentences, and news (AG News) from SST-2. Prints
 AUROC (0.5 is guessing), AUPR and FPR95, means over seeds. Takes about 40 minutes on one core.
 
-    python examples/out_of_scope.py                     # data sets from the hub
-    python examples/out_of_scope.py --data-dir DIR      # from DIR/clinc_oos, DIR/sst2, DIR/ag_news
+    python studies/out_of_scope.py                     # data sets from the hub
+    python studies/out_of_scope.py --data-dir DIR      # from DIR/clinc_oos, DIR/sst2, DIR/ag_news
 """
 
 import argparse
@@ -37,6 +37,7 @@ def tasks(data_dir: str | Path | None, names: Sequence[str]) -> dict[str, Task]:
 def main(
     output_dir: str = "runs/out_of_scope",
     *,
+    model: str = "demo",
     data_dir: str | Path | None = None,
     names: Sequence[str] = tuple(SETTINGS),
     seeds: Sequence[int] = (0, 1),
@@ -54,7 +55,7 @@ def main(
                 "posterior": MonteCLoRAConfig(),
             }.items():
                 set_seed(seed)
-                network, tokenizer = task.load_network("demo")
+                network, tokenizer = task.load_network(model)
                 bayes = BayesLoRA(network, config)
                 train = task.encode(tokenizer, "train", limit=examples, max_length=48, seed=seed)
                 run = Path(output_dir) / f"{name}-{method}-{seed}"

@@ -39,7 +39,7 @@ def test_the_gallery_of_the_repository_shows_what_the_command_draws(gallery):
 def test_no_plot_is_left_out():
     source = (DOCS / "make_gallery.py").read_text(encoding="utf-8")
     drawn = set(re.findall(r"analysis\.(plot_\w+)", source))
-    for module in (DOCS.parent / "analysis").glob("plots_*.py"):
-        plots = set(re.findall(r"^def (plot_\w+)", module.read_text(encoding="utf-8"), re.MULTILINE))
-        assert plots
-        assert plots <= drawn & set(analysis.__all__)
+    modules = (DOCS.parent / "analysis" / "plots").glob("*.py")
+    plots = {name for module in modules for name in re.findall(r"^def (plot_\w+)", module.read_text("utf-8"), re.M)}
+    assert plots
+    assert plots <= drawn & set(analysis.__all__)

@@ -3,7 +3,7 @@
 Fits MonteCLoRA to a regression of 20 examples whose posterior is known, holds the μ that it found (the prior's mean
 too), and compares guides fitted by SVI, and importance weights on one of them, with NUTS on the same model.
 
-    python examples/compare_with_nuts.py
+    python studies/compare_with_nuts.py
 """
 
 import math

@@ -5,7 +5,7 @@ inputs is the average of M draws of a guide trained with N components; the refer
 the same N. M is also the number of draws a training step averages: a second table varies both together. Then the
 variance of A against N, and the entropy of the mixture against λ_C.
 
-    python examples/finite_mixture_bias.py
+    python studies/finite_mixture_bias.py
 """
 
 import dataclasses

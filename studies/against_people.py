@@ -4,7 +4,7 @@ Fits LoRA and a posterior to 500 movie sentences, and ranks the sentences of two
 sentence was rated by 15 or more people: their disagreement is the standard deviation of the ratings, or the entropy of
 their votes for positive and negative. Spearman's correlations, their mean over seeds, with 95 % bootstrap intervals.
 
-    python examples/against_people.py
+    python studies/against_people.py
 """
 
 from collections.abc import Sequence
@@ -24,6 +24,7 @@ PEOPLE = ("spread of ratings", "entropy of votes")
 def main(
     output_dir: str = "runs/against_people",
     *,
+    model: str = "demo",
     seeds: Sequence[int] = (0, 1, 2),
     train_examples: int = 500,
     test_examples: int = 500,
@@ -36,7 +37,7 @@ def main(
 
     def run(method: str, config: MonteCLoRAConfig, seed: int) -> None:
         set_seed(seed)
-        network, tokenizer = task.load_network("demo")
+        network, tokenizer = task.load_network(model)
         bayes = BayesLoRA(network, config)
         train = task.encode(tokenizer, "train", limit=train_examples, max_length=64)
         fit(bayes, train, output_dir=Path(output_dir) / f"{method}-{seed}", epochs=5, max_steps=max_steps, seed=seed)
