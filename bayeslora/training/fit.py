@@ -36,7 +36,7 @@ from bayeslora.training.budget import trainer_settings
 from bayeslora.training.metrics import Metrics
 from bayeslora.training.monitor import BriefProgress, GroupedTensorBoard
 from bayeslora.training.record import begin_run, refuse_other_content, run_record
-from bayeslora.training.trainer import BayesTrainer, posterior_rate
+from bayeslora.training.trainer import BayesTrainer, variational_rate
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def fit(
     check_resumable(arguments)
     check_evaluated(arguments, eval_dataset, best_metric)
     check_parallelism(arguments)
-    rate = posterior_rate(arguments, variational_learning_rate)
+    rate = variational_rate(arguments, variational_learning_rate)
     record = run_record(bayes, arguments, rate, len(train_dataset), metadata)
     if compiled is not None:
         bayes.compile(**compiled)
