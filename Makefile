@@ -42,7 +42,7 @@ types: $(VENV)/.installed
 	cd build/typed && $(abspath $(BIN))/mypy --config-file $(abspath pyproject.toml) -p bayeslora
 	cd build/typed && PYTHONPATH=. $(abspath $(BIN))/lint-imports --no-cache $(abspath pyproject.toml)
 	$(BIN)/python -m venv --without-pip build/user
-	$(BIN)/python -c 'import site; print("$(abspath build/typed)", *site.getsitepackages(), sep="\n")' \
+	(echo $(abspath build/typed); $(BIN)/python -c 'import sys; print(*sys.path, sep="\n")' | grep site-packages) \
 		> "$$(echo build/user/lib/python3.*/site-packages)/found.pth"
 	$(BIN)/mypy --config-file pyproject.toml --python-executable build/user/bin/python tests/public/typed_user.py
 

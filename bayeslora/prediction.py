@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from bayeslora.analysis.metrics.calibration import calibration_summary
+from bayeslora.analysis.metrics.registry import calibration_summary
 
 Array = Any  # a numpy array, or None where there is no such thing
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from bayeslora.errors import InputError
 from bayeslora.files.records import read_run
-from bayeslora.inference.predict import Prediction
 from bayeslora.module import BayesLoRA
+from bayeslora.prediction import Prediction
 from bayeslora.storage.run_folder import ADAPTER_FOLDER, RUN_FILE
 from bayeslora.tasks.base import Task, require_room
 from bayeslora.tasks.load import load_task
@@ -136,7 +136,7 @@ def check_is_run(folder: Path) -> None:
 
 
 def _check_takes_texts(task: Task) -> None:
-    if task.kind in ("choice", "text"):
+    if not task.takes_texts:
         raise InputError(f"task {task.name!r} is one of kind {task.kind}: --text is for classifiers, use --split")
     if len(task.text_columns) > 2:
         raise InputError(

@@ -9,8 +9,8 @@ from pyro.nn import PyroModule
 from torch import Tensor
 
 from bayeslora.adapters.groups import AdapterGroup
+from bayeslora.models.parameter_store import claim_names
 from bayeslora.models.prior import Prior
-from bayeslora.parameter_store import claim_names
 
 
 class Guide(PyroModule):

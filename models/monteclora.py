@@ -15,9 +15,9 @@ from bayeslora.adapters.modes import checkpointable, recomputes
 from bayeslora.config import MonteCLoRAConfig
 from bayeslora.errors import InputError
 from bayeslora.models.likelihoods import as_likelihood
+from bayeslora.models.parameter_store import claim_names
 from bayeslora.models.prior import Prior
 from bayeslora.models.selection import likelihood_for
-from bayeslora.parameter_store import claim_names
 
 
 class MonteCLoRA(Prior):

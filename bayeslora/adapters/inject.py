@@ -20,9 +20,9 @@ from bayeslora.adapters.groups import active_adapter, lora_layers
 from bayeslora.adapters.provenance import new_modules
 from bayeslora.adapters.quantized import is_quantized, keep_trainable
 from bayeslora.adapters.sampled import SampledLinear
+from bayeslora.adapters.untrusted import check_lora_words
 from bayeslora.config import MonteCLoRAConfig
 from bayeslora.errors import InputError
-from bayeslora.untrusted import check_lora_words
 
 logger = logging.getLogger(__name__)
 

@@ -4,6 +4,7 @@ import argparse
 
 from transformers import set_seed
 
+from bayeslora.analysis.metrics.registry import METRICS
 from bayeslora.config import MonteCLoRAConfig
 from bayeslora.distributed import rank
 from bayeslora.errors import InputError
@@ -44,9 +45,9 @@ def run(arguments: argparse.Namespace, task: Task, config: MonteCLoRAConfig) -> 
 
 def _report(result: FitResult, task: Task) -> None:
     print(f"fitted in {result.steps} steps; adapter and posterior: {result.output_dir / 'adapter'}")
-    if task.kind == "text" and "eval_loss" in result.metrics:
+    if task.writes and "eval_loss" in result.metrics:
         print(f"  validation loss at the mean, nats per token: {result.metrics['eval_loss']:.4f}")
-    for name in ("accuracy", "nll", "ece", "brier"):
+    for name in METRICS:
         if f"eval_{name}" in result.metrics:
             print(f"  validation {name} at the mean: {result.metrics[f'eval_{name}']:.4f}")
     print(f"next: bayeslora evaluate {result.output_dir}")

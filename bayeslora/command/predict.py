@@ -2,18 +2,14 @@
 
 import argparse
 import json
-import math
 import sys
 from typing import Any
 
-from bayeslora.analysis import calibration_summary
 from bayeslora.command.terminal import shows_unicode
 from bayeslora.errors import InputError
-from bayeslora.inference.predict import Prediction
 from bayeslora.judging.judge import judge
+from bayeslora.prediction import Prediction
 from bayeslora.runs import FittedRun, open_run
-from bayeslora.tasks.base import Task
-from bayeslora.tasks.text import TextTask
 
 
 def run_predict(arguments: argparse.Namespace) -> None:
@@ -26,7 +22,7 @@ def run_predict(arguments: argparse.Namespace) -> None:
     prediction = _predict(run, data, arguments)
     for index in range(len(data)):
         of = {"text": arguments.text[index]} if arguments.text else {"index": index}
-        print(json.dumps(of | _one_prediction(prediction, index), ensure_ascii=not shows_unicode(sys.stdout)))
+        print(json.dumps(of | prediction.row(index), ensure_ascii=not shows_unicode(sys.stdout)))
 
 
 def run_evaluate(arguments: argparse.Namespace) -> None:
@@ -34,7 +30,7 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     split = arguments.split or run.labelled_split()
     data = run.data(split, limit=arguments.max_examples, labelled=True)
     scores = {"split": split, "examples": len(data), "num_samples": arguments.num_samples}
-    scores |= _score(run.task, _predict(run, data, arguments, progress=not arguments.json))
+    scores |= _predict(run, data, arguments, progress=not arguments.json).scores(run.task)
     if arguments.generate:
         scores |= _judge(run, split, arguments)
     if arguments.json:
@@ -55,17 +51,8 @@ def _predict(run: FittedRun, data: Any, arguments: argparse.Namespace, *, progre
     )
 
 
-def _score(task: Task, prediction: Prediction) -> dict[str, float]:
-    nats = prediction.nats_per_token
-    if nats is not None:
-        return {"nats_per_token": nats, "perplexity": math.exp(nats)}
-    if prediction.probs is None:
-        return task.score(prediction.mean, prediction.labels)
-    return calibration_summary(prediction.probs, prediction.labels) | task.score(prediction.probs, prediction.labels)
-
-
 def _judge(run: FittedRun, split: str, arguments: argparse.Namespace) -> dict[str, float]:
-    if not isinstance(run.task, TextTask):
+    if not run.task.writes:
         raise InputError(f"--generate is for texts, and task {run.task.name!r} is one of kind {run.task.kind}")
     names = ("num_samples", "max_new_tokens", "temperature", "top_p", "execute_generated_code", "seed", "batch_size")
     return judge(
@@ -77,19 +64,3 @@ def _judge(run: FittedRun, split: str, arguments: argparse.Namespace) -> dict[st
         progress=not arguments.json,
         **{name: getattr(arguments, name) for name in names},
     )
-
-
-def _one_prediction(prediction: Prediction, index: int) -> dict[str, Any]:
-    if prediction.text_log_likelihood is not None:
-        log_predictive = prediction.text_log_predictive[index]
-        return {"log_likelihood": round(float(log_predictive), 6), "tokens": int(prediction.num_tokens[index])}
-    if prediction.probs is None:
-        return {"mean": float(prediction.mean[index]), "std": float(prediction.std[index])}
-    probs = prediction.probs[index]
-    names = prediction.label_names or tuple(str(i) for i in range(len(probs)))
-    return {
-        "label": names[int(probs.argmax())],
-        "probs": {name: round(float(p), 6) for name, p in zip(names, probs, strict=True)},
-        "entropy": round(float(prediction.entropy[index]), 6),
-        "mutual_information": round(float(prediction.mutual_information[index]), 6),
-    }

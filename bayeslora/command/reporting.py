@@ -14,8 +14,8 @@ from bayeslora.analysis.report.page import RunResults, SplitResults, report_html
 from bayeslora.config import MonteCLoRAConfig
 from bayeslora.errors import InputError, StorageError
 from bayeslora.inference.diagnostics import diagnose
-from bayeslora.inference.predict import Prediction
 from bayeslora.options import flags
+from bayeslora.prediction import Prediction
 from bayeslora.runs import FittedRun, check_is_run, open_run
 from bayeslora.storage.run_folder import RUN_FILE
 from bayeslora.study.spec import SETTINGS_FILE
@@ -183,7 +183,7 @@ def _collect(
 
 
 def _check_reportable(task: Task) -> None:
-    if task.kind == "text":
+    if task.writes:
         raise InputError(f"task {task.name!r} is text to learn: a report is on classes, choices or numbers")
 
 

@@ -19,6 +19,7 @@ from torch import nn
 from bayeslora.adapters.drawing import check_in_use
 from bayeslora.adapters.inject import carries_adapter
 from bayeslora.adapters.provenance import base_tensors, sketch
+from bayeslora.adapters.untrusted import PREFIX, load_state, read_header
 from bayeslora.config import MonteCLoRAConfig
 from bayeslora.errors import InputError
 from bayeslora.files.writing import replacing_folder, sha256_of, sync
@@ -44,7 +45,6 @@ from bayeslora.storage.peft_files import (
     open_peft_adapter,
     write_peft_files,
 )
-from bayeslora.untrusted import PREFIX, load_state, read_header
 
 Module = TypeVar("Module", bound=Posterior)
 

@@ -15,10 +15,10 @@ from transformers.pytorch_utils import Conv1D
 
 from bayeslora.adapters.groups import active_adapter
 from bayeslora.adapters.provenance import base_tensors, mark_changed
+from bayeslora.adapters.untrusted import PREFIX, adapter_ranks, load_state, read_header, read_lora_config
 from bayeslora.errors import InputError
 from bayeslora.posterior import Posterior
 from bayeslora.storage.manifest import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from bayeslora.untrusted import PREFIX, adapter_ranks, load_state, read_header, read_lora_config
 
 
 def write_peft_files(bayes: Posterior, folder: Path, *, lora_A: Mapping[str, Tensor] | None = None) -> None:

@@ -37,7 +37,7 @@ from bayeslora.training.metrics import Metrics
 from bayeslora.training.monitor import BriefProgress, GroupedTensorBoard
 from bayeslora.training.record import begin_run, refuse_other_content, run_record
 from bayeslora.training.settings import fit_settings
-from bayeslora.training.trainer import BayesTrainer, posterior_rate
+from bayeslora.training.trainer import BayesTrainer, variational_rate
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def fit(
     selection = {"eval_strategy": "no"} if eval_dataset is None else metrics.selection()
     arguments, compiled = fit_settings(options, len(train_dataset), output_dir, selection, progress, trainer_arguments)
     _check_arguments(arguments, bayes.network.get_base_model(), eval_dataset, best_metric)
-    rate = posterior_rate(arguments, variational_learning_rate)
+    rate = variational_rate(arguments, variational_learning_rate)
     record = run_record(bayes, arguments, rate, len(train_dataset), metadata)
     if compiled is not None:
         bayes.compile(**compiled)

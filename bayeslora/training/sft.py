@@ -12,7 +12,7 @@ from bayeslora.models import NextTokenLikelihood
 from bayeslora.models.likelihoods import as_likelihood
 from bayeslora.module import BayesLoRA
 from bayeslora.training.arguments import REFUSED_BY_SFT, check_arguments
-from bayeslora.training.trainer import BayesTrainer, posterior_rate
+from bayeslora.training.trainer import BayesTrainer, variational_rate
 
 
 class BayesSFTTrainer(SFTTrainer):
@@ -48,7 +48,7 @@ class BayesSFTTrainer(SFTTrainer):
             _check_can_be_done(args)
         super().__init__(model, args, *more, **options)
         self.model_accepts_loss_kwargs = True
-        self.variational_learning_rate = posterior_rate(self.args, variational_learning_rate)
+        self.variational_learning_rate = variational_rate(self.args, variational_learning_rate)
         model.num_examples = len(self.train_dataset)
 
     @property

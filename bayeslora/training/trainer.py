@@ -93,7 +93,7 @@ class BayesTrainer(Trainer):
             data_collator = _collator(model, train_dataset, eval_dataset, args.per_device_train_batch_size)
         if isinstance(train_dataset, Sized):
             model.num_examples = len(train_dataset)
-        self.variational_learning_rate = posterior_rate(args, variational_learning_rate)
+        self.variational_learning_rate = variational_rate(args, variational_learning_rate)
         self._ended = False
         self._step_loss: Tensor | float = 0.0
         self._parts: ELBOParts | None = None
@@ -261,7 +261,7 @@ class BayesTrainer(Trainer):
         load_adapter(self.bayes, Path(self.state.best_model_checkpoint))
 
 
-def posterior_rate(args: TrainingArguments, given: float | None) -> float:
+def variational_rate(args: TrainingArguments, given: float | None) -> float:
     """The learning rate of the guide: ten times the network's, unless it is given."""
     return 10 * args.learning_rate if given is None else given
 

@@ -16,7 +16,7 @@ from bayeslora.options import choices, flags, ranges
 from bayeslora.study.experiment import Experiment
 from bayeslora.study.spec import Study, cells
 from bayeslora.training.budget import RECORDED, TRAINER_NAMES, FitOptions, TrainingBudget
-from bayeslora.training.trainer import posterior_rate
+from bayeslora.training.trainer import variational_rate
 from tests.conftest import tiny_dataset
 from tests.runs import new
 
@@ -86,8 +86,8 @@ def test_a_run_records_every_option(tmp_path):
 
 def test_fit_takes_ten_times_the_rate_for_the_posterior():
     args = TrainingArguments("out", learning_rate=0.5)
-    assert posterior_rate(args, None) == 5
-    assert posterior_rate(args, 0.0) == 0
+    assert variational_rate(args, None) == 5
+    assert variational_rate(args, 0.0) == 0
 
 
 @pytest.mark.parametrize(
