@@ -37,7 +37,7 @@ lint: $(VENV)/.installed
 # mypy and import-linter see the folders as one package only when they lie as they are installed; the last line is what
 # mypy says to a user, whose Python finds the package, with its py.typed, and all that it needs as installed ones
 types: $(VENV)/.installed
-	rm -rf build/typed build/user
+	rm -rf build/typed build/user build/lib build/bdist.*
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --target build/typed .
 	cd build/typed && $(abspath $(BIN))/mypy --config-file $(abspath pyproject.toml) -p bayeslora
 	cd build/typed && PYTHONPATH=. $(abspath $(BIN))/lint-imports --no-cache $(abspath pyproject.toml)

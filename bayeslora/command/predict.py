@@ -52,12 +52,13 @@ def _predict(run: FittedRun, data: Any, arguments: argparse.Namespace, *, progre
 
 
 def _judge(run: FittedRun, split: str, arguments: argparse.Namespace) -> dict[str, float]:
-    if not run.task.writes:
-        raise InputError(f"--generate is for texts, and task {run.task.name!r} is one of kind {run.task.kind}")
+    task: Any = run.task  # one that writes has what is needed to judge it
+    if not task.writes:
+        raise InputError(f"--generate is for texts, and task {task.name!r} is one of kind {task.kind}")
     names = ("num_samples", "max_new_tokens", "temperature", "top_p", "execute_generated_code", "seed", "batch_size")
     return judge(
         run.posterior,
-        run.task,
+        task,
         run.tokenizer,
         split,
         limit=arguments.max_examples,
