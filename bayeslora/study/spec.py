@@ -16,6 +16,8 @@ from typing import Any
 from bayeslora.config import MonteCLoRAConfig
 from bayeslora.errors import InputError
 from bayeslora.options import LENGTH, MOST, ranges
+from bayeslora.study.study_file import read_study_file
+from bayeslora.tasks.load import load_task
 from bayeslora.training.budget import TrainingBudget
 
 SETTINGS_FILE = "comparison.json"  # in a study's folder
@@ -37,8 +39,6 @@ class TaskSpec:
     prompting: Mapping[str, Any] | None = None
 
     def load(self) -> Any:
-        from bayeslora.tasks.load import load_task
-
         return load_task(**dataclasses.asdict(self))
 
 
@@ -177,8 +177,6 @@ class Study:
         Raises:
             InputError: as :func:`bayeslora.study.study_file.read_study_file` and :class:`Study`.
         """
-        from bayeslora.study.study_file import read_study_file
-
         return cls.from_dict(read_study_file(path))
 
     @classmethod
