@@ -10,6 +10,7 @@ from typing import Any
 
 from bayeslora.errors import InputError
 from bayeslora.options import MOST
+from bayeslora.tasks.load import load_task
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,6 @@ class TaskSpec:
     prompting: Mapping[str, Any] | None = None
 
     def load(self) -> Any:
-        from bayeslora.tasks.load import load_task  # here, so that a study is read without transformers
-
         return load_task(**dataclasses.asdict(self))
 
 
