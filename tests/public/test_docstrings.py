@@ -5,6 +5,7 @@ import importlib
 import inspect
 import re
 
+import matplotlib.pyplot as plt
 import pytest
 
 from tests.public.namespace import PACKAGES, namespace, public, write_files
@@ -34,6 +35,13 @@ def arguments(value):
     if not getattr(called, "__module__", "").startswith("bayeslora"):
         return []
     return [name for name in inspect.signature(value).parameters if name not in ("args", "kwargs")]
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures_left():
+    """Examples of pictures do not close them; the twenty-first that is open warns, in another test."""
+    yield
+    plt.close("all")
 
 
 @pytest.mark.parametrize("name", DOCUMENTED)
