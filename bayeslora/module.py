@@ -28,6 +28,7 @@ from bayeslora.posterior import Posterior
 from bayeslora.prediction import Prediction
 from bayeslora.storage import checkpoint
 from bayeslora.storage.export import export_draws as write_draws
+from bayeslora.storage.opening import from_pretrained as open_pretrained
 
 
 class BayesLoRA(Posterior):
@@ -300,7 +301,7 @@ class BayesLoRA(Posterior):
     ) -> "BayesLoRA":
         """Read what :meth:`save_pretrained` wrote onto a fresh base, in evaluation mode.
 
-        Arguments and errors are those of :func:`bayeslora.storage.checkpoint.from_pretrained`.
+        Arguments and errors are those of :func:`bayeslora.storage.opening.from_pretrained`.
 
         Example:
             >>> bayes.save_pretrained("adapter")
@@ -308,7 +309,7 @@ class BayesLoRA(Posterior):
             >>> bool(np.array_equal(again.predict(dataset).probs, bayes.predict(dataset).probs))
             True
         """
-        return checkpoint.from_pretrained(cls, folder, network, guide=guide, likelihood=likelihood)
+        return open_pretrained(cls, folder, network, guide=guide, likelihood=likelihood)
 
     def version_info(self) -> dict[str, str]:
         """Versions of everything the numbers depend on.
