@@ -16,12 +16,13 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from bayeslora.adapters.drawing import check_in_use
+from bayeslora.adapters.drawing import check_in_use, one_at_a_time
 from bayeslora.adapters.groups import adapter_state
 from bayeslora.adapters.provenance import base_tensors, sketch
 from bayeslora.adapters.untrusted import PREFIX, load_state
 from bayeslora.errors import InputError
 from bayeslora.files.writing import replacing_folder, sha256_of, sync
+from bayeslora.inference.draws import posterior_sites
 from bayeslora.posterior import Posterior
 from bayeslora.storage.base_network import check_base, check_taken_from_base, fingerprint
 from bayeslora.storage.manifest import (
@@ -130,8 +131,8 @@ def load_posterior(bayes: Posterior, folder: Path) -> None:
 
 def _check_posterior(bayes: Posterior, path: Path) -> None:
     """Finite numbers in the file can still stand for a v, α or σ that no float holds."""
-    with torch.no_grad():
-        values = bayes.sample(1, seed=0) | dict(bayes.model.named_pyro_params())
+    with torch.no_grad(), one_at_a_time:
+        values = posterior_sites(bayes, 0, 0) | dict(bayes.model.named_pyro_params())
     for name, value in values.items():
         if not torch.isfinite(value).all():
             raise InputError(f"{path}: {name} is out of the range of {value.dtype}: use another copy")
