@@ -19,14 +19,14 @@ from .metrics.bootstrap import bootstrap_interval as bootstrap_interval
 from .metrics.brier import brier_decomposition as brier_decomposition
 from .metrics.calibration import accuracy as accuracy
 from .metrics.calibration import brier_score as brier_score
+from .metrics.calibration import classwise_calibration_error as classwise_calibration_error
+from .metrics.calibration import expected_calibration_error as expected_calibration_error
+from .metrics.calibration import maximum_calibration_error as maximum_calibration_error
 from .metrics.calibration import negative_log_likelihood as negative_log_likelihood
 from .metrics.calibration import sharpness as sharpness
 from .metrics.detection import detection_curve as detection_curve
 from .metrics.detection import detection_scores as detection_scores
 from .metrics.registry import calibration_summary as calibration_summary
-from .metrics.reliability import classwise_calibration_error as classwise_calibration_error
-from .metrics.reliability import expected_calibration_error as expected_calibration_error
-from .metrics.reliability import maximum_calibration_error as maximum_calibration_error
 from .metrics.reliability import reliability_curve as reliability_curve
 from .metrics.selective import area_under_risk_coverage as area_under_risk_coverage
 from .metrics.selective import excess_area_under_risk_coverage as excess_area_under_risk_coverage

@@ -23,7 +23,6 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from bayeslora.errors import InputError
-from bayeslora.models.likelihoods import as_likelihood
 from bayeslora.models.prior import Prior
 
 RATE = 0.05  # weight of the newest batch in an average
@@ -41,6 +40,9 @@ class NoiseSchedule:
     Raises:
         InputError: where what it measures does not exist.
     """
+
+    needs_classes = False
+    """Whether it follows probabilities of classes, which not every likelihood has."""
 
     def __init__(self, model: Prior):
         self.model = model
@@ -82,11 +84,10 @@ class CosineSchedule(NoiseSchedule):
 class EntropySchedule(NoiseSchedule):
     """Follows the certainty of the predictions on training batches."""
 
+    needs_classes = True
+
     def __init__(self, model: Prior):
         super().__init__(model)
-        if not as_likelihood(model.likelihood).of_classes:
-            raise InputError("noise_schedule='entropy' follows the entropy of class probabilities, and this network "
-                             "has none: choose another noise_schedule")  # fmt: skip
         self.set(LEAST)
 
     def see_logits(self, logits: Tensor) -> None:

@@ -16,22 +16,15 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from bayeslora.errors import InputError
-from bayeslora.models.likelihoods import CategoricalLikelihood, Likelihood, Where, example_plate, plain
+from bayeslora.errors import InputError, Where
+from bayeslora.models.likelihoods import CategoricalLikelihood, Likelihood, example_plate
+from bayeslora.models.network import vocabulary_size
 from bayeslora.prediction import TextPrediction
 
 NOT_SCORED = -100  # the label of a token that is read but not scored, as in transformers
 ABSENT = -1e4  # the score of an option that is not there: its probability is exactly 0, and all stays finite
 Reduction = Literal["mean", "sum"]
 Normalization = Literal["tokens", "characters", "none"]
-
-
-def vocabulary_size(network: Any) -> int | None:
-    """Rows of the embedding of tokens; None where there is no such table."""
-    try:
-        return getattr(plain(network).get_input_embeddings(), "num_embeddings", None)
-    except (AttributeError, NotImplementedError):  # no network of transformers, or one without tokens
-        return None
 
 
 def logits_at(network: nn.Module, inputs: Mapping[str, Any], positions: Tensor) -> Tensor:

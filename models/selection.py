@@ -8,7 +8,8 @@ from torch import nn
 from bayeslora.adapters.provenance import CLASSIFIERS
 from bayeslora.errors import InputError
 from bayeslora.models.language import ChoiceLikelihood, NextTokenLikelihood
-from bayeslora.models.likelihoods import CategoricalLikelihood, GaussianLikelihood, Likelihood, is_causal
+from bayeslora.models.likelihoods import CategoricalLikelihood, GaussianLikelihood, Likelihood
+from bayeslora.models.network import is_causal
 
 #: Kind of task (:attr:`bayeslora.tasks.base.Task.kind`) to the likelihood, which says all that depends on the kind:
 #: what is predicted (a :class:`bayeslora.prediction.Prediction`), which labels there can be, and how they are scored.

@@ -7,9 +7,13 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from bayeslora.analysis.metrics.bins import bin_scores
-from bayeslora.analysis.metrics.calibration import accuracy, brier_score, negative_log_likelihood
+from bayeslora.analysis.metrics.calibration import (
+    accuracy,
+    brier_score,
+    expected_calibration_error,
+    negative_log_likelihood,
+)
 from bayeslora.analysis.metrics.checks import check_probs_and_labels
-from bayeslora.analysis.metrics.reliability import expected_calibration_error
 
 Reweighted = Callable[[np.ndarray], np.ndarray]  # from weights (R, n), each row summing to n, to the metric (R,)
 

@@ -28,10 +28,9 @@ from bayeslora.data.batches import (
     used_columns,
 )
 from bayeslora.data.padding import Placed, find_padding, run_alone
-from bayeslora.errors import InputError
-from bayeslora.models import MonteCLoRA
-from bayeslora.models.language import vocabulary_size
-from bayeslora.models.likelihoods import Where, as_likelihood, plain
+from bayeslora.errors import InputError, Where
+from bayeslora.models.joint import JointModel
+from bayeslora.models.network import plain, vocabulary_size
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +59,7 @@ class _Row(NamedTuple):
     length: int
 
 
-def read_examples(model: MonteCLoRA, dataset: Any, name: str = "the data set") -> Examples:
+def read_examples(model: JointModel, dataset: Any, name: str = "the data set") -> Examples:
     """The rows of a data set to predict; labels are optional, but for texts.
 
     Raises:
@@ -72,10 +71,10 @@ def read_examples(model: MonteCLoRA, dataset: Any, name: str = "the data set") -
     padding: Padding = "right"
     if len(rows) > 1:
         padding = find_padding(model, *(Placed(f"{name}, row {end.number}", rows[end.number]) for end in ends))
-    return Examples(rows, Collator.for_network(model.network, model.likelihood, padding))
+    return Examples(rows, Collator.for_network(model.network, model.labelling, padding))
 
 
-def check_to_learn_from(model: MonteCLoRA, datasets: Mapping[str, Any], batch_size: int) -> Collator:
+def check_to_learn_from(model: JointModel, datasets: Mapping[str, Any], batch_size: int) -> Collator:
     """Check data sets to learn from, or to evaluate on while learning, and return what puts their rows into batches.
 
     Args:
@@ -100,10 +99,10 @@ def check_to_learn_from(model: MonteCLoRA, datasets: Mapping[str, Any], batch_si
         if batch_size > 1:
             padding = find_padding(model, shortest, longest)
             _check_sharing(model, padding)
-    return Collator.for_network(model.network, model.likelihood, padding)
+    return Collator.for_network(model.network, model.labelling, padding)
 
 
-def _check_sharing(model: MonteCLoRA, padding: Padding) -> None:
+def _check_sharing(model: JointModel, padding: Padding) -> None:
     """Refuse training batches in which examples change each other's outputs."""
     if padding in ("right", "left"):
         return
@@ -145,7 +144,7 @@ def _rows(dataset: Any) -> Iterator[Any]:
         yield from several(numbers) if several is not None else (dataset[number] for number in numbers)
 
 
-def _check_rows(model: MonteCLoRA, rows: Any, name: str, *, learns: bool) -> tuple[_Row, _Row]:
+def _check_rows(model: JointModel, rows: Any, name: str, *, learns: bool) -> tuple[_Row, _Row]:
     """The shortest row and the longest."""
     check: _RowCheck | None = None
     labels: list[float] = []
@@ -163,7 +162,7 @@ def _check_rows(model: MonteCLoRA, rows: Any, name: str, *, learns: bool) -> tup
     if check is None:
         raise InputError(f"{name} is empty: nothing to {'learn from' if learns else 'predict'}")
     if check.labelled:
-        check.likelihood.check_labels(np.array(labels), name, check.network, learns=learns)
+        check.labelling.check_labels(np.array(labels), name, check.network, learns=learns)
     ends = int(np.argmin(lengths)), int(np.argmax(lengths))
     return _Row(name, ends[0], lengths[ends[0]]), _Row(name, ends[1], lengths[ends[1]])
 
@@ -171,12 +170,12 @@ def _check_rows(model: MonteCLoRA, rows: Any, name: str, *, learns: bool) -> tup
 class _RowCheck:
     """Checks rows, one by one, against the network and against the first of them."""
 
-    def __init__(self, model: MonteCLoRA, first: Mapping[str, Any], name: str, *, learns: bool):
+    def __init__(self, model: JointModel, first: Mapping[str, Any], name: str, *, learns: bool):
         self.name, self.learns = name, learns
         self.network: Any = plain(model.network)
         self.kind = type(self.network).__name__
-        self.likelihood = as_likelihood(model.likelihood)
-        self.columns = columns_read(self.network, self.likelihood)
+        self.labelling = model.labelling
+        self.columns = columns_read(self.network, self.labelling)
         self.first = used_columns(first, self.columns)
         self.labelled = learns or "labels" in self.first
         self.sizes: dict[str, tuple[int, ...]] = {}
@@ -197,7 +196,7 @@ class _RowCheck:
         if self.learns:
             raise InputError(f"{self.name} has no labels: there is no column 'labels' (it has {', '.join(first)}); "
                              "is it an unlabelled split?")  # fmt: skip
-        if self.likelihood.evaluates_labels:
+        if self.labelling.evaluates_labels:
             raise InputError("the texts have no labels, so no token of theirs is scored: encode them with labels, or "
                              "let the model write with bayes.generate()")  # fmt: skip
 
@@ -220,7 +219,7 @@ class _RowCheck:
         for name, value in used.items():
             if name == "labels":
                 continue
-            options = self.likelihood.takes_options and name in OF_OPTIONS and depth(value) == 2
+            options = self.labelling.takes_options and name in OF_OPTIONS and depth(value) == 2
             parts = [self._array(number, name, part) for part in (value if options else [value])]
             lengths[name] = [len(part) if part.ndim else 0 for part in parts]
             for part in parts:
@@ -314,7 +313,7 @@ class _RowCheck:
             found = np.array(np.nan)
         if not np.isfinite(found).all():
             raise self._refused(number, f"every label must be a finite number, got {str(label)[:40]}")
-        self.likelihood.check_label(found, used, Where(self.name, number), self.network)
+        self.labelling.check_label(found, used, Where(self.name, number), self.network)
         return found.item() if found.size == 1 else np.nan
 
 

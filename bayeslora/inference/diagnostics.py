@@ -18,7 +18,6 @@ from bayeslora.data.checks import check_kind, check_to_learn_from
 from bayeslora.errors import InputError
 from bayeslora.guides import MeanFieldGuide, MixtureGuide
 from bayeslora.inference.draws import draw_trace
-from bayeslora.models.likelihoods import as_likelihood
 from bayeslora.posterior import Posterior
 from bayeslora.prediction import Prediction
 from bayeslora.recorder import Recorder
@@ -74,7 +73,7 @@ def diagnose(
     """
     if bayes.monteclora_config.sample_scaler == 0:
         raise InputError("sample_scaler=0 is plain LoRA: it has no posterior to diagnose")
-    if as_likelihood(bayes.model.likelihood).evaluates_labels:
+    if bayes.model.labelling.evaluates_labels:
         raise InputError("diagnose permutes labels among examples, and a text has no label but itself")
     if num_samples < 25 or steps < 1:
         raise InputError(f"num_samples must be at least 25 and steps at least 1, got {num_samples} and {steps}")

@@ -27,8 +27,8 @@ from bayeslora.data.checks import position_limit, read_examples
 from bayeslora.errors import InputError
 from bayeslora.inference.draws import Draws, evaluating, run_as
 from bayeslora.inference.writing import Rule, Text, entropy_of, write
-from bayeslora.models.language import NOT_SCORED, logits_at, vocabulary_size
-from bayeslora.models.likelihoods import is_causal
+from bayeslora.models.language import NOT_SCORED, logits_at
+from bayeslora.models.network import is_causal, vocabulary_size
 from bayeslora.posterior import Posterior
 from bayeslora.tasks.encoding import encode_text
 

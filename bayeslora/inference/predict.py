@@ -15,7 +15,6 @@ from bayeslora.errors import InputError
 from bayeslora.inference.draws import Draws, Networks, evaluating, run_as
 from bayeslora.inference.prefix import MAX_KEPT_BYTES, Prefix
 from bayeslora.models.language import NOT_SCORED
-from bayeslora.models.likelihoods import as_likelihood
 from bayeslora.posterior import Posterior
 from bayeslora.prediction import Prediction
 
@@ -85,7 +84,7 @@ def predict(
             targets += [] if labels is None else [labels.cpu()]
     labelled = len(targets) == len(outputs)
     drawn = _joined(outputs, dim=1, filling=np.nan).numpy()[:, order]  # (S, n, ...)
-    return as_likelihood(bayes.model.likelihood).summarize(
+    return bayes.model.labelling.summarize(
         np.repeat(drawn, copies, axis=0),
         _joined(targets, dim=0, filling=NOT_SCORED).numpy()[order] if labelled else None,
         bayes.network,

@@ -152,7 +152,7 @@ def _predictions(
     found = [read_predictions(folder, split) for folder in folders]
     if not across:
         return {seed: one[first["method"]] for seed, one in zip(seeds, found, strict=True)}
-    methods = Lineup.of(study).across[first["trained"]]
+    methods = Lineup.of(study.methods).across[first["trained"]]
     method = next(m for m in methods if m.label_on(first["trained"]) == first["method"])
     base = next(iter(found[0]))
     return {None: (method.combine(np.stack([one[base][0] for one in found])), found[0][base][1])}

@@ -24,7 +24,7 @@ References:
 import dataclasses
 import string
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,7 @@ from bayeslora.tasks.base import Task, arrange, given_path
 from bayeslora.tasks.encoding import chat, encode_letters, encode_options
 from bayeslora.tasks.labels import UNLABELLED
 from bayeslora.tasks.network import load_network
+from bayeslora.tasks.prompting import ChoicePrompting, read_prompting
 from bayeslora.tasks.reading import read_hub, read_local
 
 if TYPE_CHECKING:
@@ -137,30 +138,6 @@ CHOICE_TASKS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class ChoicePrompting:
-    """How a choice is put to a language model.
-
-    Args:
-        style: ``"options"``: every option is read after the prompt, and its text scored; ``"letters"``: the prompt
-            lists the options, and their letters are scored, one forward pass an example.
-        normalization: Of an option's log-likelihood, see :class:`bayeslora.models.ChoiceLikelihood`; letters need
-            none.
-        chat: Put the prompt into the tokenizer's chat template.
-
-    Raises:
-        InputError: for an unknown style.
-    """
-
-    style: str = "options"
-    normalization: str = "tokens"
-    chat: bool = False
-
-    def __post_init__(self) -> None:
-        if self.style not in ("options", "letters"):
-            raise InputError(f"style must be 'options' or 'letters', got {self.style!r}")
-
-
 def load_choice_task(name: str, data_dir: str | Path | None, prompting: Mapping[str, Any] | None) -> "ChoiceTask":
     """Read one of :data:`CHOICE_TASKS`; see :func:`bayeslora.load_task`.
 
@@ -214,7 +191,7 @@ class ChoiceTask(Task):
     classes are called A, B, ...; an example may have fewer options than there are classes.
     """
 
-    prompting: ChoicePrompting = ChoicePrompting()
+    prompting: ChoicePrompting = field(default_factory=ChoicePrompting)
     takes_texts = False
 
     @property
@@ -276,14 +253,3 @@ class ChoiceTask(Task):
 
     def with_out_of_scope(self, other: Task, split: str = "test") -> Task:
         raise InputError(f"task {self.name!r} chooses between texts: texts of another task have none to choose from")
-
-
-def read_prompting(kind: type, given: Mapping[str, Any] | None) -> Any:
-    """The options of a task's prompting, from words."""
-    defaults = {f.name: f.default for f in dataclasses.fields(kind)}
-    for word, value in (given or {}).items():
-        if word not in defaults:
-            raise InputError(f"prompting has no {word!r}; there are {', '.join(defaults)}")
-        if type(value) is not type(defaults[word]):
-            raise InputError(f"prompting: {word} must be of the kind of {defaults[word]!r}, got {value!r}")
-    return kind(**(given or {}))

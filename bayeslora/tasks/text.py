@@ -15,15 +15,15 @@ References:
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bayeslora.errors import InputError
 from bayeslora.tasks.base import Task, arrange, given_path
-from bayeslora.tasks.choice import read_prompting
 from bayeslora.tasks.encoding import chat, encode_text
 from bayeslora.tasks.network import load_network
+from bayeslora.tasks.prompting import TextPrompting, read_prompting
 from bayeslora.tasks.reading import check_texts, read_hub, read_local
 
 if TYPE_CHECKING:
@@ -62,19 +62,6 @@ TEXT_TASKS = {
     ),
 }  # fmt: skip
 _FOLDERS = {"magicoder": "magicoder_oss_instruct"}
-
-
-@dataclass(frozen=True)
-class TextPrompting:
-    """How texts are put to a language model.
-
-    Args:
-        chat: Prompt and answer as turns of the tokenizer's chat template.
-        reduction: Of the likelihood, see :class:`bayeslora.models.NextTokenLikelihood`.
-    """
-
-    chat: bool = False
-    reduction: str = "mean"
 
 
 def load_text_task(name: str, data_dir: str | Path | None, prompting: Mapping[str, Any] | None) -> "TextTask":
@@ -129,7 +116,7 @@ class TextTask(Task):
     ``entry_point`` (humaneval).
     """
 
-    prompting: TextPrompting = TextPrompting()
+    prompting: TextPrompting = field(default_factory=TextPrompting)
     writes = True
     takes_texts = False
 

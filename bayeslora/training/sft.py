@@ -9,8 +9,7 @@ from trl import SFTConfig, SFTTrainer
 
 from bayeslora.errors import InputError
 from bayeslora.models import NextTokenLikelihood
-from bayeslora.models.likelihoods import as_likelihood
-from bayeslora.module import BayesLoRA
+from bayeslora.posterior import Posterior
 from bayeslora.training.arguments import REFUSED_BY_SFT, check_arguments
 from bayeslora.training.trainer import BayesTrainer, variational_rate
 
@@ -35,7 +34,7 @@ class BayesSFTTrainer(SFTTrainer):
 
     def __init__(
         self,
-        model: BayesLoRA,
+        model: Posterior,
         args: SFTConfig | TrainingArguments | None = None,
         *more: Any,
         variational_learning_rate: float | None = None,
@@ -52,7 +51,7 @@ class BayesSFTTrainer(SFTTrainer):
         model.num_examples = len(self.train_dataset)
 
     @property
-    def bayes(self) -> BayesLoRA:
+    def bayes(self) -> Posterior:
         return self.accelerator.unwrap_model(self.model)
 
     create_optimizer = BayesTrainer.create_optimizer
@@ -65,12 +64,12 @@ class BayesSFTTrainer(SFTTrainer):
 
 def _check_model(model: Any) -> None:
     """A posterior over texts."""
-    if not isinstance(model, BayesLoRA):
+    if not isinstance(model, Posterior):
         raise InputError(
             f"BayesSFTTrainer fits a BayesLoRA, and model is a {type(model).__name__}: pass "
             "model=BayesLoRA(network, MonteCLoRAConfig(...)), whose configuration takes the words of a LoraConfig"
         )
-    if as_likelihood(model.model.likelihood).loss_type != NextTokenLikelihood.loss_type:
+    if model.model.labelling.loss_type != NextTokenLikelihood.loss_type:
         raise InputError(
             f"BayesSFTTrainer learns texts, and the likelihood is a {type(model.model.likelihood).__name__}: pass a "
             "BayesLoRA over a causal language model, without likelihood= or with NextTokenLikelihood()"

@@ -73,7 +73,7 @@ def study(place):
 
 
 def only(study: Study, label: str | None = None, **changes) -> Cell:
-    found = [cell for cell in cells(study, list(Lineup.of(study).trained)) if label in (None, cell.method)]
+    found = [cell for cell in cells(study, list(Lineup.of(study.methods).trained)) if label in (None, cell.method)]
     return Cell(**{**found[0].__dict__, **changes})
 
 
@@ -98,7 +98,7 @@ class TestSpec:
 
     def test_a_sweep_is_one_method_for_each_combination(self, study):
         made = study({"name": "monteclora", "sweep": {"num_components": [2, 4], "sample_scaler": [0.01, 0.1]}})
-        labels = list(Lineup.of(made).trained)
+        labels = list(Lineup.of(made.methods).trained)
         assert len(labels) == 4
         assert labels[1] == "MonteCLoRA (num_components=2, sample_scaler=0.1)"
 
@@ -124,7 +124,7 @@ class TestSpec:
     )  # fmt: skip
     def test_methods_that_cannot_be(self, study, methods, says):
         with pytest.raises(InputError, match=says):
-            Lineup.of(study(*methods))
+            Lineup.of(study(*methods).methods)
 
     def test_every_method_of_the_package_is_registered(self):
         assert set(all_methods()) == {
@@ -142,7 +142,7 @@ def test_the_studies_of_the_repository_can_be_read():
     assert "nlu_grid.yaml" in [file.name for file in files]
     for file in files:
         read = Study.from_yaml(file)
-        assert len(list(cells(read, list(Lineup.of(read).trained)))) >= 1
+        assert len(list(cells(read, list(Lineup.of(read.methods).trained)))) >= 1
 
 
 POINTS = {"full": {"learning_rate_scale": 0.3}, "lora": {}, "lora_plus": {"ratio": 2}, "rslora": {}, "dora": {},
@@ -250,7 +250,7 @@ def test_the_temperature_sees_validation_only(study, tmp_path):
 def test_post_hoc_methods_leave_the_network_as_it_was(study, tmp_path):
     post_hoc = {"name": "monteclora", "preset": "constant", "mode": "post_hoc"}
     made = study("lora", "mc_dropout", "checkpoint_ensemble", post_hoc)
-    lineup = Lineup.of(made)
+    lineup = Lineup.of(made.methods)
     experiment = Experiment(made, only(made), tmp_path, checkpoints=5)
     trained = lineup.trained["LoRA"].train(experiment)
     before = {name: value.clone() for name, value in trained.network.state_dict().items()}

@@ -384,7 +384,7 @@ class TestYaml:
     )  # fmt: skip
     def test_options_of_another_kind_are_named(self, study, method, says):
         with pytest.raises(InputError, match=says):
-            Lineup.of(study(method))
+            Lineup.of(study(method).methods)
 
     @pytest.mark.parametrize("changes", [{"training": {"schedule": "nosuch"}}, {"trainer": {"bf17": True}}], ids=str)
     def test_what_trainer_does_not_take_is_refused_before_a_folder_is_made(self, study, tmp_path, changes):
