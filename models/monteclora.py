@@ -83,13 +83,13 @@ class MonteCLoRA(Prior):
             return self.observe(labels=labels, **inputs)
 
     def observe(self, labels: Tensor | None = None, **inputs: Any) -> tuple[Tensor, Tensor]:
-        """The likelihood's site, given the weights that are set; returns outputs and labels."""
+        """The likelihood's site, given the draw that is set; returns outputs and labels."""
         outputs = self.outputs(inputs, labels)
         # forward, not call: σ enters Pyro's global store only where the whole model is called as a Pyro model
         return outputs, self.likelihood.forward(outputs, labels, self.num_examples)
 
     def outputs(self, inputs: Mapping[str, Any], labels: Tensor | None = None) -> Tensor:
-        """What the likelihood makes of the network under the weights that are set: its logits, unless it is a
+        """What the likelihood makes of the network under the draw that is set: its logits, unless it is a
         :class:`~bayeslora.models.Likelihood` that says otherwise."""
         return as_likelihood(self.likelihood).outputs(self.network, inputs, labels)
 

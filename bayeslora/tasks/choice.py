@@ -279,11 +279,11 @@ class ChoiceTask(Task):
 
 
 def read_prompting(kind: type, given: Mapping[str, Any] | None) -> Any:
-    """The options of a task's prompting, from words."""
+    """The options of a task's prompting, checked."""
     defaults = {f.name: f.default for f in dataclasses.fields(kind)}
-    for word, value in (given or {}).items():
-        if word not in defaults:
-            raise InputError(f"prompting has no {word!r}; there are {', '.join(defaults)}")
-        if type(value) is not type(defaults[word]):
-            raise InputError(f"prompting: {word} must be of the kind of {defaults[word]!r}, got {value!r}")
+    for name, value in (given or {}).items():
+        if name not in defaults:
+            raise InputError(f"prompting has no {name!r}; there are {', '.join(defaults)}")
+        if type(value) is not type(defaults[name]):
+            raise InputError(f"prompting: {name} must be of the kind of {defaults[name]!r}, got {value!r}")
     return kind(**(given or {}))

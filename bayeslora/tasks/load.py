@@ -105,7 +105,7 @@ def load_task(
         label_column: Class indices, class names or floats (regression); "label" unless given.
         label_names: Names of the classes in the order of the integers. Without it a data set of your own
             takes the sorted labels of its training split.
-        prompting: How a language model is asked: words of :class:`bayeslora.tasks.choice.ChoicePrompting` or
+        prompting: How a language model is asked: options of :class:`bayeslora.tasks.choice.ChoicePrompting` or
             :class:`bayeslora.tasks.text.TextPrompting`. Choices and texts take no other option.
 
     Raises:

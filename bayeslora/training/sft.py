@@ -68,7 +68,7 @@ def _check_model(model: Any) -> None:
     if not isinstance(model, BayesLoRA):
         raise InputError(
             f"BayesSFTTrainer fits a BayesLoRA, and model is a {type(model).__name__}: pass "
-            "model=BayesLoRA(network, MonteCLoRAConfig(...)), whose configuration takes the words of a LoraConfig"
+            "model=BayesLoRA(network, MonteCLoRAConfig(...)), whose configuration takes the options of a LoraConfig"
         )
     if as_likelihood(model.model.likelihood).loss_type != NextTokenLikelihood.loss_type:
         raise InputError(
