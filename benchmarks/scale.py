@@ -91,17 +91,17 @@ SMALL = [
 def build(method: str, decoder: Decoder, device: str) -> torch.nn.Module:
     torch.manual_seed(0)
     network = decoder.build(device)
-    words: dict[str, Any] = {"r": RANK, "target_modules": list(TARGETS)}
+    options: dict[str, Any] = {"r": RANK, "target_modules": list(TARGETS)}
     if method in (BAYES, SHARED):
         noise = "shared" if method == SHARED else "per_example"
-        config = MonteCLoRAConfig(**words, num_components=COMPONENTS, guide="mean_field", noise=noise)
+        config = MonteCLoRAConfig(**options, num_components=COMPONENTS, guide="mean_field", noise=noise)
         with torch.device(device):
             bayes = BayesLoRA(network, config)
         bayes._rows = True  # rows of a Llama's layers are tokens of its examples; a probe would need data
         return bayes.train()
     if method == PEFT:
-        words["monteclora_config"] = MontecloraConfig(num_samples=COMPONENTS)
-    return get_peft_model(network, LoraConfig(**words, task_type="SEQ_CLS")).train()
+        options["monteclora_config"] = MontecloraConfig(num_samples=COMPONENTS)
+    return get_peft_model(network, LoraConfig(**options, task_type="SEQ_CLS")).train()
 
 
 def batch_of(decoder: Decoder, device: str) -> dict[str, torch.Tensor]:

@@ -36,8 +36,8 @@ from bayeslora.assets.fetch import speech_encoder
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 HEARD, UNHEARD = ("en-us", "en-gb-x-rp"), ("en-gb-scotland", "en-029", "en-gb-x-gbcwmd")
 LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
-WORDS = {"r": 8, "target_modules": LAYERS, "modules_to_save": ("projector", "classifier")}
-METHODS = {"LoRA": MonteCLoRAConfig(**WORDS, sample_scaler=0.0), "MonteCLoRA": MonteCLoRAConfig(**WORDS)}
+ADAPTER = {"r": 8, "target_modules": LAYERS, "modules_to_save": ("projector", "classifier")}
+METHODS = {"LoRA": MonteCLoRAConfig(**ADAPTER, sample_scaler=0.0), "MonteCLoRA": MonteCLoRAConfig(**ADAPTER)}
 RATE, RATE_PARAMETER, PITCH_PARAMETER, SYNCHRONOUS, UTF8 = 16_000, 1, 3, 2, 1
 
 

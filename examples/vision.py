@@ -31,8 +31,8 @@ from transformers import ViTConfig, ViTForImageClassification, set_seed
 from bayeslora import BayesLoRA, MonteCLoRAConfig, fit
 from bayeslora.analysis import calibration_summary, comparison_table, to_markdown
 
-WORDS = {"r": 8, "target_modules": "all-linear", "modules_to_save": ("classifier",)}
-METHODS = {"LoRA": MonteCLoRAConfig(**WORDS, sample_scaler=0.0), "MonteCLoRA": MonteCLoRAConfig(**WORDS)}
+ADAPTER = {"r": 8, "target_modules": "all-linear", "modules_to_save": ("classifier",)}
+METHODS = {"LoRA": MonteCLoRAConfig(**ADAPTER, sample_scaler=0.0), "MonteCLoRA": MonteCLoRAConfig(**ADAPTER)}
 
 
 def digits(rows: np.ndarray, *, turns: int = 1, noise: float = 0.0) -> list[dict]:

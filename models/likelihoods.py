@@ -76,7 +76,7 @@ class Likelihood(PyroModule):
     """What :meth:`metrics` gives: the name of each, and whether more is better."""
 
     def outputs(self, network: nn.Module, inputs: Mapping[str, Any], labels: Tensor | None = None) -> Tensor:
-        """What the labels depend on, as the network computes it under the weights that are set.
+        """What the labels depend on, as the network computes it under the draw that is set.
 
         Args:
             network: The network, adapted or not.

@@ -26,7 +26,7 @@ class MonteCLoRA(JointModel):
         InputError: for a network that cannot be adapted, or whose likelihood is not known.
 
     References:
-        Sengupta et al. (2025), *Robust and Efficient Fine-tuning of LLMs with Bayesian Reparameterization of Low-Rank
+        Seth et al. (2025), *Robust and Efficient Fine-tuning of LLMs with Bayesian Reparameterization of Low-Rank
         Adaptation*, section 4.
 
     Example:

@@ -46,7 +46,7 @@ TASKS = ("arc_easy", "openbookqa")
 def main(
     data_dir: str | None = None, output: str | None = None, *, model: str = "demo-lm", seeds=(0, 1), **sizes
 ) -> None:
-    """Train, score, and print a table for each task; ``sizes`` are words of :class:`bayeslora.study.Study`."""
+    """Train, score, and print a table for each task; ``sizes`` are options of :class:`bayeslora.study.Study`."""
     ours = {
         "name": "monteclora",
         "label": "MonteCLoRA",

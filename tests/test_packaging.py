@@ -117,7 +117,7 @@ def test_sdist_and_wheel_hold_every_module_and_work_elsewhere(tmp_path):
     assert modules <= site
     assert {"bayeslora/py.typed", "bayeslora/analysis/report/templates/report.html"} <= site
     assert {name.split("/")[0] for name in site} == {"bayeslora", f"bayeslora-{bayeslora.__version__}.dist-info"}
-    assert {"CHANGELOG.md", "LICENSE", "README.md", "pyproject.toml"} <= source
+    assert {"CHANGELOG.md", "CITATION.cff", "LICENSE", "README.md", "pyproject.toml"} <= source
     assert not any(name.startswith("tests/") for name in source)  # setuptools would add some of them, and not all
     code = (
         "import bayeslora, bayeslora.analysis as a; from bayeslora import *; from bayeslora.analysis import *;"

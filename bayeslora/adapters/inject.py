@@ -20,7 +20,7 @@ from bayeslora.adapters.groups import active_adapter, lora_layers
 from bayeslora.adapters.provenance import new_modules
 from bayeslora.adapters.quantized import is_quantized, keep_trainable
 from bayeslora.adapters.sampled import SampledLinear
-from bayeslora.adapters.untrusted import check_lora_words
+from bayeslora.adapters.untrusted import check_lora_options
 from bayeslora.config import MonteCLoRAConfig
 from bayeslora.errors import InputError
 
@@ -47,7 +47,7 @@ def adapt(network: nn.Module, config: MonteCLoRAConfig) -> PeftModel:
         lora = lora_config(network, config)
         # patterns are written out when the adapter is saved, and PEFT knows the usual targets of a network
         given = {"alpha_pattern"} if lora.target_modules else {"alpha_pattern", "target_modules"}
-        check_lora_words(_as_json(lora), except_for=given)
+        check_lora_options(_as_json(lora), except_for=given)
         check_heads(network, lora)
         try:
             network = get_peft_model(network, lora)
@@ -57,7 +57,7 @@ def adapt(network: nn.Module, config: MonteCLoRAConfig) -> PeftModel:
         lora = network.peft_config[active_adapter(network)]
         # EVA decides how A begins and how large it is, both of which are in the adapter by now
         given = {"init_lora_weights"} if lora.init_lora_weights == "eva" else set()
-        check_lora_words(_as_json(lora), except_for={"alpha_pattern", *given})
+        check_lora_options(_as_json(lora), except_for={"alpha_pattern", *given})
     make_samplable(network)
     return network
 

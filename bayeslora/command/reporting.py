@@ -161,11 +161,11 @@ def _collect(
         )
         texts = _texts(task, part, max_examples, seed, labelled) if part == chosen else ()
         splits[part] = _split_results(prediction, texts)
-    found: list = []
+    diagnosed: list = []
     if diagnostics and bayesian:
         if progress:
             tqdm.write(f"{name}: diagnostics")
-        found = diagnose(
+        diagnosed = diagnose(
             posterior, run.training_data(), history=run.history, batch_size=batch_size, seed=seed, progress=progress
         )
     draws = posterior.posterior_draws(num_samples=SPREAD_DRAWS, seed=seed) if bayesian else None
@@ -177,7 +177,7 @@ def _collect(
         run.history,
         posterior.adapter_names,
         None if draws is None else draws.noise_scale / draws.mean_scale,
-        found,
+        diagnosed,
         str(run.record.get("command", "")),
     )
 

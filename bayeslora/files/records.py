@@ -1,4 +1,4 @@
-"""JSON files from strangers: of reasonable size, and every entry what it should be."""
+"""JSON files that others wrote: of reasonable size, and every entry what it should be."""
 
 import json
 import os

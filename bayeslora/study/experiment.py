@@ -263,7 +263,7 @@ def training_budget(study: Study) -> TrainingBudget:
 
 
 def check_budget(study: Study) -> None:
-    """Raise ``InputError`` for a word or value of ``training`` or ``trainer`` that Trainer does not take."""
+    """Raise ``InputError`` for a name or value in ``training`` or ``trainer`` that Trainer does not take."""
     settings = trainer_settings(training_budget(study), 1, Path(), progress=False)
     try:
         TrainingArguments(**{**settings, **study.trainer})

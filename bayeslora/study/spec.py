@@ -108,9 +108,9 @@ class Study:
     model: str
     tasks: tuple[TaskSpec, ...]
     methods: tuple[MethodSpec, ...]
-    learning_rates: tuple[float, ...] = (1e-3,)
-    batch_sizes: tuple[int, ...] = (16,)
-    ranks: tuple[int, ...] = (8,)
+    learning_rates: tuple[float, ...] = (TrainingBudget.learning_rate,)
+    batch_sizes: tuple[int, ...] = (TrainingBudget.batch_size,)
+    ranks: tuple[int, ...] = (MonteCLoRAConfig.r,)
     seeds: tuple[int, ...] = (0,)
     train_examples: int | None = None
     test_examples: int | None = None

@@ -67,7 +67,7 @@ def _check_model(model: Any) -> None:
     if not isinstance(model, Posterior):
         raise InputError(
             f"BayesSFTTrainer fits a BayesLoRA, and model is a {type(model).__name__}: pass "
-            "model=BayesLoRA(network, MonteCLoRAConfig(...)), whose configuration takes the words of a LoraConfig"
+            "model=BayesLoRA(network, MonteCLoRAConfig(...)), whose configuration takes the options of a LoraConfig"
         )
     if model.model.labelling.loss_type != NextTokenLikelihood.loss_type:
         raise InputError(

@@ -196,15 +196,15 @@ class BayesTrainer(Trainer):
             raise self._diverged("the evaluation gave NaN or infinite outputs", self.state.global_step)
         losses = self.bayes.negative_log_likelihood(logits, labels).detach()
         self._losses.append(self.gather_function(losses))
-        self._weights.append(self.gather_function(self.bayes.model.example_weights(logits).to(losses)))
+        self._example_weights.append(self.gather_function(self.bayes.model.example_weights(logits).to(losses)))
         return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """With the mean loss of all examples; Trainer's own counts those twice that fill up the last batches."""
         self._losses: list[Tensor] = []
-        self._weights: list[Tensor] = []
+        self._example_weights: list[Tensor] = []
         output = super().evaluation_loop(*args, **kwargs)
-        losses, weights = torch.cat(self._losses), torch.cat(self._weights)
+        losses, weights = torch.cat(self._losses), torch.cat(self._example_weights)
         output.metrics["eval_loss"] = float((losses * weights).sum() / weights.sum())
         return output
 

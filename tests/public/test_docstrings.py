@@ -8,7 +8,7 @@ import re
 import matplotlib.pyplot as plt
 import pytest
 
-from tests.public.namespace import PACKAGES, namespace, public, write_files
+from tests.public.namespace import PACKAGES, namespace, public, write_files, write_run
 
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 MOST_LINES = 8
@@ -68,8 +68,10 @@ def run(tests, folder):
         report = []
         source = "".join(example.source for example in test.examples)
         test.globs = namespace(source)
-        if '"reviews"' in source:
+        if '"reviews"' in source or "runs/reviews" in source:
             write_files(folder)
+        if "runs/reviews" in source:
+            write_run(folder)
         result = doctest.DocTestRunner(optionflags=OPTIONS).run(test, out=report.append, clear_globs=False)
         assert result.failed == 0, "".join(report)
         assert sum(example.source.count("\n") for example in test.examples) <= MOST_LINES, f"{test.name} is long"

@@ -1,4 +1,4 @@
-"""Adapter folders from strangers: a working adapter or exactly one InputError, whatever is in the files.
+"""Adapter folders from others: a working adapter or exactly one InputError, whatever is in the files.
 
 Whoever edits a file can compute its hashes again, so every case here is sealed after the damage.
 """
@@ -247,7 +247,7 @@ RUN = {"model": "../../somewhere", "max_length": 64, "task": {"name": "reviews"}
         (json.dumps(RUN), "unknown task 'reviews'"),
     ],
 )
-def test_evaluate_a_run_from_a_stranger(text, reason, tmp_path, capsys):
+def test_evaluate_an_untrusted_run(text, reason, tmp_path, capsys):
     """One line on standard error and exit code 2."""
     (tmp_path / "adapter").mkdir()
     (tmp_path / "run.json").write_text(text)

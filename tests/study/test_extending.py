@@ -81,7 +81,7 @@ class Odd(InputError):
     ],
 )
 def test_errors_come_back_from_a_process_as_what_they_were(error, kind):
-    sent = pickle.loads(pickle.dumps(isolation.Outcome(error=isolation._portable(error)))).error
+    sent = pickle.loads(pickle.dumps(isolation.Reply(error=isolation._portable(error)))).error
     assert type(sent) is kind
     assert str(error) in str(sent)
 

@@ -136,7 +136,7 @@ def other_modes(bayes):
     return bayes
 
 
-WAYS = {
+DETOURS = {
     "deepcopy": copy.deepcopy,
     "deepcopy inside the network": copied_inside_the_network,
     "pickle": lambda bayes: pickle.loads(pickle.dumps(bayes)),
@@ -154,11 +154,11 @@ TOLERANCE = {"after merge_adapter": {"rtol": 1e-4, "atol": 1e-5}}  # PEFT adds t
 
 @pytest.mark.parametrize("guide", GUIDES)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("way", WAYS)
-def test_the_step_stays_the_same(way, kind, guide):
+@pytest.mark.parametrize("detour", DETOURS)
+def test_the_step_stays_the_same(detour, kind, guide):
     bayes = module(kind, guide)
     plain = step(bayes)
-    assert_same(step(WAYS[way](bayes)), plain, **TOLERANCE.get(way, {"rtol": 0, "atol": 0}))
+    assert_same(step(DETOURS[detour](bayes)), plain, **TOLERANCE.get(detour, {"rtol": 0, "atol": 0}))
     assert all(weight is None for weight in drawn_weights(bayes))
 
 
