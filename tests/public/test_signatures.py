@@ -5,7 +5,6 @@ import inspect
 import pytest
 
 from bayeslora import BayesLoRA, module
-from bayeslora.storage import checkpoint
 from tests.modules import module as posterior
 
 # method to where the function is looked up, under which name
@@ -15,7 +14,7 @@ FACADE = {
     "posterior_draws": (module, "draws_per_adapter"),
     "prior_draws": (module, "draws_from_prior"),
     "export_draws": (module, "write_draws"),
-    "from_pretrained": (checkpoint, "from_pretrained"),
+    "from_pretrained": (module, "open_pretrained"),
 }
 
 
