@@ -108,9 +108,9 @@ class WrappedNetwork(PeftModel):
 
 def repeated_blocks(network: nn.Module) -> list[nn.Module]:
     """The blocks of a network's stacks: members of its outermost lists of two or more modules of one class."""
-    found: list[nn.Module] = []
+    repeated: list[nn.Module] = []
     for child in network.children():
         blocks = list(child) if isinstance(child, nn.ModuleList) else []
         alike = len(blocks) > 1 and len({type(block) for block in blocks}) == 1
-        found += blocks if alike else repeated_blocks(child)
-    return found
+        repeated += blocks if alike else repeated_blocks(child)
+    return repeated

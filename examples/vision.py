@@ -87,9 +87,9 @@ def main(
             fit(bayes, digits(order[1000:1100]), output_dir=place / f"{name}-{seed}", epochs=epochs, batch_size=10,
                 learning_rate=3e-3, seed=seed, save_strategy="no", progress=False)  # fmt: skip
             for split, examples in splits.items():
-                found = bayes.predict(examples, num_samples=8, progress=False)
+                prediction = bayes.predict(examples, num_samples=8, progress=False)
                 rows.append({"method": name, "split": split, "seed": seed,
-                             **calibration_summary(found.probs, found.labels)})  # fmt: skip
+                             **calibration_summary(prediction.probs, prediction.labels)})  # fmt: skip
             if seed == seeds[0] and config.sample_scaler:
                 posterior = sum(p.numel() for p in bayes.guide.parameters())
                 adapter = sum(p.numel() for p in bayes.network.parameters() if p.requires_grad)

@@ -198,17 +198,17 @@ class Study(NamedTuple):
             "var A": float(A.var(0).mean()),
             "v/best": distance_from_optimum(bayes, problems),
         }
-        found = {M: errors(problems, self.new_features, A, M, self.num_seeds) | common for M in chosen}
-        for M, row in found.items():
+        results = {M: errors(problems, self.new_features, A, M, self.num_seeds) | common for M in chosen}
+        for M, row in results.items():
             print(f"{n:4}{N:4}{M:4}" + "".join(f"{value:8.3f}" for value in row.values()), flush=True)
-        return found
+        return results
 
     def bias(self, sizes, components, particles, steps):
         """(n, N, M) to a row: one fit for each n and N, from which averages of M draws are taken."""
         pyro.set_rng_seed(0)
         print(f"Mean of f(x) against the exact posterior's, in posterior standard deviations\n{HEADER}")
-        found = {(n, N): self.rows(n, N, particles, steps) for n in sizes for N in components}
-        return {(*key, M): row for key, rows in found.items() for M, row in rows.items()}
+        results = {(n, N): self.rows(n, N, particles, steps) for n in sizes for N in components}
+        return {(*key, M): row for key, rows in results.items() for M, row in rows.items()}
 
     def training(self, n, particles, steps):
         """M to a row, with N = 4 and M draws in each training step as well."""

@@ -85,8 +85,8 @@ def _mean_of(values: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Callable
     """A metric that is the mean of a number of each example."""
 
     def reweighted(probs: np.ndarray, labels: np.ndarray) -> Reweighted:
-        found = values(probs, labels)
-        return lambda weights: weights @ found / len(found)
+        each = values(probs, labels)
+        return lambda weights: weights @ each / len(each)
 
     return reweighted
 

@@ -299,8 +299,8 @@ def plot_draws_needed(found: DrawsNeeded, ax: Any = None, *, unit: str = "probab
         independent they lie on the line.
 
     Example:
-        >>> found = draws_needed([[0.4], [0.6], [0.4], [0.6]] * 25, tolerance=0.01)
-        >>> [text.get_text() for text in plot_draws_needed(found).get_legend().get_texts()]
+        >>> needed = draws_needed([[0.4], [0.6], [0.4], [0.6]] * 25, tolerance=0.01)
+        >>> [text.get_text() for text in plot_draws_needed(needed).get_legend().get_texts()]
         ['σ / √S', 'between blocks of draws', 'tolerance 0.01', 'enough: S = 102']
     """
     ax = new_axes(ax, height=2.5)

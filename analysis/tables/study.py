@@ -119,9 +119,9 @@ def at_best_settings(results: pd.DataFrame, *, split: str = "validation", metric
     if len(results.drop_duplicates(SETTING)) == 1:
         return results
     settings = best_settings(results, split=split, metric=metric)[SETTING].reset_index()
-    found = results.merge(settings, on=["task", "method", *SETTING], how="inner")
+    best = results.merge(settings, on=["task", "method", *SETTING], how="inner")
     order = {method: number for number, method in enumerate(results["method"].unique())}
-    return found.sort_values("method", key=lambda names: names.map(order), kind="stable", ignore_index=True)
+    return best.sort_values("method", key=lambda names: names.map(order), kind="stable", ignore_index=True)
 
 
 def paired_difference(
@@ -158,8 +158,8 @@ def paired_difference(
 
     Example:
         >>> sure, unsure = [[[0.9, 0.1], [0.1, 0.9]]], [[[0.6, 0.4], [0.4, 0.6]]]
-        >>> found = paired_difference(sure, unsure, [0, 1], metric="brier")
-        >>> round(found.estimate, 4), found.verdict
+        >>> difference = paired_difference(sure, unsure, [0, 1], metric="brier")
+        >>> round(difference.estimate, 4), difference.verdict
         (-0.3, 'better')
     """
     ours, theirs = np.asarray(method, dtype=np.float64), np.asarray(reference, dtype=np.float64)
@@ -205,8 +205,8 @@ def paired_robustness(
     Example:
         >>> flat = np.tile([[0.8, 0.2], [0.2, 0.8]], (2, 1, 1, 1))  # (settings, seeds, examples, classes)
         >>> steep = np.stack([flat[0], 0.5 * flat[0] + 0.25])
-        >>> found = paired_robustness(flat, steep, [0, 1], statistic="spread", metric="brier")
-        >>> round(found.estimate, 4), found.verdict
+        >>> difference = paired_robustness(flat, steep, [0, 1], statistic="spread", metric="brier")
+        >>> round(difference.estimate, 4), difference.verdict
         (-0.165, 'better')
     """
     if statistic not in STATISTICS:

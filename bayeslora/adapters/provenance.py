@@ -123,14 +123,14 @@ def _missing_keys(base: Any) -> set[str] | None:
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
-        _, found = type(base).from_pretrained(place, config=copy.deepcopy(base.config), device_map="meta",
-                                              local_files_only=True, output_loading_info=True)  # fmt: skip
+        _, report = type(base).from_pretrained(place, config=copy.deepcopy(base.config), device_map="meta",
+                                               local_files_only=True, output_loading_info=True)  # fmt: skip
     except Exception:  # whatever is wrong with the checkpoint: it has not been asked for
         logger.debug("%s cannot be read again", place, exc_info=True)
         return None
     finally:
         transformers_logging.set_verbosity(verbosity)
-    return set(found["missing_keys"])
+    return set(report["missing_keys"])
 
 
 CLASSIFIERS = ("ForSequenceClassification", "ForImageClassification", "ForAudioClassification")

@@ -308,13 +308,13 @@ class _RowCheck:
         """
         label = used.get("labels")
         try:
-            found = as_array(label)
+            values = as_array(label)
         except NOT_NUMBERS:
-            found = np.array(np.nan)
-        if not np.isfinite(found).all():
+            values = np.array(np.nan)
+        if not np.isfinite(values).all():
             raise self._refused(number, f"every label must be a finite number, got {str(label)[:40]}")
-        self.labelling.check_label(found, used, Where(self.name, number), self.network)
-        return found.item() if found.size == 1 else np.nan
+        self.labelling.check_label(values, used, Where(self.name, number), self.network)
+        return values.item() if values.size == 1 else np.nan
 
 
 def position_limit(network: nn.Module) -> int | None:

@@ -18,6 +18,7 @@ from bayeslora.data.checks import check_kind, check_to_learn_from
 from bayeslora.errors import InputError
 from bayeslora.guides import MeanFieldGuide, MixtureGuide
 from bayeslora.inference.draws import draw_trace
+from bayeslora.inference.predict import predict
 from bayeslora.posterior import Posterior
 from bayeslora.prediction import Prediction
 from bayeslora.recorder import Recorder
@@ -68,7 +69,7 @@ def diagnose(
         InputError: for unlabelled data, data other than it was fitted to, too few draws, or plain LoRA (ε = 0).
 
     Example:
-        >>> [found.name for found in diagnose(bayes, dataset, num_samples=25, steps=2)]
+        >>> [answer.name for answer in diagnose(bayes, dataset, num_samples=25, steps=2)]
         ['pareto_k', 'data_drivenness', 'amortization_gap']
     """
     if bayes.monteclora_config.sample_scaler == 0:
@@ -85,19 +86,19 @@ def diagnose(
         )
     collate = check_to_learn_from(bayes.model, {"the data set": dataset}, batch_size)
     options = {"num_samples": num_samples, "batch_size": batch_size, "seed": seed, "progress": progress}
-    prediction = bayes.predict(dataset, **options)
-    found = [verdicts.importance_sampling(_log_weights(bayes, prediction, seed))]
+    prediction = predict(bayes, dataset, **options)
+    answers = [verdicts.importance_sampling(_log_weights(bayes, prediction, seed))]
     if restarts:
         chosen = np.sort(np.random.default_rng(seed).permutation(len(dataset))[:RESTART_EXAMPLES])
         few = [dataset[int(index)] for index in chosen]
-        others = [restart.predict(few, **options).sample_outputs for restart in restarts]
-        found.append(verdicts.restart_agreement([prediction.sample_outputs[:, chosen], *others]))
-    found += verdicts.convergence(history)
+        others = [predict(restart, few, **options).sample_outputs for restart in restarts]
+        answers.append(verdicts.restart_agreement([prediction.sample_outputs[:, chosen], *others]))
+    answers += verdicts.convergence(history)
     data = _Batches(bayes, dataset, collate, steps, batch_size, seed)
-    found.append(verdicts.data_drivenness(*_response_to_labels(bayes, data, seed)))
+    answers.append(verdicts.data_drivenness(*_response_to_labels(bayes, data, seed)))
     if isinstance(bayes.guide, MixtureGuide):
-        found.append(verdicts.amortization_gap(*_refine(bayes, data, learning_rate, seed)))
-    return found
+        answers.append(verdicts.amortization_gap(*_refine(bayes, data, learning_rate, seed)))
+    return answers
 
 
 def log_importance_weights(
@@ -111,7 +112,9 @@ def log_importance_weights(
         InputError: for unlabelled data.
     """
     return _log_weights(
-        bayes, bayes.predict(dataset, num_samples, batch_size=batch_size, seed=seed, progress=False), seed
+        bayes,
+        predict(bayes, dataset, num_samples=num_samples, batch_size=batch_size, seed=seed, progress=False),
+        seed,
     )
 
 

@@ -75,8 +75,8 @@ class Draws:
         numbers = [self.first + index for index in indices]
         mirrored = [self.antithetic and number % 2 == 1 for number in numbers]
         sources = [number - mirror for number, mirror in zip(numbers, mirrored, strict=True)]
-        found = {number: model.matrices(self.draw_sites(self.bayes, self.seed, number)) for number in set(sources)}
-        drawn = {g.name: torch.stack([found[number][g.name] for number in sources]) for g in model.groups}
+        by_number = {number: model.matrices(self.draw_sites(self.bayes, self.seed, number)) for number in set(sources)}
+        drawn = {g.name: torch.stack([by_number[number][g.name] for number in sources]) for g in model.groups}
         if self.noise_factor != 1 or any(mirrored):
             factors = [-self.noise_factor if mirror else self.noise_factor for mirror in mirrored]
             for group in model.groups:

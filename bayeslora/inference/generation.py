@@ -128,14 +128,14 @@ def generate(
             chosen = order[start : start + size]
             texts = write(bayes, [tokens[i] for i in chosen], draws, rule, batch_size, seed, chosen)
             written |= dict(zip(chosen.tolist(), texts, strict=True))
-    found = [written[index] for index in range(len(tokens))]
+    rows = [written[index] for index in range(len(tokens))]
     return Generation(
-        [[text.tokens for text in row] for row in found],
-        [[text.read(rule) for text in row] for row in found] if tokenizer is not None else None,
-        np.array([[text.log_likelihood for text in row] for row in found]),
-        np.array([[len(text.tokens) for text in row] for row in found]),
-        [[np.array(text.entropy) for text in row] for row in found],
-        [[np.array(text.information) for text in row] for row in found] if rule.mixture else None,
+        [[text.tokens for text in row] for row in rows],
+        [[text.read(rule) for text in row] for row in rows] if tokenizer is not None else None,
+        np.array([[text.log_likelihood for text in row] for row in rows]),
+        np.array([[len(text.tokens) for text in row] for row in rows]),
+        [[np.array(text.entropy) for text in row] for row in rows],
+        [[np.array(text.information) for text in row] for row in rows] if rule.mixture else None,
     )
 
 

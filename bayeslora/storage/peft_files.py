@@ -63,12 +63,12 @@ def kept_tensors(network: PeftModel, kept_keys: Collection[str]) -> dict[str, Te
     """What is saved beside PEFT's own tensors, by PEFT's kind of name: what the base network's checkpoint does not
     hold, and whatever else is trained."""
     peft = adapter_state(network).keys()
-    found = {}
+    kept = {}
     for entry in base_tensors(network):
         name = PREFIX + entry.key
         if name not in peft and (entry.key in kept_keys or entry.tensor.requires_grad):
-            found[name] = entry.tensor
-    return found
+            kept[name] = entry.tensor
+    return kept
 
 
 def open_peft_adapter(folder: Path, network: nn.Module) -> PeftModel:

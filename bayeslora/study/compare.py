@@ -38,11 +38,11 @@ class Comparison:
 
     def predictions(self, split: str, seed: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Probabilities (n, C) and labels (n,) of every method on one split, as :func:`plot_calibration` takes them."""
-        found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        by_method: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         for (_, run_seed), run in self.runs.items():
             if run_seed == seed:
-                found |= read_predictions(run, split)
-        return found
+                by_method |= read_predictions(run, split)
+        return by_method
 
 
 def compare(

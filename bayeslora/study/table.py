@@ -70,8 +70,8 @@ def _across_seeds(study: Study, done: dict[Cell, dict], output_dir: Path) -> lis
         base = done[first]["rows"][0]["method"]
         own = [[row for row in done[cell]["rows"] if row["method"] == base] for cell in members]
         for number, template in enumerate(own[0]):
-            found = [read_predictions(folder, template["split"])[base] for folder in folders]
-            probs, labels = np.stack([p for p, _ in found]), found[0][1]
+            predictions = [read_predictions(folder, template["split"])[base] for folder in folders]
+            probs, labels = np.stack([p for p, _ in predictions]), predictions[0][1]
             for method in methods:
                 combined = method.combine(probs)
                 seconds = {

@@ -213,5 +213,5 @@ def gsm8k_matches(answers: Sequence[str], solutions: Sequence[str]) -> dict[str,
 def gsm8k_number(text: str, *, flexible: bool = False) -> str | None:
     """The number that a text answers with, as it writes it but for commas, dollar signs and a final full stop; None if
     there is none."""
-    found = re.findall(_NUMBER, text) if flexible else re.findall(r"#### (-?[0-9.,]+)", text)[:1]
-    return re.sub(r"[,$]|\.$", "", found[-1]) if found else None
+    numbers = re.findall(_NUMBER, text) if flexible else re.findall(r"#### (-?[0-9.,]+)", text)[:1]
+    return re.sub(r"[,$]|\.$", "", numbers[-1]) if numbers else None

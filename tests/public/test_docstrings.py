@@ -7,6 +7,7 @@ import re
 
 import matplotlib.pyplot as plt
 import pytest
+from matplotlib import pyplot
 
 from tests.public.namespace import PACKAGES, namespace, public, write_files, write_run
 
@@ -15,6 +16,13 @@ MOST_LINES = 8
 NAMES = [f"{package}.{name}" for package in PACKAGES for name in public(package)]
 CONSTANTS = ["bayeslora.__version__", "bayeslora.guides.GUIDES"]  # cannot have a docstring of their own
 DOCUMENTED = [name for name in NAMES if name not in CONSTANTS]
+
+
+@pytest.fixture(autouse=True)
+def _figures_are_closed():
+    """An example leaves its figure open, and matplotlib warns at more than twenty in one process."""
+    yield
+    pyplot.close("all")
 
 
 def found(name):
