@@ -279,8 +279,10 @@ class BayesLoRA(Posterior):
             True
         """
         if adapter_name not in (None, self.active_adapter):
-            raise InputError(f"the posterior is over the adapter {self.active_adapter!r}: another is loaded by "
-                             f"bayes.network.load_adapter(folder, {adapter_name!r})")  # fmt: skip
+            raise InputError(
+                f"the posterior is over the adapter {self.active_adapter!r}: another is loaded by "
+                f"bayes.network.load_adapter(folder, {adapter_name!r})"
+            )
         checkpoint.load_adapter(self, Path(folder))
 
     def export_draws(self, folder: str | Path, num_draws: int, *, seed: int = 0) -> list[Path]:

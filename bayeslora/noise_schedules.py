@@ -103,8 +103,10 @@ class PerLayerSchedule(NoiseSchedule):
     def __init__(self, model: Prior):
         super().__init__(model)
         if model.config.mode == "post_hoc":
-            raise InputError("noise_schedule='per_layer' measures the gradients of μ, which mode='post_hoc' freezes: "
-                             "choose another noise_schedule")  # fmt: skip
+            raise InputError(
+                "noise_schedule='per_layer' measures the gradients of μ, which mode='post_hoc' freezes: "
+                "choose another noise_schedule"
+            )
 
     def see_gradients(self) -> None:
         weights = [adapter.lora_A.weight for group in self.model.groups for adapter in group.adapters]

@@ -72,8 +72,10 @@ class Posterior(WrappedNetwork):
     def _build_noise_schedule(self) -> NoiseSchedule:
         name = self.monteclora_config.noise_schedule
         if name != "constant" and not getattr(self.guide, "follows_noise_schedule", False):
-            raise InputError(f"noise_schedule={name!r} changes ε, and a {type(self.guide).__name__} does not follow: "
-                             "use one of the guides that are shipped, or noise_schedule='constant'")  # fmt: skip
+            raise InputError(
+                f"noise_schedule={name!r} changes ε, and a {type(self.guide).__name__} does not follow: "
+                "use one of the guides that are shipped, or noise_schedule='constant'"
+            )
         schedule = SCHEDULES[name]
         if schedule.needs_classes and not self.model.labelling.of_classes:
             raise InputError(
@@ -161,8 +163,10 @@ class Posterior(WrappedNetwork):
                 "torchrun, or show this one a single device (CUDA_VISIBLE_DEVICES=0)"
             )
         if "fused_lm_head" in inputs:
-            raise InputError("trl.SFTTrainer steps on a loss of its own, without noise and KL: use "
-                             "bayeslora.training.sft.BayesSFTTrainer, which takes the same arguments")  # fmt: skip
+            raise InputError(
+                "trl.SFTTrainer steps on a loss of its own, without noise and KL: use "
+                "bayeslora.training.sft.BayesSFTTrainer, which takes the same arguments"
+            )
         output = self._run(labels, inputs, traced=torch.compiler.is_compiling())
         if num_items_in_batch is not None and labels is not None:
             output.loss = output.loss * self.share(labels, num_items_in_batch)

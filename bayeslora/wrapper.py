@@ -23,8 +23,10 @@ class WrappedNetwork(PeftModel):
     def __setattr__(self, name: str, value: Any) -> None:
         before = self.__dict__.get("_modules", {}).get(name, value)
         if name == "network" and before is not value and not self.__dict__.get("_is_replica"):
-            raise InputError("the model and the guide belong to this network: build a BayesLoRA on the other one, or "
-                             "change this one in place (bayes.compile(), bayes.network.set_adapter(...))")  # fmt: skip
+            raise InputError(
+                "the model and the guide belong to this network: build a BayesLoRA on the other one, or "
+                "change this one in place (bayes.compile(), bayes.network.set_adapter(...))"
+            )
         super().__setattr__(name, value)
 
     @property

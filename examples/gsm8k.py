@@ -32,10 +32,18 @@ from bayeslora.judging.judge import judge_gsm8k
 
 
 def main(
-    data_dir: str | None = None, output: str | None = None, *, model: str = "demo-lm", training: int = 200,
-    testing: int = 60, questions: int = 10, epochs: int = 1, num_samples: int = 4, seed: int = 0,
+    data_dir: str | None = None,
+    output: str | None = None,
+    *,
+    model: str = "demo-lm",
+    training: int = 200,
+    testing: int = 60,
+    questions: int = 10,
+    epochs: int = 1,
+    num_samples: int = 4,
+    seed: int = 0,
     sample_scaler: float = 0.1,
-) -> dict[str, dict[str, float]]:  # fmt: skip
+) -> dict[str, dict[str, float]]:
     """Fit both, print a line of numbers for each, and return them by method."""
     place, task, scores = Path(output or tempfile.mkdtemp()), load_task("gsm8k", data_dir), {}
     for name, scale in (("LoRA", 0.0), ("MonteCLoRA", sample_scaler)):
@@ -44,12 +52,25 @@ def main(
         train = task.encode(tokenizer, "train", limit=training, max_length=256)
         test = task.encode(tokenizer, "test", limit=testing, max_length=256)
         bayes = BayesLoRA(network, MonteCLoRAConfig(sample_scaler=scale), likelihood=task.likelihood())
-        fit(bayes, train, output_dir=place / name, epochs=epochs, batch_size=4, learning_rate=5e-4, seed=seed,
-            save_strategy="no")  # fmt: skip
+        fit(
+            bayes,
+            train,
+            output_dir=place / name,
+            epochs=epochs,
+            batch_size=4,
+            learning_rate=5e-4,
+            seed=seed,
+            save_strategy="no",
+        )
         draws = num_samples if scale else 0
         tokens = token_uncertainty(bayes, test, num_samples=draws)
-        written = bayes.generate(task.prompts(tokenizer, "test", limit=questions), tokenizer=tokenizer,
-                                 num_samples=draws, max_new_tokens=160, stops=task.stops)  # fmt: skip
+        written = bayes.generate(
+            task.prompts(tokenizer, "test", limit=questions),
+            tokenizer=tokenizer,
+            num_samples=draws,
+            max_new_tokens=160,
+            stops=task.stops,
+        )
         scores[name] = {
             "nats a token": -float(np.concatenate(tokens.log_prob).mean()),
             "entropy": float(np.concatenate(tokens.entropy).mean()),

@@ -108,5 +108,7 @@ class JointModel(Prior):
         claim_names([*trained, *own], self)
         for name, parameter in trained.items():
             if pyro.param(name, parameter) is not parameter:
-                raise InputError(f"Pyro's parameter store holds another {name!r}: call pyro.clear_param_store() before "
-                                 "fitting a second model")  # fmt: skip
+                raise InputError(
+                    f"Pyro's parameter store holds another {name!r}: call pyro.clear_param_store() before "
+                    "fitting a second model"
+                )

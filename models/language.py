@@ -253,13 +253,17 @@ class ChoiceLikelihood(CategoricalLikelihood):
         elif "answer_mask" in inputs:
             scores = self._scores_of_texts(network, inputs)
         else:
-            raise InputError(f"a choice is encoded with answer_mask or letter_ids, and these inputs have "
-                             f"{', '.join(inputs)}: encode them with load_task(...).encode, and give a stock Trainer "
-                             "remove_unused_columns=False")  # fmt: skip
+            raise InputError(
+                f"a choice is encoded with answer_mask or letter_ids, and these inputs have "
+                f"{', '.join(inputs)}: encode them with load_task(...).encode, and give a stock Trainer "
+                "remove_unused_columns=False"
+            )
         missing = len(self.names) - scores.shape[1]
         if missing < 0:
-            raise InputError(f"an example has {scores.shape[1]} options, and the likelihood was made for "
-                             f"{len(self.names)} ({', '.join(self.names)})")  # fmt: skip
+            raise InputError(
+                f"an example has {scores.shape[1]} options, and the likelihood was made for "
+                f"{len(self.names)} ({', '.join(self.names)})"
+            )
         return nn.functional.pad(scores, (0, missing), value=ABSENT)
 
     def _scores_of_texts(self, network: nn.Module, inputs: Mapping[str, Any]) -> Tensor:

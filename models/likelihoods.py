@@ -240,8 +240,10 @@ class GaussianLikelihood(Likelihood):
 
     def forward(self, logits: Tensor, labels: Tensor | None, num_examples: int | None = None) -> Tensor:
         if logits.numel() != len(logits):
-            raise InputError(f"one number is learnt for each example, and the network gives {tuple(logits.shape)}: "
-                             "load it with num_labels=1")  # fmt: skip
+            raise InputError(
+                f"one number is learnt for each example, and the network gives {tuple(logits.shape)}: "
+                "load it with num_labels=1"
+            )
         mean = logits.float().reshape(logits.shape[0])
         labels = None if labels is None else _one_each(labels, logits).float()
         with example_plate(mean.shape[0], num_examples):

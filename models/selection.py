@@ -40,8 +40,10 @@ def likelihood_for(network: nn.Module) -> PyroModule:
     if type(network).__name__.endswith(CLASSIFIERS) and problem != "multi_label_classification":
         regression = problem == "regression" or (problem is None and config.num_labels == 1)
         if regression and config.num_labels != 1:
-            raise InputError(f"problem_type='regression' with num_labels={config.num_labels}: one number is learnt, so "
-                             "load the network with num_labels=1, or pass likelihood= to BayesLoRA")  # fmt: skip
+            raise InputError(
+                f"problem_type='regression' with num_labels={config.num_labels}: one number is learnt, so "
+                "load the network with num_labels=1, or pass likelihood= to BayesLoRA"
+            )
         return GaussianLikelihood() if regression else CategoricalLikelihood()
     if is_causal(network):
         return NextTokenLikelihood()

@@ -72,8 +72,9 @@ def main(
                 cells.append(f"{correlation.estimate:.3f} ({correlation.lower:.3f} to {correlation.upper:.3f})")
             print(f"{split:8}{name:30}{cells[0]:>26}{cells[1]:>26}")
         if split == "test":
-            ax = plot_agreement(methods, votes, unit="entropy of the raters' votes  (nats)",
-                                quantity="uncertainty  (nats)")  # fmt: skip
+            ax = plot_agreement(
+                methods, votes, unit="entropy of the raters' votes  (nats)", quantity="uncertainty  (nats)"
+            )
             ax.figure.savefig(Path(output_dir) / "against_people.png", dpi=200)
     return table
 

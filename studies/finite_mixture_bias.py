@@ -79,9 +79,15 @@ def fit_all(problems, steps, *, cooperation=0.0, kl_weight=1.0, normalization="e
     times = len(problems) if normalization == "paper" else 1
     scale_init = 0.2 / len(problems[0].features)  # near where it ends, so that gradients are quiet from the start
     config = MonteCLoRAConfig(
-        sample_scaler=1.0, kl_weight=kl_weight * times, cooperation=cooperation * times, normalization=normalization,
-        noise="shared", guide="mean_field", scale_init=scale_init, **options,
-    )  # fmt: skip
+        sample_scaler=1.0,
+        kl_weight=kl_weight * times,
+        cooperation=cooperation * times,
+        normalization=normalization,
+        noise="shared",
+        guide="mean_field",
+        scale_init=scale_init,
+        **options,
+    )
     bayes, batch = side_by_side(problems, config)
     optimizer = torch.optim.Adam([p for p in bayes.parameters() if p.requires_grad], lr=0.1)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.1 ** (1 / steps))
@@ -225,8 +231,10 @@ class Study(NamedTuple):
             pi = pyro.distributions.Dirichlet(torch.ones(N)).sample((2000,))
             variance[N] = float(torch.einsum("sk,sk->s", pi, torch.randn(2000, N)).var())
             fitted = {n: row["var A"] for (n, size, _), row in table.items() if size == N}
-            print(f"N = {N:3}   {variance[N]:.3f}   {2 / (N + 1):.3f}"
-                  + "".join(f"   n = {n}: {value:.4f}" for n, value in fitted.items()))  # fmt: skip
+            print(
+                f"N = {N:3}   {variance[N]:.3f}   {2 / (N + 1):.3f}"
+                + "".join(f"   n = {n}: {value:.4f}" for n, value in fitted.items())
+            )
         return variance
 
     def entropy(self, n, cooperations, steps):
@@ -242,8 +250,11 @@ class Study(NamedTuple):
                 entropy[objective, weight] = float(-(pi * pi.log()).sum(-1).mean() / math.log(4))
                 spread = errors(problems, self.new_features, A, 1, self.num_seeds)["spread"]
                 effective = float((1 / pi.square().sum(-1)).mean())
-                print(f"{objective:16} λ_C = {weight:5}: entropy {entropy[objective, weight]:.3f}, "
-                      f"effective components {effective:.2f}, spread {spread:.3f}", flush=True)  # fmt: skip
+                print(
+                    f"{objective:16} λ_C = {weight:5}: entropy {entropy[objective, weight]:.3f}, "
+                    f"effective components {effective:.2f}, spread {spread:.3f}",
+                    flush=True,
+                )
         return entropy
 
 

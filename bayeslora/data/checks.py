@@ -110,12 +110,16 @@ def _check_sharing(model: JointModel, padding: Padding) -> None:
     if pad is None:
         mend = "set network.config.pad_token_id to the tokenizer's"
     elif size is not None and not 0 <= pad < size:
-        mend = (f"its padding token {pad} is outside its {size} tokens, so call "
-                "network.resize_token_embeddings(len(tokenizer)) before BayesLoRA")  # fmt: skip
+        mend = (
+            f"its padding token {pad} is outside its {size} tokens, so call "
+            "network.resize_token_embeddings(len(tokenizer)) before BayesLoRA"
+        )
     else:
         mend = "pad all examples to one length when they are encoded"
-    raise InputError(f"what {type(plain(model.network)).__name__} says of an example depends on how far its batch is "
-                     f"padded: {mend}, or train with batch_size=1 and gradient_accumulation")  # fmt: skip
+    raise InputError(
+        f"what {type(plain(model.network)).__name__} says of an example depends on how far its batch is "
+        f"padded: {mend}, or train with batch_size=1 and gradient_accumulation"
+    )
 
 
 def check_kind(dataset: Any, name: str = "the data set") -> None:
@@ -125,14 +129,18 @@ def check_kind(dataset: Any, name: str = "the data set") -> None:
         InputError: saying what to pass instead.
     """
     if isinstance(dataset, Mapping):
-        raise InputError(f"{name} is a mapping of {', '.join(map(str, dataset))}: of several splits pass one, and of "
-                         "columns datasets.Dataset.from_dict(...)")  # fmt: skip
+        raise InputError(
+            f"{name} is a mapping of {', '.join(map(str, dataset))}: of several splits pass one, and of "
+            "columns datasets.Dataset.from_dict(...)"
+        )
     if hasattr(dataset, "iloc"):
         raise InputError(f"{name} is a table of pandas: pass datasets.Dataset.from_pandas(...)")
     numbered = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
     if not numbered or isinstance(dataset, str | Tensor | IterableDataset):
-        raise InputError(f"{name} is a {type(dataset).__name__}, which has no numbered rows: pass a list of dicts, a "
-                         "datasets.Dataset or the like (list(...) makes one of a stream)")  # fmt: skip
+        raise InputError(
+            f"{name} is a {type(dataset).__name__}, which has no numbered rows: pass a list of dicts, a "
+            "datasets.Dataset or the like (list(...) makes one of a stream)"
+        )
     if len(dataset) and not isinstance(dataset[0], Mapping):
         raise InputError(f"{name}, row 0 is a {type(dataset[0]).__name__}: expected a dict from column to value")
 
@@ -181,8 +189,10 @@ class _RowCheck:
         self.sizes: dict[str, tuple[int, ...]] = {}
         self.vocabulary = vocabulary_size(self.network)
         self.positions = None if "position_ids" in first else position_limit(self.network)
-        self.tables = {"token_type_ids": _table_size(self.network, {"token_type_embeddings"}),
-                       "position_ids": _table_size(self.network, _POSITION_TABLES)}  # fmt: skip
+        self.tables = {
+            "token_type_ids": _table_size(self.network, {"token_type_embeddings"}),
+            "position_ids": _table_size(self.network, _POSITION_TABLES),
+        }
         self.end, self.ends = _end_of_text(self.network), 0
         self._find_labels(first)
         self._name_unread(first)
@@ -194,16 +204,21 @@ class _RowCheck:
         if any(name in first for name in LABELS):
             return
         if self.learns:
-            raise InputError(f"{self.name} has no labels: there is no column 'labels' (it has {', '.join(first)}); "
-                             "is it an unlabelled split?")  # fmt: skip
+            raise InputError(
+                f"{self.name} has no labels: there is no column 'labels' (it has {', '.join(first)}); "
+                "is it an unlabelled split?"
+            )
         if self.labelling.evaluates_labels:
-            raise InputError("the texts have no labels, so no token of theirs is scored: encode them with labels, or "
-                             "let the model write with bayes.generate()")  # fmt: skip
+            raise InputError(
+                "the texts have no labels, so no token of theirs is scored: encode them with labels, or "
+                "let the model write with bayes.generate()"
+            )
 
     def _name_unread(self, first: Mapping[str, Any]) -> None:
         """Say which columns of numbers nobody reads; transformers' Trainer leaves them out too."""
-        unread = [name for name in first.keys() - self.first.keys() - set(LABELS)
-                  if not isinstance(first[name], str | None)]  # fmt: skip
+        unread = [
+            name for name in first.keys() - self.first.keys() - set(LABELS) if not isinstance(first[name], str | None)
+        ]
         if unread:
             logger.warning("%s: %s does not read the columns %s", self.name, self.kind, ", ".join(sorted(unread)))
 
@@ -232,11 +247,16 @@ class _RowCheck:
     def _check_columns(self, number: int, used: Mapping[str, Any]) -> None:
         main = main_input(self.network)
         if self.columns is not None and main not in used and "inputs_embeds" not in used:
-            raise self._refused(number, f"{self.kind} reads {main!r}, and there is no such column (there are "
-                                        f"{', '.join(used) or 'none that it reads'})")  # fmt: skip
+            raise self._refused(
+                number,
+                f"{self.kind} reads {main!r}, and there is no such column (there are "
+                f"{', '.join(used) or 'none that it reads'})",
+            )
         if (used.keys() ^ self.first.keys()) - {"labels"}:
-            raise self._refused(number, f"it has {', '.join(used)}, and row 0 has {', '.join(self.first)}: give every "
-                                        "row the same columns")  # fmt: skip
+            raise self._refused(
+                number,
+                f"it has {', '.join(used)}, and row 0 has {', '.join(self.first)}: give every row the same columns",
+            )
 
     def _array(self, number: int, name: str, value: Any) -> np.ndarray:
         try:
@@ -253,8 +273,11 @@ class _RowCheck:
         if name == "input_ids":
             self._check_tokens(number, part)
         elif most is not None and part.size and not 0 <= part.min() <= part.max() < most:
-            raise self._refused(number, f"{name} go from 0 to {most - 1} in this network, got {part.min():g} to "
-                                        f"{part.max():g}: encode with the network's own tokenizer")  # fmt: skip
+            raise self._refused(
+                number,
+                f"{name} go from 0 to {most - 1} in this network, got {part.min():g} to "
+                f"{part.max():g}: encode with the network's own tokenizer",
+            )
         elif name == "input_values" and part.size == 0:
             raise self._refused(number, "the sound is empty: leave it out")
         elif name == "attention_mask" and not part.any():
@@ -262,43 +285,57 @@ class _RowCheck:
 
     def _check_tokens(self, number: int, tokens: np.ndarray) -> None:
         if tokens.ndim != 1:
-            raise self._refused(number, f"input_ids are one list of tokens, got {tokens.ndim} dimensions: encode texts "
-                                        "without return_tensors")  # fmt: skip
+            raise self._refused(
+                number,
+                f"input_ids are one list of tokens, got {tokens.ndim} dimensions: encode texts without return_tensors",
+            )
         if len(tokens) == 0:
             raise self._refused(number, "the text is empty: leave it out, or give it a token")
         if tokens.dtype.kind == "f":
             raise self._refused(number, f"tokens are whole numbers, got {tokens[0]:g}")
         if self.vocabulary is not None and not 0 <= tokens.min() <= tokens.max() < self.vocabulary:
             outside = tokens[(tokens < 0) | (tokens >= self.vocabulary)]
-            raise self._refused(number, f"token {outside[0]} is outside the network's {self.vocabulary} tokens: encode "
-                                        "with the network's own tokenizer")  # fmt: skip
+            raise self._refused(
+                number,
+                f"token {outside[0]} is outside the network's {self.vocabulary} tokens: encode "
+                "with the network's own tokenizer",
+            )
         if self.positions is not None and len(tokens) > self.positions:
-            raise self._refused(number, f"it has {len(tokens)} tokens, and the network has {self.positions} positions: "
-                                        f"encode with truncation to max_length={self.positions}")  # fmt: skip
+            raise self._refused(
+                number,
+                f"it has {len(tokens)} tokens, and the network has {self.positions} positions: "
+                f"encode with truncation to max_length={self.positions}",
+            )
         if self.end is not None:
             self._check_ends(number, int((tokens == self.end).sum()))
 
     def _check_ends(self, number: int, ends: int) -> None:
         self.ends = self.ends or ends
         if ends != self.ends or ends == 0:
-            raise self._refused(number, f"{self.kind} reads at the end-of-text token {self.end}: each text needs as "
-                                        f"many as row 0 ({max(self.ends, 1)}), and this one has {ends}")  # fmt: skip
+            raise self._refused(
+                number,
+                f"{self.kind} reads at the end-of-text token {self.end}: each text needs as "
+                f"many as row 0 ({max(self.ends, 1)}), and this one has {ends}",
+            )
 
     def _check_size(self, number: int, name: str, array: np.ndarray, length: int) -> None:
         """That of the first row, but for the length."""
         varies = array.ndim == 1 or (array.ndim > 1 and len(array) == length)
         size = array.shape[1:] if varies else array.shape
         if self.sizes.setdefault(name, size) != size:
-            raise self._refused(number, f"{name} has the shape {array.shape}, unlike that of the rows before: give all "
-                                        "examples one size")  # fmt: skip
+            raise self._refused(
+                number,
+                f"{name} has the shape {array.shape}, unlike that of the rows before: give all examples one size",
+            )
 
     def _check_lengths(self, number: int, lengths: Mapping[str, list[int]]) -> None:
         """Masks and the like have one entry for each token."""
         main = lengths.get("input_ids", lengths.get("input_values"))
         for name in lengths.keys() & _PER_TOKEN if main is not None else ():
             if lengths[name] != main:
-                raise self._refused(number, f"{name} has {lengths[name]} entries, and the example {main}: one is "
-                                            "needed for each")  # fmt: skip
+                raise self._refused(
+                    number, f"{name} has {lengths[name]} entries, and the example {main}: one is needed for each"
+                )
 
     def label(self, number: int, used: Mapping[str, Any]) -> float:
         """The label of a row; NaN where it is not one number.

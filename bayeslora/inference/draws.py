@@ -52,9 +52,16 @@ class Draws:
     """
 
     def __init__(
-        self, bayes: Posterior, count: int, seed: int | None, *, first: int = 0, prior: bool = False,
-        noise_factor: float = 1.0, antithetic: bool = False,
-    ):  # fmt: skip
+        self,
+        bayes: Posterior,
+        count: int,
+        seed: int | None,
+        *,
+        first: int = 0,
+        prior: bool = False,
+        noise_factor: float = 1.0,
+        antithetic: bool = False,
+    ):
         self.bayes, self.count, self.first = bayes, count, first
         self.noise_factor, self.antithetic = noise_factor, antithetic
         self.draw_sites = prior_sites if prior else posterior_sites

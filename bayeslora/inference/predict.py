@@ -66,9 +66,11 @@ def predict(
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
     if antithetic and not prior and not getattr(bayes.guide, "symmetric_rows", False):
-        raise InputError(f"antithetic draws need a posterior that is symmetric about its mean, and "
-                         f"{type(bayes.guide).__name__} does not promise it: leave antithetic out, or set "
-                         "symmetric_rows = True on the guide if no row's sign matters to it")  # fmt: skip
+        raise InputError(
+            f"antithetic draws need a posterior that is symmetric about its mean, and "
+            f"{type(bayes.guide).__name__} does not promise it: leave antithetic out, or set "
+            "symmetric_rows = True on the guide if no row's sign matters to it"
+        )
     copies = 1
     if bayes.monteclora_config.sample_scaler == 0:  # plain LoRA: every draw is the mean network
         num_samples, copies = 0, max(num_samples, 1)
@@ -77,8 +79,9 @@ def predict(
     outputs: list[Tensor] = []
     targets: list[Tensor] = []
     with evaluating(bayes):
-        draws = Draws(bayes, num_samples, seed, first=first_draw, prior=prior, noise_factor=noise_factor,
-                      antithetic=antithetic)  # fmt: skip
+        draws = Draws(
+            bayes, num_samples, seed, first=first_draw, prior=prior, noise_factor=noise_factor, antithetic=antithetic
+        )
         for output, labels in run_batches(bayes, batches, examples.collate, draws, batch_size, progress):
             outputs.append(output)
             targets += [] if labels is None else [labels.cpu()]
@@ -104,9 +107,13 @@ def _joined(parts: Sequence[Tensor], *, dim: int, filling: float) -> Tensor:
 
 
 def run_batches(
-    bayes: Posterior, batches: Sequence[Sequence[dict[str, Any]]], collate: Collator, draws: Networks,
-    batch_size: int, progress: bool,
-) -> Iterator[tuple[Tensor, Tensor | None]]:  # fmt: skip
+    bayes: Posterior,
+    batches: Sequence[Sequence[dict[str, Any]]],
+    collate: Collator,
+    draws: Networks,
+    batch_size: int,
+    progress: bool,
+) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Logits of each batch under every draw, ``(draws, n, C)`` (the mean's, if there is no draw), and its labels."""
     prefix = Prefix(bayes.network, bayes.model.groups, bayes.model.outputs)
     with _progress(len(batches) * max(draws.count, 1), progress) as bar:

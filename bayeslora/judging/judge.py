@@ -59,10 +59,17 @@ def judge(
     elif task.name != "gsm8k":
         raise InputError(f"nothing judges what a model writes for {task.name!r}; there are gsm8k and humaneval")
     written = bayes.generate(
-        task.prompts(tokenizer, split, limit=limit, seed=seed), tokenizer=tokenizer, num_samples=num_samples,
-        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, stops=task.stops, seed=seed,
-        batch_size=batch_size, progress=progress,
-    )  # fmt: skip
+        task.prompts(tokenizer, split, limit=limit, seed=seed),
+        tokenizer=tokenizer,
+        num_samples=num_samples,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        stops=task.stops,
+        seed=seed,
+        batch_size=batch_size,
+        progress=progress,
+    )
     data = task.split(split, limit=limit, seed=seed)
     if task.name == "gsm8k":
         return judge_gsm8k(written, data["answer"][:])

@@ -188,9 +188,12 @@ class Experiment:
             TrainingDivergedError: when the loss is NaN or infinite.
         """
         settings = trainer_settings(
-            self.budget(learning_rate_scale), len(self.train_data), self.folder, evaluations=self.evaluations,
+            self.budget(learning_rate_scale),
+            len(self.train_data),
+            self.folder,
+            evaluations=self.evaluations,
             progress=self.progress,
-        )  # fmt: skip
+        )
         evaluating = "steps" if self.curve_data else "no"
         quiet = {"save_strategy": "no", "eval_strategy": evaluating, "report_to": []}
         arguments = TrainingArguments(**{**settings, **quiet, **self.study.trainer})

@@ -128,14 +128,12 @@ _ARC = ("question", "choices")
 CHOICE_TASKS = {
     "piqa": NamedChoice("baber/piqa", None, ("goal", "sol1", "sol2"), _piqa),
     "siqa": NamedChoice("lighteval/siqa", None, ("context", "question", "answerA", "answerB", "answerC"), _siqa),
-    "winogrande": NamedChoice(
-        "allenai/winogrande", "winogrande_xl", ("sentence", "option1", "option2"), _winogrande
-    ),
+    "winogrande": NamedChoice("allenai/winogrande", "winogrande_xl", ("sentence", "option1", "option2"), _winogrande),
     "arc_easy": NamedChoice("allenai/ai2_arc", "ARC-Easy", _ARC, _arc),
     "arc_challenge": NamedChoice("allenai/ai2_arc", "ARC-Challenge", _ARC, _arc),
     "openbookqa": NamedChoice("allenai/openbookqa", "main", ("question_stem", "choices"), _openbookqa),
     "boolq_question_only": NamedChoice("google/boolq", None, ("question",), _boolq),
-}  # fmt: skip
+}
 
 
 def load_choice_task(name: str, data_dir: str | Path | None, prompting: Mapping[str, Any] | None) -> "ChoiceTask":
@@ -170,8 +168,10 @@ def _read_split(where: str, known: NamedChoice, data: "Dataset") -> "Dataset":
 
     missing = [column for column in known.columns if column not in data.column_names]
     if missing:
-        raise InputError(f"{where}: no column {missing[0]!r}; expected {', '.join(known.columns)}, and the columns are "
-                         f"{', '.join(data.column_names)}")  # fmt: skip
+        raise InputError(
+            f"{where}: no column {missing[0]!r}; expected {', '.join(known.columns)}, and the columns are "
+            f"{', '.join(data.column_names)}"
+        )
     if not data.num_rows:
         raise InputError(f"{where}: the data set is empty; expected at least one example")
     questions = []
@@ -230,10 +230,14 @@ class ChoiceTask(Task):
         for start in range(0, data.num_rows, _ROWS_AT_ONCE):
             rows = data.select(range(start, min(start + _ROWS_AT_ONCE, data.num_rows)))
             encoded = [self._encode(tokenizer, row, max_length) for row in rows]
-            parts.append(Dataset.from_list([
-                {**example, "labels": row["label"]} if wanted else example
-                for example, row in zip(encoded, rows, strict=True)
-            ]))  # fmt: skip
+            parts.append(
+                Dataset.from_list(
+                    [
+                        {**example, "labels": row["label"]} if wanted else example
+                        for example, row in zip(encoded, rows, strict=True)
+                    ]
+                )
+            )
         return concatenate_datasets(parts)
 
     def _encode(self, tokenizer: Any, row: Row, max_length: int) -> dict[str, Any]:

@@ -119,12 +119,14 @@ def load_task(
     """
     if name in LOADERS:
         if text_columns or label_column or label_names:
-            raise InputError(f"task {name!r} has columns and labels of its own: leave text_columns, label_column and "
-                             "label_names out")  # fmt: skip
+            raise InputError(
+                f"task {name!r} has columns and labels of its own: leave text_columns, label_column and label_names out"
+            )
         return LOADERS[name](name, data_dir, prompting)
     if prompting:
-        raise InputError(f"prompting is for tasks of language models, and {name!r} is none; those are "
-                         f"{', '.join(LOADERS)}")  # fmt: skip
+        raise InputError(
+            f"prompting is for tasks of language models, and {name!r} is none; those are {', '.join(LOADERS)}"
+        )
     known = NAMED_TASKS.get(name)
     columns = _text_columns(name, known, data_dir, text_columns)
     official = known is not None and label_column in (None, known.label_column)

@@ -48,19 +48,27 @@ class NamedText:
 
 TEXT_TASKS = {
     "gsm8k": NamedText(
-        "openai/gsm8k", "main", ("question", "answer"),
-        lambda row: (f"Question: {row['question']}\nAnswer:", f" {row['answer']}"), ("Question:",),
+        "openai/gsm8k",
+        "main",
+        ("question", "answer"),
+        lambda row: (f"Question: {row['question']}\nAnswer:", f" {row['answer']}"),
+        ("Question:",),
     ),
     "magicoder": NamedText(
-        "ise-uiuc/Magicoder-OSS-Instruct-75K", None, ("problem", "solution"),
-        lambda row: (f"@@ Instruction\n{row['problem']}\n\n@@ Response\n", row["solution"]), ("@@ Instruction",),
+        "ise-uiuc/Magicoder-OSS-Instruct-75K",
+        None,
+        ("problem", "solution"),
+        lambda row: (f"@@ Instruction\n{row['problem']}\n\n@@ Response\n", row["solution"]),
+        ("@@ Instruction",),
     ),
     "humaneval": NamedText(
-        "openai/openai_humaneval", None, ("prompt", "canonical_solution", "test", "entry_point"),
+        "openai/openai_humaneval",
+        None,
+        ("prompt", "canonical_solution", "test", "entry_point"),
         lambda row: (row["prompt"], row["canonical_solution"]),
         ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint", "\n```", "\n@"),
     ),
-}  # fmt: skip
+}
 _FOLDERS = {"magicoder": "magicoder_oss_instruct"}
 
 
@@ -103,8 +111,11 @@ def _write(data: "Dataset", known: NamedText) -> "Dataset":
     from datasets import Dataset
 
     written = [known.write(row) for row in data]
-    kept = {column: data[column][:] for column in ("answer", "test", "entry_point", "task_id")
-            if column in data.column_names}  # fmt: skip
+    kept = {
+        column: data[column][:]
+        for column in ("answer", "test", "entry_point", "task_id")
+        if column in data.column_names
+    }
     return Dataset.from_dict({"prompt": [p for p, _ in written], "target": [t for _, t in written], **kept})
 
 

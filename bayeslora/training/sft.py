@@ -80,13 +80,17 @@ def _check_can_be_done(args: TrainingArguments) -> None:
     """Refuse what would patch or resize the network under the posterior, or cannot be on this machine."""
     template = getattr(args, "chat_template_path", None)
     if template is not None and not Path(template).is_file():
-        raise InputError(f"chat_template_path={template!r} is a model, whose tokens TRL would add to the network: pass "
-                         "a .jinja file, or call trl.clone_chat_template before BayesLoRA")  # fmt: skip
+        raise InputError(
+            f"chat_template_path={template!r} is a model, whose tokens TRL would add to the network: pass "
+            "a .jinja file, or call trl.clone_chat_template before BayesLoRA"
+        )
     if getattr(args, "activation_offloading", False) and not torch.accelerator.is_available():
         raise InputError("activation_offloading=True moves activations to the CPU, and there is no accelerator")
     if (args.gradient_checkpointing_kwargs or {}).get("selective"):
-        raise InputError("gradient_checkpointing_kwargs={'selective': True} patches the network, and is not supported: "
-                         "leave 'selective' out")  # fmt: skip
+        raise InputError(
+            "gradient_checkpointing_kwargs={'selective': True} patches the network, and is not supported: "
+            "leave 'selective' out"
+        )
 
 
 def _check_options(options: dict[str, Any]) -> None:

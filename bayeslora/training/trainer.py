@@ -83,8 +83,9 @@ class BayesTrainer(Trainer):
         **options: Any,
     ):
         if not isinstance(model, Posterior):
-            raise InputError(f"BayesTrainer fits a BayesLoRA, and model is a {type(model).__name__}: pass "
-                             "model=BayesLoRA(network)")  # fmt: skip
+            raise InputError(
+                f"BayesTrainer fits a BayesLoRA, and model is a {type(model).__name__}: pass model=BayesLoRA(network)"
+            )
         args = TrainingArguments() if args is None else copy.copy(args)
         check_fit_arguments(args, model.network.get_base_model(), REFUSED_BY_TRAINER)
         check_parallelism(args)

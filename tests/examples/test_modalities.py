@@ -20,10 +20,23 @@ def network(kind):
         config = transformers.ViTConfig(**SMALL, image_size=4, patch_size=2, num_channels=1, num_labels=2)
         return transformers.ViTForImageClassification(config)
     config = transformers.WhisperConfig(
-        d_model=16, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=24, num_mel_bins=6, num_labels=2,
-        max_source_positions=5, vocab_size=8, pad_token_id=0, bos_token_id=0, eos_token_id=0, decoder_start_token_id=0,
-        decoder_layers=1, decoder_attention_heads=2, classifier_proj_size=8, init_std=0.3,
-    )  # fmt: skip
+        d_model=16,
+        encoder_layers=2,
+        encoder_attention_heads=2,
+        encoder_ffn_dim=24,
+        num_mel_bins=6,
+        num_labels=2,
+        max_source_positions=5,
+        vocab_size=8,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=0,
+        decoder_start_token_id=0,
+        decoder_layers=1,
+        decoder_attention_heads=2,
+        classifier_proj_size=8,
+        init_std=0.3,
+    )
     return WhisperForAudioClassification(config)
 
 

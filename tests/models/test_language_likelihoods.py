@@ -232,9 +232,17 @@ def test_the_likelihood_is_stored_with_the_adapter(tmp_path, likelihood):
 
 
 @pytest.mark.parametrize(
-    "record", [None, [], {"kind": "gaussian"}, {"kind": "choice", "label_names": [1, 2]}, {"kind": "choice", "x": 1},
-               {"kind": []}, {"kind": "next_token", "reduction": "max"}]
-)  # fmt: skip
+    "record",
+    [
+        None,
+        [],
+        {"kind": "gaussian"},
+        {"kind": "choice", "label_names": [1, 2]},
+        {"kind": "choice", "x": 1},
+        {"kind": []},
+        {"kind": "next_token", "reduction": "max"},
+    ],
+)
 def test_an_unknown_likelihood_is_refused(record):
     from bayeslora.models.selection import described_likelihood
 

@@ -96,6 +96,9 @@ def test_every_argument_is_described(name):
 def test_every_error_is_announced():
     """A public function that raises InputError itself says so."""
     functions = {name: found(name) for name in DOCUMENTED if inspect.isfunction(found(name))}
-    silent = [name for name, value in functions.items() if "raise InputError" in inspect.getsource(value)
-              and not re.search(r"Raises:\n +InputError: \S", value.__doc__)]  # fmt: skip
+    silent = [
+        name
+        for name, value in functions.items()
+        if "raise InputError" in inspect.getsource(value) and not re.search(r"Raises:\n +InputError: \S", value.__doc__)
+    ]
     assert silent == []

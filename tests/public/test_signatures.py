@@ -56,6 +56,9 @@ def test_every_method_that_hands_options_on_is_compared():
     """None takes ``**options`` unseen: help() shows what each of them understands."""
     own = {name: value for name, value in vars(BayesLoRA).items() if not name.startswith("_")}
     signatures = {name: inspect.signature(getattr(BayesLoRA, name)) for name in own}
-    hiding = [name for name, signature in signatures.items()
-              if any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())]  # fmt: skip
+    hiding = [
+        name
+        for name, signature in signatures.items()
+        if any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    ]
     assert hiding == []
