@@ -4,13 +4,11 @@ What cannot be read is refused with the number of its row, before anything is tr
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from torch import Tensor, nn
-from torch.utils.data import IterableDataset
 
 from bayeslora.data.batches import (
     LABELS,
@@ -27,16 +25,16 @@ from bayeslora.data.batches import (
     pad_token,
     used_columns,
 )
+from bayeslora.data.limits import POSITION_TABLES, end_of_text, position_limit, table_size
 from bayeslora.data.padding import Placed, find_padding, run_alone
+from bayeslora.data.rows import check_kind, rows_of
 from bayeslora.errors import InputError, Where
 from bayeslora.models.joint import JointModel
 from bayeslora.models.network import plain, vocabulary_size
 
 logger = logging.getLogger(__name__)
 
-_POSITION_TABLES = {"position_embeddings", "wpe", "embed_positions", "positions_embed"}
 _PER_TOKEN = {"attention_mask", "token_type_ids", "position_ids", "answer_mask"}
-_CHUNK = 1000  # rows fetched at a time
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ def read_examples(model: JointModel, dataset: Any, name: str = "the data set") -
         InputError: naming the first row that the network cannot read, and why.
     """
     check_kind(dataset, name)
-    rows = list(_rows(dataset))
+    rows = list(rows_of(dataset))
     ends = _check_rows(model, rows, name, learns=False)
     padding: Padding = "right"
     if len(rows) > 1:
@@ -89,7 +87,7 @@ def check_to_learn_from(model: JointModel, datasets: Mapping[str, Any], batch_si
     ends: list[_Row] = []
     for name, dataset in datasets.items():
         check_kind(dataset, name)
-        ends += _check_rows(model, _rows(dataset), name, learns=True)
+        ends += _check_rows(model, rows_of(dataset), name, learns=True)
     padding: Padding = "right"
     if network.device.type != "meta":
         chosen = [choose(ends, key=lambda row: row.length) for choose in (min, max)]
@@ -120,36 +118,6 @@ def _check_sharing(model: JointModel, padding: Padding) -> None:
         f"what {type(plain(model.network)).__name__} says of an example depends on how far its batch is "
         f"padded: {mend}, or train with batch_size=1 and gradient_accumulation"
     )
-
-
-def check_kind(dataset: Any, name: str = "the data set") -> None:
-    """Refuse what has no numbered rows that are dicts: a table by columns, splits, a stream.
-
-    Raises:
-        InputError: saying what to pass instead.
-    """
-    if isinstance(dataset, Mapping):
-        raise InputError(
-            f"{name} is a mapping of {', '.join(map(str, dataset))}: of several splits pass one, and of "
-            "columns datasets.Dataset.from_dict(...)"
-        )
-    if hasattr(dataset, "iloc"):
-        raise InputError(f"{name} is a table of pandas: pass datasets.Dataset.from_pandas(...)")
-    numbered = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
-    if not numbered or isinstance(dataset, str | Tensor | IterableDataset):
-        raise InputError(
-            f"{name} is a {type(dataset).__name__}, which has no numbered rows: pass a list of dicts, a "
-            "datasets.Dataset or the like (list(...) makes one of a stream)"
-        )
-    if len(dataset) and not isinstance(dataset[0], Mapping):
-        raise InputError(f"{name}, row 0 is a {type(dataset[0]).__name__}: expected a dict from column to value")
-
-
-def _rows(dataset: Any) -> Iterator[Any]:
-    several = getattr(dataset, "__getitems__", None)  # as torch's loaders fetch them
-    for start in range(0, len(dataset), _CHUNK):
-        numbers = list(range(start, min(start + _CHUNK, len(dataset))))
-        yield from several(numbers) if several is not None else (dataset[number] for number in numbers)
 
 
 def _check_rows(model: JointModel, rows: Any, name: str, *, learns: bool) -> tuple[_Row, _Row]:
@@ -190,10 +158,10 @@ class _RowCheck:
         self.vocabulary = vocabulary_size(self.network)
         self.positions = None if "position_ids" in first else position_limit(self.network)
         self.tables = {
-            "token_type_ids": _table_size(self.network, {"token_type_embeddings"}),
-            "position_ids": _table_size(self.network, _POSITION_TABLES),
+            "token_type_ids": table_size(self.network, {"token_type_embeddings"}),
+            "position_ids": table_size(self.network, POSITION_TABLES),
         }
-        self.end, self.ends = _end_of_text(self.network), 0
+        self.end, self.ends = end_of_text(self.network), 0
         self._find_labels(first)
         self._name_unread(first)
 
@@ -352,25 +320,3 @@ class _RowCheck:
             raise self._refused(number, f"every label must be a finite number, got {str(label)[:40]}")
         self.labelling.check_label(values, used, Where(self.name, number), self.network)
         return values.item() if values.size == 1 else np.nan
-
-
-def position_limit(network: nn.Module) -> int | None:
-    """Tokens that a network with a table of positions can read; None where positions are relative or computed."""
-    return _table_size(network, _POSITION_TABLES, whole=False)
-
-
-def _table_size(network: nn.Module, names: set[str], *, whole: bool = True) -> int | None:
-    """Rows of the smallest table of one of these names; only those in use, where not ``whole``."""
-    sizes = []
-    for path, table in plain(network).named_modules():
-        if isinstance(table, nn.Embedding) and names & set(path.split(".")):
-            offset = getattr(table, "offset", 0)  # of OPT and BART, added to each position
-            first = 0 if whole or offset or table.padding_idx is None else table.padding_idx + 1  # RoBERTa's
-            sizes.append(table.num_embeddings - offset - first)
-    return min(sizes, default=None)
-
-
-def _end_of_text(network: Any) -> int | None:
-    """The token at which a classifier with an encoder and a decoder reads, as BART and T5 do."""
-    reads = getattr(network.config, "is_encoder_decoder", False) and hasattr(network, "classification_head")
-    return network.config.eos_token_id if reads else None

@@ -14,7 +14,8 @@ from bayeslora.adapters.modes import evaluation_mode
 from bayeslora.analysis.tables import diagnostics as verdicts
 from bayeslora.analysis.tables.diagnostics import Diagnostic
 from bayeslora.data.batches import Collator
-from bayeslora.data.checks import check_kind, check_to_learn_from
+from bayeslora.data.checks import check_to_learn_from
+from bayeslora.data.rows import check_kind
 from bayeslora.errors import InputError
 from bayeslora.guides import MeanFieldGuide, MixtureGuide
 from bayeslora.inference.draws import draw_trace
@@ -85,7 +86,12 @@ def diagnose(
             f"{len(dataset)}: pass the training set"
         )
     collate = check_to_learn_from(bayes.model, {"the data set": dataset}, batch_size)
-    options = {"num_samples": num_samples, "batch_size": batch_size, "seed": seed, "progress": progress}
+    options: dict[str, Any] = {
+        "num_samples": num_samples,
+        "batch_size": batch_size,
+        "seed": seed,
+        "progress": progress,
+    }
     prediction = predict(bayes, dataset, **options)
     answers = [verdicts.importance_sampling(_log_weights(bayes, prediction, seed))]
     if restarts:

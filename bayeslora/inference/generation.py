@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from bayeslora.data.checks import position_limit, read_examples
+from bayeslora.data.checks import read_examples
+from bayeslora.data.limits import position_limit
 from bayeslora.errors import InputError
 from bayeslora.inference.draws import Draws, evaluating, run_as
 from bayeslora.inference.writing import Rule, Text, entropy_of, write

@@ -11,7 +11,8 @@ from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset,
 from bayeslora import BayesLoRA, InputError, MonteCLoRAConfig, diagnose, fit
 from bayeslora.analysis import to_arviz
 from bayeslora.data.batches import Collator
-from bayeslora.data.checks import check_to_learn_from, position_limit
+from bayeslora.data.checks import check_to_learn_from
+from bayeslora.data.limits import position_limit
 from bayeslora.inference.attribution import attribute_variance
 from bayeslora.inference.diagnostics import log_importance_weights
 from bayeslora.inference.generation import token_uncertainty
