@@ -13,6 +13,7 @@ from bayeslora.analysis.plots.study import (
     plot_grid_spread,
     plot_learning_rates,
 )
+from bayeslora.analysis.tables.cost import cost_table, steps_to_reach
 from bayeslora.analysis.tables.study import (
     BETTER,
     METRICS,
@@ -20,11 +21,9 @@ from bayeslora.analysis.tables.study import (
     WORSE,
     at_best_settings,
     best_settings,
-    cost_table,
     paired_difference,
     paired_robustness,
     robustness_table,
-    steps_to_reach,
     verdict,
 )
 from bayeslora.errors import InputError
