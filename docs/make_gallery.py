@@ -30,6 +30,9 @@ NAMES = [
 DRAWS, RANK, COMPONENTS = 64, 8, 4
 
 
+Picture = tuple[str, str, Callable[[], Any]]  # its name, its caption, and how it is drawn
+
+
 def forecasts(temperature: float, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Probabilities of 800 examples over three classes, calibrated at temperature 1, and labels."""
     rng = np.random.default_rng(seed)
@@ -140,27 +143,13 @@ def grid() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def main(folder: Path) -> list[Path]:
-    """Write ``gallery.md`` and its pictures into ``folder``; returns the pictures."""
+def of_the_posterior() -> list[Picture]:
+    """Of one adapter's draws, and the training that led to them."""
     data, prior = posterior(), posterior(wide=2.0, seed=1)
     group = data["posterior"]
     noise, before = group["noise_scale"].values[0], prior["posterior"]["noise_scale"].values[0]
     mean = data["constant_data"]["mean_scale"].values
-    sharp, calm = forecasts(0.45), forecasts(1.0)
-    methods = {"LoRA": sharp, "posterior predictive": calm}
-    entropies = {
-        "LoRA": [draws_of_forecasts(0.0, seed=seed)[0] for seed in (5, 6)],
-        "posterior predictive": [draws_of_forecasts(spread, seed=5).mean(axis=0) for spread in (0.2, 1.5)],
-    }
-    uncertain = {
-        name: (analysis.predictive_entropy(probs), probs.argmax(axis=1) != labels)
-        for name, (probs, labels) in methods.items()
-    }
-    parts = {
-        name: (analysis.expected_entropy(drawn), analysis.mutual_information(drawn))
-        for name, drawn in (("test", draws_of_forecasts(0.4)), ("another domain", draws_of_forecasts(1.5)))
-    }
-    pictures: list[tuple[str, str, Callable[[], Any]]] = [
+    return [
         (
             "training",
             "What the loss was made of, step by step; it starts to learn by heart where validation rises.",
@@ -212,6 +201,25 @@ def main(folder: Path) -> list[Path]:
             "Which layers cause the uncertainty? Bars are shares, lines their intervals.",
             lambda: analysis.plot_variance_shares(variance_parts()),
         ),
+    ]
+
+
+def of_predictions() -> list[Picture]:
+    """Of what is predicted, and how right it is."""
+    methods = {"LoRA": forecasts(0.45), "posterior predictive": forecasts(1.0)}
+    entropies = {
+        "LoRA": [draws_of_forecasts(0.0, seed=seed)[0] for seed in (5, 6)],
+        "posterior predictive": [draws_of_forecasts(spread, seed=5).mean(axis=0) for spread in (0.2, 1.5)],
+    }
+    uncertain = {
+        name: (analysis.predictive_entropy(probs), probs.argmax(axis=1) != labels)
+        for name, (probs, labels) in methods.items()
+    }
+    parts = {
+        name: (analysis.expected_entropy(drawn), analysis.mutual_information(drawn))
+        for name, drawn in (("test", draws_of_forecasts(0.4)), ("another domain", draws_of_forecasts(1.5)))
+    }
+    return [
         (
             "calibration",
             "Reliability diagram with exact binomial intervals.",
@@ -245,6 +253,12 @@ def main(folder: Path) -> list[Path]:
             "Is the model unsure where people disagree?",
             lambda: analysis.plot_agreement(*people(), unit="entropy of the raters' votes  (nats)"),
         ),
+    ]
+
+
+def of_studies() -> list[Picture]:
+    """Of many trainings compared."""
+    return [
         (
             "grid_spread",
             "Robustness: each method over all settings of a grid.",
@@ -267,6 +281,11 @@ def main(folder: Path) -> list[Path]:
             lambda: analysis.plot_rank_ecdf(ranks(), 99),
         ),
     ]
+
+
+def main(folder: Path) -> list[Path]:
+    """Write ``gallery.md`` and its pictures into ``folder``; returns the pictures."""
+    pictures = [*of_the_posterior(), *of_predictions(), *of_studies()]
     (folder / "gallery").mkdir(parents=True, exist_ok=True)
     lines = [
         "# Gallery",
