@@ -9,6 +9,9 @@ The factors are buffers of the model: what they are at the end is the posterior 
                  that the means are found before the noise is large.
 ``"entropy"``    1 − H/log C, with H the predictive entropy of training examples, averaged over some 20 batches, from 0
                  on: little noise while the network is unsure, and more the more certain it becomes.
+``"learned"``    1 − L/L₀, with L the running loss of training batches and L₀ that of the first ten, from 0 on: no noise
+                 before the adapter has learned something, and all of it when it knows the examples by heart. For a
+                 task of any kind; L is the negative log-likelihood, or the squared error of numbers.
 ``"per_layer"``  As the posterior's standard deviation in a Laplace approximation with one variance for each adapter:
                  :math:`F_k^{-1/2}`, with :math:`F_k` the mean squared gradient of the entries of μ (an empirical
                  Fisher information), averaged over some 20 steps; divided by the adapters' geometric mean.
@@ -29,6 +32,7 @@ from bayeslora.models.prior import Prior
 RATE = 0.05  # weight of the newest batch in an average
 RISING_SHARE = 0.5  # of training, over which the cosine rises
 LEAST = 1e-3  # factor of a schedule that starts without noise: at none there would be no density
+FIRST_BATCHES = 10  # whose loss is that of a network that has learned nothing
 WIDEST = 10.0  # a factor per layer lies between this and its inverse
 
 
@@ -50,6 +54,9 @@ class NoiseSchedule:
 
     def see_logits(self, logits: Tensor) -> None:
         """After each forward pass of a training batch."""
+
+    def see_loss(self, loss: Tensor) -> None:
+        """After each forward pass of a training batch: how far it is from known by heart, at least 0."""
 
     def see_gradients(self) -> None:
         """After the backward passes of an optimizer step, before the gradients are used."""
@@ -96,6 +103,29 @@ class EntropySchedule(NoiseSchedule):
         self.set(torch.lerp(self.get(), certainty.clamp(min=LEAST), RATE))
 
 
+class LearnedSchedule(NoiseSchedule):
+    """Follows the share of the loss that has gone.
+
+    ``bayes.model.losses`` holds the number of batches seen (up to ten), L₀ and L; it is saved with the posterior.
+    """
+
+    def __init__(self, model: Prior):
+        super().__init__(model)
+        if model.config.mode == "post_hoc":
+            raise InputError("noise_schedule='learned' follows what the adapter learns, and mode='post_hoc' freezes it: "
+                             "choose another noise_schedule")  # fmt: skip
+        model.register_buffer("losses", torch.zeros(3, device=model.groups[0].device))
+        self.set(LEAST)
+
+    def see_loss(self, loss: Tensor) -> None:
+        seen, first, running = self.model.losses
+        at_start = seen < FIRST_BATCHES
+        first = torch.where(at_start, first + (loss - first) / (seen + 1), first)
+        running = torch.where(at_start, first, torch.lerp(running, loss.to(running), RATE))
+        self.model.losses.copy_(torch.stack([(seen + 1).clamp(max=FIRST_BATCHES), first, running]))
+        self.set((1 - running / first).clamp(LEAST, 1).nan_to_num(LEAST))
+
+
 class PerLayerSchedule(NoiseSchedule):
     """Gives an adapter noise according to how well the data determine it."""
 
@@ -123,6 +153,7 @@ SCHEDULES: dict[str, type[NoiseSchedule]] = {
     "constant": NoiseSchedule,
     "cosine": CosineSchedule,
     "entropy": EntropySchedule,
+    "learned": LearnedSchedule,
     "per_layer": PerLayerSchedule,
 }
 

@@ -71,6 +71,8 @@ class Posterior(WrappedNetwork):
         self.sketches: dict[str, Sketch] = {}  # of what is taken from the base network, made at the first saving
         self.model = MonteCLoRA(self.network, config, likelihood=likelihood)
         self.guide = self._build_guide(guide)
+        if config.noise_units == "relative":
+            self._set_noise_units()
         self.elbo = CooperativeELBO.from_config(config)
         self.noise_schedule = self._build_noise_schedule()
         self.sampling = config.sample_scaler > 0
@@ -92,6 +94,12 @@ class Posterior(WrappedNetwork):
             )
         device = next(self.network.parameters()).device
         return guide(self.model).to(device)
+
+    def _set_noise_units(self) -> None:
+        if not getattr(self.guide, "follows_noise_schedule", False):
+            raise InputError(f"noise_units='relative' sets ε layer by layer, and a {type(self.guide).__name__} does not "
+                             "follow: use one of the guides that are shipped, or noise_units='absolute'")  # fmt: skip
+        self.model.set_noise_units(self.guide.noise_variance)
 
     def _build_noise_schedule(self) -> NoiseSchedule:
         name = self.monteclora_config.noise_schedule
@@ -241,6 +249,9 @@ class Posterior(WrappedNetwork):
             self._arrives = True
         logits = torch.stack(outputs).mean(0).detach()
         self.noise_schedule.see_logits(logits)
+        self.noise_schedule.see_loss(
+            as_likelihood(self.model.likelihood).unlearned(logits, batch["labels"], self.elbo.parts.task)
+        )
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
     def _check_objective(self) -> None:
