@@ -32,6 +32,7 @@ from bayeslora.distributions import (
     active_weights,
     expected_cooperation,
 )
+from bayeslora.models.tuning import Tuning
 
 
 class Prior(PyroModule):
@@ -45,6 +46,7 @@ class Prior(PyroModule):
     def __init__(self, groups: tuple[AdapterGroup, ...], config: MonteCLoRAConfig):
         super().__init__("model")
         self.config = config
+        self.tuning: Tuning | None = None  # what was tuned once the posterior was fitted
         self.groups = groups
         for group in groups:
             if config.noise_schedule != "constant":
@@ -62,7 +64,7 @@ class Prior(PyroModule):
         scale: float | Tensor = self.config.sample_scaler
         for factors in (self.noise_factors(group), self.noise_units(group)):
             scale = scale if factors is None else scale * factors
-        return scale
+        return scale if self.tuning is None else scale * self.tuning.width
 
     def noise_scale(self, group: AdapterGroup) -> float | Tensor:
         """The former name of :meth:`sample_scaler`, for guides that were written with it."""

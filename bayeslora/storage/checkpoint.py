@@ -8,7 +8,7 @@ configuration, versions, a fingerprint of the base network and the other files' 
 import json
 import os
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +25,7 @@ from bayeslora.errors import InputError
 from bayeslora.files.writing import replacing_folder, sha256_of, sync
 from bayeslora.models.likelihoods import as_likelihood
 from bayeslora.models.selection import described_likelihood
+from bayeslora.models.tuning import Tuning
 from bayeslora.posterior import Posterior
 from bayeslora.storage.base_network import check_base, check_taken_from_base, fingerprint
 from bayeslora.storage.manifest import (
@@ -95,6 +96,8 @@ def _manifest(bayes: Posterior, folder: Path) -> dict[str, Any]:
         "adapters": _adapter_shapes(bayes),
         "sha256": {name: sha256_of(folder / name) for name in FILES},
     }
+    if bayes.model.tuning is not None:
+        manifest["tuning"] = bayes.model.tuning.to_dict()
     described = as_likelihood(bayes.model.likelihood).describe()
     if described is not None:
         manifest["likelihood"] = described
@@ -147,7 +150,7 @@ def from_pretrained(
     if _adapter_shapes(bayes) != manifest["adapters"]:
         raise InputError(f"{folder / MANIFEST} lists other adapters than {ADAPTER_WEIGHTS} holds: use another copy")
     bayes.num_examples = manifest["num_examples"]
-    load_posterior(bayes, folder)
+    _load(bayes, folder, manifest)
     return bayes.eval()
 
 
@@ -157,7 +160,13 @@ def load_adapter(bayes: Posterior, folder: Path) -> None:
     check_base(folder, manifest, bayes.network.get_base_model())
     load_adapter_weights(bayes.network, folder)
     check_taken_from_base(folder, manifest, bayes.network)
+    _load(bayes, folder, manifest)
+
+
+def _load(bayes: Posterior, folder: Path, manifest: Mapping[str, Any]) -> None:
     load_posterior(bayes, folder)
+    tuning = manifest["tuning"]
+    bayes.model.tuning = None if tuning is None else Tuning(**tuning)
 
 
 def load_posterior(bayes: Posterior, folder: Path) -> None:
