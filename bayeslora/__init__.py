@@ -5,7 +5,7 @@ Importing this package loads neither torch nor transformers; each public name (`
 Examples in docstrings have at hand: every public name; ``np``, ``torch``, ``pyro`` and its distributions, ``dist``;
 a tiny classifier ``network`` and its ``tokenizer``; labelled examples, ``dataset`` as a list and ``batch`` as tensors;
 ``bayes``, a fitted :class:`bayeslora.BayesLoRA`; ``results``, the tidy table of a study; and, where they name them, the
-folders ``base`` with that network and ``reviews`` with a task's data.
+folders ``base`` with that network, ``reviews`` with a task's data, and ``runs/reviews``, a run on these.
 
 Example:
     >>> __version__.count(".")

@@ -57,7 +57,7 @@ class MonteCLoRAConfig:
 
     Args:
         r: Rank of the adapters, 1 to 65 536.
-        lora_alpha: LoRA's scaling numerator (PEFT's word; so are all up to ``lora_options``).
+        lora_alpha: LoRA's scaling numerator (PEFT's name; so are all up to ``lora_options``).
         target_modules: Names of the layers to adapt, or ``"all-linear"``.
         lora_dropout: Dropout on the input of ``lora_A``, in [0, 1).
         use_rslora: Scale by ``alpha / sqrt(r)`` instead of ``alpha / r``.

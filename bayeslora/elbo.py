@@ -233,8 +233,10 @@ def _check_sites(latent: dict[str, dict], sampled: dict[str, dict]) -> None:
     for name, site in latent.items():
         ours, theirs = site["fn"].shape(), sampled[name]["value"].shape
         if ours != theirs:
-            raise InputError(f"the guide's site {name!r} has shape {tuple(theirs)}, the model's {tuple(ours)}: "
-                             "it was built for another model")  # fmt: skip
+            raise InputError(
+                f"the guide's site {name!r} has shape {tuple(theirs)}, the model's {tuple(ours)}: "
+                "it was built for another model"
+            )
 
 
 def _task_loss(observed: list[dict]) -> tuple[Tensor, float]:

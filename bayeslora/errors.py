@@ -1,5 +1,7 @@
 """The errors a user can do something about."""
 
+from typing import NamedTuple
+
 
 class InputError(ValueError):
     """A mistake in what the user gave us: it names the thing, what was expected, and what to do.
@@ -12,6 +14,16 @@ class InputError(ValueError):
             ...
         bayeslora.errors.InputError: r ... got 0
     """
+
+
+class Where(NamedTuple):
+    """A row of a data set, for what is said about it."""
+
+    dataset: str
+    number: int
+
+    def refused(self, why: str) -> InputError:
+        return InputError(f"{self.dataset}, row {self.number}: {why}")
 
 
 class FolderInUseError(InputError):

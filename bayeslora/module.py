@@ -1,33 +1,36 @@
 """BayesLoRA: a posterior, and all that is done with it, one line each."""
 
-import copy
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
+from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from bayeslora.adapters.drawing import check_in_use, clear_draw, one_at_a_time, using_draw
-from bayeslora.adapters.groups import find_groups
-from bayeslora.adapters.quantized import is_quantized
+from bayeslora.adapters.drawing import check_in_use, one_at_a_time, using_draw
+from bayeslora.adapters.inject import with_lora_fields
+from bayeslora.config import MonteCLoRAConfig
 from bayeslora.distributed import refuse_sharded
 from bayeslora.errors import InputError
+from bayeslora.guides import GUIDES
 from bayeslora.inference.draws import Draws, PosteriorDraws, sample_sites
 from bayeslora.inference.draws import posterior_draws as draws_per_adapter
 from bayeslora.inference.generation import Generation
 from bayeslora.inference.generation import generate as generate_texts
+from bayeslora.inference.merging import merged
 from bayeslora.inference.predict import predict as predict_examples
 from bayeslora.inference.prior import prior_draws as draws_from_prior
 from bayeslora.inference.tuning import tune as tune_width
+from bayeslora.models import MonteCLoRA
 from bayeslora.models.tuning import Tuning
 from bayeslora.posterior import Posterior
 from bayeslora.prediction import Prediction
 from bayeslora.storage import checkpoint
 from bayeslora.storage.export import export_draws as write_draws
+from bayeslora.storage.opening import from_pretrained as open_pretrained
 
 
 class BayesLoRA(Posterior):
@@ -57,6 +60,22 @@ class BayesLoRA(Posterior):
         >>> bayes.predict(dataset, num_samples=4).probs.shape  # (examples, classes)
         (8, 2)
     """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        config: MonteCLoRAConfig | None = None,
+        *,
+        guide: Callable[[MonteCLoRA], nn.Module] | None = None,
+        likelihood: PyroModule | None = None,
+    ):
+        if isinstance(network, Posterior):
+            raise InputError("this is a BayesLoRA already: pass the network itself, or go on with this one")
+        config = config or MonteCLoRAConfig()
+        if isinstance(network, PeftModel):
+            config = with_lora_fields(config, network)
+        model = MonteCLoRA(network, config, likelihood=likelihood)
+        super().__init__(model, _build_guide(model, guide))
 
     def sample(self, num_samples: int = 1, *, seed: int | None = None) -> dict[str, Tensor]:
         """Draws from the guide: site name to values of shape ``(num_samples, *site shape)``; see
@@ -250,22 +269,7 @@ class BayesLoRA(Posterior):
             ('BertForSequenceClassification', 'BertForSequenceClassification')
         """
         check_in_use(self.model.groups)
-        if is_quantized(self.network):
-            raise InputError(
-                "merging into quantised weights would round the adapter away: save_pretrained it, open it with "
-                "from_pretrained on the same base model in full precision, and merge there"
-            )
-        clear_draw(self.model.groups)
-        merged = copy.deepcopy(self.network)
-        _untie(merged)
-        if draw is not None:
-            drawn = Draws(self, 1, seed, first=draw).matrices(0, 1)
-            with torch.no_grad():
-                for group in find_groups(merged):
-                    for adapter, columns in zip(group.adapters, drawn[group.name], strict=True):
-                        adapter.lora_A.weight.copy_(columns.mT)
-        vars(merged.get_base_model()).pop("accepts_loss_kwargs", None)  # said of our objective, not of its own loss
-        return merged.merge_and_unload()
+        return merged(self, draw, seed)
 
     def save_pretrained(
         self,
@@ -317,8 +321,10 @@ class BayesLoRA(Posterior):
             True
         """
         if adapter_name not in (None, self.active_adapter):
-            raise InputError(f"the posterior is over the adapter {self.active_adapter!r}: another is loaded by "
-                             f"bayes.network.load_adapter(folder, {adapter_name!r})")  # fmt: skip
+            raise InputError(
+                f"the posterior is over the adapter {self.active_adapter!r}: another is loaded by "
+                f"bayes.network.load_adapter(folder, {adapter_name!r})"
+            )
         checkpoint.load_adapter(self, Path(folder))
 
     def export_draws(self, folder: str | Path, num_draws: int, *, seed: int = 0) -> list[Path]:
@@ -339,7 +345,7 @@ class BayesLoRA(Posterior):
     ) -> "BayesLoRA":
         """Read what :meth:`save_pretrained` wrote onto a fresh base, in evaluation mode.
 
-        Arguments and errors are those of :func:`bayeslora.storage.checkpoint.from_pretrained`.
+        Arguments and errors are those of :func:`bayeslora.storage.opening.from_pretrained`.
 
         Example:
             >>> bayes.save_pretrained("adapter")
@@ -347,7 +353,7 @@ class BayesLoRA(Posterior):
             >>> bool(np.array_equal(again.predict(dataset).probs, bayes.predict(dataset).probs))
             True
         """
-        return checkpoint.from_pretrained(cls, folder, network, guide=guide, likelihood=likelihood)
+        return open_pretrained(cls, folder, network, guide=guide, likelihood=likelihood)
 
     def version_info(self) -> dict[str, str]:
         """Versions of everything the numbers depend on.
@@ -359,11 +365,17 @@ class BayesLoRA(Posterior):
         return checkpoint.version_info()
 
 
-def _untie(network: PeftModel) -> None:
-    """Give adapted layers whose frozen weight is another's too, an output layer tied to the embeddings, their own."""
-    uses = Counter(id(parameter) for _, parameter in network.named_parameters(remove_duplicate=False))
-    for adapter in (adapter for group in find_groups(network) for adapter in group.adapters):
-        base: Any = adapter.layer.get_base_layer()
-        if uses[id(base.weight)] > 1:
-            base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)
-            network.get_base_model().config.tie_word_embeddings = False
+def _build_guide(model: MonteCLoRA, guide: Callable[[MonteCLoRA], nn.Module] | None) -> nn.Module:
+    """The guide given, or the one that the configuration names, for this model and where its network is."""
+    if guide is None:
+        if model.config.guide not in GUIDES:
+            raise InputError(
+                f"no guide {model.config.guide!r}; there are {', '.join(GUIDES)}, or pass a class as guide="
+            )
+        guide = GUIDES[model.config.guide]
+    if isinstance(guide, nn.Module):
+        raise InputError(
+            f"guide= takes a class or function of the model, not a finished {type(guide).__name__}: "
+            "a guide belongs to the model it was built from"
+        )
+    return guide(model).to(next(model.network.parameters()).device)

@@ -26,7 +26,6 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from bayeslora.errors import InputError
-from bayeslora.models.likelihoods import as_likelihood
 from bayeslora.models.prior import Prior
 
 RATE = 0.05  # weight of the newest batch in an average
@@ -45,6 +44,9 @@ class NoiseSchedule:
     Raises:
         InputError: where what it measures does not exist.
     """
+
+    needs_classes = False
+    """Whether it follows probabilities of classes, which not every likelihood has."""
 
     def __init__(self, model: Prior):
         self.model = model
@@ -89,11 +91,10 @@ class CosineSchedule(NoiseSchedule):
 class EntropySchedule(NoiseSchedule):
     """Follows the certainty of the predictions on training batches."""
 
+    needs_classes = True
+
     def __init__(self, model: Prior):
         super().__init__(model)
-        if not as_likelihood(model.likelihood).of_classes:
-            raise InputError("noise_schedule='entropy' follows the entropy of class probabilities, and this network "
-                             "has none: choose another noise_schedule")  # fmt: skip
         self.set(LEAST)
 
     def see_logits(self, logits: Tensor) -> None:
@@ -112,8 +113,10 @@ class LearnedSchedule(NoiseSchedule):
     def __init__(self, model: Prior):
         super().__init__(model)
         if model.config.mode == "post_hoc":
-            raise InputError("noise_schedule='learned' follows what the adapter learns, and mode='post_hoc' freezes it: "
-                             "choose another noise_schedule")  # fmt: skip
+            raise InputError(
+                "noise_schedule='learned' follows what the adapter learns, and mode='post_hoc' freezes it: "
+                "choose another noise_schedule"
+            )
         model.register_buffer("losses", torch.zeros(3, device=model.groups[0].device))
         self.set(LEAST)
 
@@ -132,8 +135,10 @@ class PerLayerSchedule(NoiseSchedule):
     def __init__(self, model: Prior):
         super().__init__(model)
         if model.config.mode == "post_hoc":
-            raise InputError("noise_schedule='per_layer' measures the gradients of μ, which mode='post_hoc' freezes: "
-                             "choose another noise_schedule")  # fmt: skip
+            raise InputError(
+                "noise_schedule='per_layer' measures the gradients of μ, which mode='post_hoc' freezes: "
+                "choose another noise_schedule"
+            )
 
     def see_gradients(self) -> None:
         weights = [adapter.lora_A.weight for group in self.model.groups for adapter in group.adapters]

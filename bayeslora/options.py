@@ -93,6 +93,6 @@ def flags(owner: type) -> list[dataclasses.Field[Any]]:
 
 @cache
 def choices(owner: type) -> dict[str, tuple[str, ...]]:
-    """The words between which options of a dataclass choose, from their ``Literal`` types."""
+    """The values between which options of a dataclass choose, from their ``Literal`` types."""
     hints = get_type_hints(owner)
     return {f.name: get_args(hints[f.name]) for f in dataclasses.fields(owner) if get_origin(hints[f.name]) is Literal}

@@ -7,8 +7,6 @@ from typing import Any, NamedTuple
 
 import pyro
 import torch
-from peft import PeftModel
-from pyro.nn import PyroModule
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
@@ -23,17 +21,14 @@ from bayeslora.adapters.drawing import (
     using_noise,
 )
 from bayeslora.adapters.groups import active_adapter
-from bayeslora.adapters.inject import adapt, with_lora_fields
 from bayeslora.adapters.modes import without_cache
 from bayeslora.adapters.provenance import Sketch, kept_keys, not_in_checkpoint
-from bayeslora.config import MonteCLoRAConfig
 from bayeslora.distributed import own_noise, refuse_sharded
 from bayeslora.distributions import random_signs
 from bayeslora.elbo import CooperativeELBO, replayed
 from bayeslora.errors import InputError
-from bayeslora.guides import GUIDES, Guide
-from bayeslora.models import MonteCLoRA
-from bayeslora.models.likelihoods import as_likelihood
+from bayeslora.guides.base import Guide
+from bayeslora.models.joint import JointModel
 from bayeslora.noise_schedules import SCHEDULES, NoiseSchedule
 from bayeslora.recorder import Recorder
 from bayeslora.wrapper import WrappedNetwork
@@ -46,31 +41,26 @@ class Posterior(WrappedNetwork):
 
     :class:`bayeslora.BayesLoRA` is this with what is done with a posterior: predict, save, merge and so on. Whatever
     does one of those takes a Posterior.
+
+    Args:
+        model: Prior, network and likelihood.
+        guide: A guide that was built from this model.
+
+    Raises:
+        InputError: for a noise schedule that the guide or the likelihood cannot follow.
     """
 
     guide: Any
 
-    def __init__(
-        self,
-        network: nn.Module,
-        config: MonteCLoRAConfig | None = None,
-        *,
-        guide: Callable[[MonteCLoRA], nn.Module] | None = None,
-        likelihood: PyroModule | None = None,
-    ):
+    def __init__(self, model: JointModel, guide: nn.Module):
         nn.Module.__init__(self)
-        if isinstance(network, Posterior):
-            raise InputError("this is a BayesLoRA already: pass the network itself, or go on with this one")
-        config = config or MonteCLoRAConfig()
-        if isinstance(network, PeftModel):
-            config = with_lora_fields(config, network)
-        self.monteclora_config = config
-        self.network = adapt(network, config)
+        self.monteclora_config = config = model.config
+        self.network = model.network
         #: Keys of the base network's tensors that its checkpoint does not hold, and that are saved with the adapter.
         self.kept_keys = kept_keys(self.network, not_in_checkpoint(self.network))
         self.sketches: dict[str, Sketch] = {}  # of what is taken from the base network, made at the first saving
-        self.model = MonteCLoRA(self.network, config, likelihood=likelihood)
-        self.guide = self._build_guide(guide)
+        self.model = model
+        self.guide = guide
         if config.noise_units == "relative":
             self._set_noise_units()
         self.elbo = CooperativeELBO.from_config(config)
@@ -81,32 +71,28 @@ class Posterior(WrappedNetwork):
         self._freeze()
         self._say_what_counts()
 
-    def _build_guide(self, guide: Callable[[MonteCLoRA], nn.Module] | None) -> nn.Module:
-        if guide is None:
-            if self.monteclora_config.guide not in GUIDES:
-                raise InputError(f"no guide {self.monteclora_config.guide!r}; there are {', '.join(GUIDES)}, "
-                                 "or pass a class as guide=")  # fmt: skip
-            guide = GUIDES[self.monteclora_config.guide]
-        if isinstance(guide, nn.Module):
-            raise InputError(
-                f"guide= takes a class or function of the model, not a finished {type(guide).__name__}: "
-                "a guide belongs to the model it was built from"
-            )
-        device = next(self.network.parameters()).device
-        return guide(self.model).to(device)
-
     def _set_noise_units(self) -> None:
         if not getattr(self.guide, "follows_noise_schedule", False):
-            raise InputError(f"noise_units='relative' sets ε layer by layer, and a {type(self.guide).__name__} does not "
-                             "follow: use one of the guides that are shipped, or noise_units='absolute'")  # fmt: skip
+            raise InputError(
+                f"noise_units='relative' sets ε layer by layer, and a {type(self.guide).__name__} does not follow: "
+                "use one of the guides that are shipped, or noise_units='absolute'"
+            )
         self.model.set_noise_units(self.guide.noise_variance)
 
     def _build_noise_schedule(self) -> NoiseSchedule:
         name = self.monteclora_config.noise_schedule
         if name != "constant" and not getattr(self.guide, "follows_noise_schedule", False):
-            raise InputError(f"noise_schedule={name!r} changes ε, and a {type(self.guide).__name__} does not follow: "
-                             "use one of the guides that are shipped, or noise_schedule='constant'")  # fmt: skip
-        return SCHEDULES[name](self.model)
+            raise InputError(
+                f"noise_schedule={name!r} changes ε, and a {type(self.guide).__name__} does not follow: "
+                "use one of the guides that are shipped, or noise_schedule='constant'"
+            )
+        schedule = SCHEDULES[name]
+        if schedule.needs_classes and not self.model.labelling.of_classes:
+            raise InputError(
+                f"noise_schedule={name!r} follows the entropy of class probabilities, and this network has none: "
+                "choose another noise_schedule"
+            )
+        return schedule(self.model)
 
     def _freeze(self) -> None:
         """Only what the objective depends on is trained, so that every trained parameter gets a gradient."""
@@ -122,7 +108,7 @@ class Posterior(WrappedNetwork):
         """Tell Trainer, which asks the network, whether it can count what the objective averages over."""
         base: Any = self.network.get_base_model()
         base.accepts_loss_kwargs = getattr(self.model.likelihood, "counted_by_trainer", False)
-        loss_type = as_likelihood(self.model.likelihood).loss_type
+        loss_type = self.model.labelling.loss_type
         if loss_type is not None:
             base.loss_type = loss_type  # GPT-2 does not say so: the first label has nothing before it
 
@@ -187,8 +173,10 @@ class Posterior(WrappedNetwork):
                 "torchrun, or show this one a single device (CUDA_VISIBLE_DEVICES=0)"
             )
         if "fused_lm_head" in inputs:
-            raise InputError("trl.SFTTrainer steps on a loss of its own, without noise and KL: use "
-                             "bayeslora.training.sft.BayesSFTTrainer, which takes the same arguments")  # fmt: skip
+            raise InputError(
+                "trl.SFTTrainer steps on a loss of its own, without noise and KL: use "
+                "bayeslora.training.sft.BayesSFTTrainer, which takes the same arguments"
+            )
         output = self._run(labels, inputs, traced=torch.compiler.is_compiling())
         if num_items_in_batch is not None and labels is not None:
             output.loss = output.loss * self.share(labels, num_items_in_batch)
@@ -249,9 +237,7 @@ class Posterior(WrappedNetwork):
             self._arrives = True
         logits = torch.stack(outputs).mean(0).detach()
         self.noise_schedule.see_logits(logits)
-        self.noise_schedule.see_loss(
-            as_likelihood(self.model.likelihood).unlearned(logits, batch["labels"], self.elbo.parts.task)
-        )
+        self.noise_schedule.see_loss(self.model.labelling.unlearned(logits, batch["labels"], self.elbo.parts.task))
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
     def _check_objective(self) -> None:

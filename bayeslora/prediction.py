@@ -13,11 +13,25 @@ from bayeslora.analysis.metrics.registry import calibration_summary
 
 Array = Any  # a numpy array, or None where there is no such thing
 
-_OF_SOME_KINDS = frozenset({
-    "label_names", "probs", "entropy", "mutual_information", "sample_log_probs", "sample_probs",
-    "mean", "std", "sample_means", "noise_scale",
-    "text_log_likelihood", "num_tokens", "text_log_predictive", "nats_per_token", "perplexity",
-})  # fmt: skip
+_OF_SOME_KINDS = frozenset(
+    {
+        "label_names",
+        "probs",
+        "entropy",
+        "mutual_information",
+        "sample_log_probs",
+        "sample_probs",
+        "mean",
+        "std",
+        "sample_means",
+        "noise_scale",
+        "text_log_likelihood",
+        "num_tokens",
+        "text_log_predictive",
+        "nats_per_token",
+        "perplexity",
+    }
+)
 
 
 @dataclass(frozen=True)

@@ -113,9 +113,9 @@ def open_run(folder: str | Path, *, model: str | Path | None = None, data_dir: s
         InputError: when it is no run folder, or the run is not finished.
 
     Example:
-        >>> run = open_run("runs/reviews")  # doctest: +SKIP
-        >>> prediction = run.predict(["the film is good", "a dull plot"])  # doctest: +SKIP
-        >>> prediction.label_names, prediction.probs.shape  # doctest: +SKIP
+        >>> run = open_run("runs/reviews")
+        >>> prediction = run.predict(["the film is good", "a dull plot"])
+        >>> prediction.label_names, prediction.probs.shape
         (('bad', 'good'), (2, 2))
     """
     folder = Path(folder)

@@ -23,8 +23,10 @@ class WrappedNetwork(PeftModel):
     def __setattr__(self, name: str, value: Any) -> None:
         before = self.__dict__.get("_modules", {}).get(name, value)
         if name == "network" and before is not value and not self.__dict__.get("_is_replica"):
-            raise InputError("the model and the guide belong to this network: build a BayesLoRA on the other one, or "
-                             "change this one in place (bayes.compile(), bayes.network.set_adapter(...))")  # fmt: skip
+            raise InputError(
+                "the model and the guide belong to this network: build a BayesLoRA on the other one, or "
+                "change this one in place (bayes.compile(), bayes.network.set_adapter(...))"
+            )
         super().__setattr__(name, value)
 
     @property
@@ -108,9 +110,9 @@ class WrappedNetwork(PeftModel):
 
 def repeated_blocks(network: nn.Module) -> list[nn.Module]:
     """The blocks of a network's stacks: members of its outermost lists of two or more modules of one class."""
-    found: list[nn.Module] = []
+    repeated: list[nn.Module] = []
     for child in network.children():
         blocks = list(child) if isinstance(child, nn.ModuleList) else []
         alike = len(blocks) > 1 and len({type(block) for block in blocks}) == 1
-        found += blocks if alike else repeated_blocks(child)
-    return found
+        repeated += blocks if alike else repeated_blocks(child)
+    return repeated

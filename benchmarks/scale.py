@@ -64,10 +64,16 @@ class Decoder:
 
     def build(self, device: str) -> torch.nn.Module:
         config = transformers.LlamaConfig(
-            vocab_size=self.vocabulary, hidden_size=self.hidden, num_hidden_layers=self.layers,
-            intermediate_size=self.intermediate, num_attention_heads=self.heads, num_key_value_heads=self.kv_heads,
-            max_position_embeddings=4096, num_labels=2, pad_token_id=0,
-        )  # fmt: skip
+            vocab_size=self.vocabulary,
+            hidden_size=self.hidden,
+            num_hidden_layers=self.layers,
+            intermediate_size=self.intermediate,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            max_position_embeddings=4096,
+            num_labels=2,
+            pad_token_id=0,
+        )
         kind = torch.bfloat16 if device == "meta" else torch.float32
         with torch.device(device):
             return transformers.AutoModelForSequenceClassification.from_config(
@@ -91,17 +97,17 @@ SMALL = [
 def build(method: str, decoder: Decoder, device: str) -> torch.nn.Module:
     torch.manual_seed(0)
     network = decoder.build(device)
-    words: dict[str, Any] = {"r": RANK, "target_modules": list(TARGETS)}
+    options: dict[str, Any] = {"r": RANK, "target_modules": list(TARGETS)}
     if method in (BAYES, SHARED):
         noise = "shared" if method == SHARED else "per_example"
-        config = MonteCLoRAConfig(**words, num_components=COMPONENTS, guide="mean_field", noise=noise)
+        config = MonteCLoRAConfig(**options, num_components=COMPONENTS, guide="mean_field", noise=noise)
         with torch.device(device):
             bayes = BayesLoRA(network, config)
         bayes._rows = True  # rows of a Llama's layers are tokens of its examples; a probe would need data
         return bayes.train()
     if method == PEFT:
-        words["monteclora_config"] = MontecloraConfig(num_samples=COMPONENTS)
-    return get_peft_model(network, LoraConfig(**words, task_type="SEQ_CLS")).train()
+        options["monteclora_config"] = MontecloraConfig(num_samples=COMPONENTS)
+    return get_peft_model(network, LoraConfig(**options, task_type="SEQ_CLS")).train()
 
 
 def batch_of(decoder: Decoder, device: str) -> dict[str, torch.Tensor]:
@@ -142,8 +148,14 @@ def count(method: str, decoder: Decoder, device: str = "meta") -> Count:
         entries = RANK * sum(size for size, _ in linears(decoder))
         products = 3 * 2 * COMPONENTS * RANK * entries  # N noises times a Cholesky factor, and back
         drawn = 4 * (COMPONENTS + 1) * entries
-        return Count(base.weights, base.adapter, 4 * 150 * COMPONENTS * entries, base.draw + drawn, base.activations,
-                     base.operations + products)  # fmt: skip
+        return Count(
+            base.weights,
+            base.adapter,
+            4 * 150 * COMPONENTS * entries,
+            base.draw + drawn,
+            base.activations,
+            base.operations + products,
+        )
     model = build(method, decoder, device)
     kept, operations = run(model, method, decoder, device)
     half, _ = run(model, method, replace(decoder, tokens=decoder.tokens // 2), device)
@@ -178,8 +190,15 @@ def linears(decoder: Decoder) -> list[tuple[int, int]]:
     """Inputs and outputs of every adapted layer."""
     hidden, wide = decoder.hidden, decoder.intermediate
     narrow = hidden * decoder.kv_heads // decoder.heads
-    block = [(hidden, hidden), (hidden, narrow), (hidden, narrow), (hidden, hidden), (hidden, wide), (hidden, wide),
-             (wide, hidden)]  # fmt: skip
+    block = [
+        (hidden, hidden),
+        (hidden, narrow),
+        (hidden, narrow),
+        (hidden, hidden),
+        (hidden, wide),
+        (hidden, wide),
+        (wide, hidden),
+    ]
     return block * decoder.layers
 
 
@@ -270,8 +289,12 @@ def tables(large: dict[str, dict[str, Count]], checks: list[dict[str, Any]]) -> 
         for method, one in counts.items():
             total = one.total(decoder)
             cells = [f"{part / GIB:.2f}" for part in (one.weights, one.adapter, one.buffers, one.draw, total)]
-            cells += [f"{total / base.total(decoder):.3f}", f"{one.everything / GIB:.2f}",
-                      f"{one.everything / base.everything:.3f}", f"{one.operations / base.operations:.4f}"]  # fmt: skip
+            cells += [
+                f"{total / base.total(decoder):.3f}",
+                f"{one.everything / GIB:.2f}",
+                f"{one.everything / base.everything:.3f}",
+                f"{one.operations / base.operations:.4f}",
+            ]
             lines.append(f"| {decoder.name} | {method} | {' | '.join(cells)} |")
     if checks:
         lines += [
@@ -294,8 +317,9 @@ def tables(large: dict[str, dict[str, Count]], checks: list[dict[str, Any]]) -> 
     return "\n".join(lines) + "\n"
 
 
-def fused_attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any,
-                    **__: Any) -> tuple[torch.Tensor, None]:  # fmt: skip
+def fused_attention(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
+) -> tuple[torch.Tensor, None]:
     """Causal attention that keeps no matrix of tokens by tokens, on the meta device too."""
     groups = query.shape[1] // key.shape[1]
     key, value = (one.repeat_interleave(groups, 1) if groups > 1 else one for one in (key, value))

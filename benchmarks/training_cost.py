@@ -176,8 +176,10 @@ def machine(threads: int) -> dict[str, object]:
 
 
 def headline_table(points: list[dict]) -> list[str]:
-    lines = ["| batch × tokens | method | ms a step | ratio to LoRA | middle half | peak MiB | memory to LoRA |",
-             "|---|---|---:|---:|---:|---:|---:|"]  # fmt: skip
+    lines = [
+        "| batch × tokens | method | ms a step | ratio to LoRA | middle half | peak MiB | memory to LoRA |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
     for point in points:
         name = f"{point['setting']['batch']} × {point['setting']['length']}"
         base = point["methods"][LORA]["peak_mib"]
@@ -195,15 +197,20 @@ def growth_tables(study: str, points: list[dict]) -> list[str]:
     """Ratio of a step's time, then extra memory, along one dimension; and how time grows from first to last."""
     word, field = STUDIES[study][0], FIELDS[study]
     values = [point["setting"][field] for point in points]
-    lines = [f"| time to LoRA, {word} = | " + " | ".join(map(str, values)) + " | own step, last to first |",
-             "|---|" + "---:|" * (len(values) + 1)]  # fmt: skip
+    lines = [
+        f"| time to LoRA, {word} = | " + " | ".join(map(str, values)) + " | own step, last to first |",
+        "|---|" + "---:|" * (len(values) + 1),
+    ]
     for method in METHODS:
         rows = [point["methods"].get(method) for point in points]
         cells = [f"{row['ratio']:.3f}" if row else "fails" for row in rows]
         growth = f"{rows[-1]['seconds'] / rows[0]['seconds']:.2f}" if rows[0] and rows[-1] else ""
         lines.append(f"| {method} | " + " | ".join(cells) + f" | {growth} |")
-    lines += ["", f"| peak MiB beyond LoRA's, {word} = | " + " | ".join(map(str, values)) + " |",
-              "|---|" + "---:|" * len(values)]  # fmt: skip
+    lines += [
+        "",
+        f"| peak MiB beyond LoRA's, {word} = | " + " | ".join(map(str, values)) + " |",
+        "|---|" + "---:|" * len(values),
+    ]
     for method in METHODS[1:]:
         pairs = [(point["methods"].get(method), point["methods"][LORA]) for point in points]
         cells = [f"{row['peak_mib'] - base['peak_mib']:+.0f}" if row else "" for row, base in pairs]
@@ -213,9 +220,13 @@ def growth_tables(study: str, points: list[dict]) -> list[str]:
 
 def report(results: dict) -> str:
     """The Markdown of cost.md."""
-    lines = ["# What a training step costs", "",
-             f"`python benchmarks/training_cost.py`; all linear layers of all-MiniLM-L6-v2; unless a column says "
-             f"otherwise {BASE}. Medians over {results['rounds']} rounds.", ""]  # fmt: skip
+    lines = [
+        "# What a training step costs",
+        "",
+        f"`python benchmarks/training_cost.py`; all linear layers of all-MiniLM-L6-v2; unless a column says "
+        f"otherwise {BASE}. Medians over {results['rounds']} rounds.",
+        "",
+    ]
     lines += [", ".join(f"{name} {value}" for name, value in results["machine"].items()), ""]
     for study, points in results["studies"].items():
         lines += [f"## {study}", ""]

@@ -96,8 +96,10 @@ def history() -> list[dict[str, float]]:
     rng = np.random.default_rng(6)
     steps = np.arange(1, 301)
     task = 0.15 + 0.55 * np.exp(-steps / 60) + 0.05 * rng.normal(size=300)
-    log = [{"step": s, "elbo/task": t, "elbo/cooperation": 0.25 + 0.1 * np.exp(-s / 90)}
-           for s, t in zip(steps.tolist(), task.tolist(), strict=True)]  # fmt: skip
+    log = [
+        {"step": s, "elbo/task": t, "elbo/cooperation": 0.25 + 0.1 * np.exp(-s / 90)}
+        for s, t in zip(steps.tolist(), task.tolist(), strict=True)
+    ]
     return log + [{"step": s, "eval_loss": 0.4 + 0.3 * np.exp(-s / 50) + s / 4000} for s in range(30, 301, 30)]
 
 
@@ -121,10 +123,19 @@ def grid() -> pd.DataFrame:
                 for seed in range(3):
                     accuracy = 0.8 - 0.05 * off + 0.01 * rng.normal()
                     nll = 0.45 + 0.25 * width + 0.2 * off + 0.02 * rng.normal()
-                    common = {"task": "made up", "method": method, "learning_rate": rate, "batch_size": batch,
-                              "rank": 8, "seed": seed, "accuracy": accuracy, "nll": nll, "brier": 0.3,
-                              "ece": 0.02 + 0.1 * width + 0.03 * off,
-                              "train_seconds": seconds * (2 if batch == 8 else 1)}  # fmt: skip
+                    common = {
+                        "task": "made up",
+                        "method": method,
+                        "learning_rate": rate,
+                        "batch_size": batch,
+                        "rank": 8,
+                        "seed": seed,
+                        "accuracy": accuracy,
+                        "nll": nll,
+                        "brier": 0.3,
+                        "ece": 0.02 + 0.1 * width + 0.03 * off,
+                        "train_seconds": seconds * (2 if batch == 8 else 1),
+                    }
                     rows += [{**common, "split": split} for split in ("validation", "test")]
     return pd.DataFrame(rows)
 
@@ -150,56 +161,120 @@ def main(folder: Path) -> list[Path]:
         for name, drawn in (("test", draws_of_forecasts(0.4)), ("another domain", draws_of_forecasts(1.5)))
     }
     pictures: list[tuple[str, str, Callable[[], Any]]] = [
-        ("training", "What the loss was made of, step by step; it starts to learn by heart where validation rises.",
-         lambda: analysis.plot_history(history())),
-        ("posterior_spread", "Noise over mean of each adapter, draw by draw.",
-         lambda: analysis.plot_posterior_spread(data)),
-        ("effective_components", "How many of the four components carry each adapter's mixture, 1/Σπ².",
-         lambda: analysis.plot_adapters(
-             NAMES, analysis.effective_components(group["mixture_weights"].values[0]),
-             quantity="effective components  (of 4)")),
-        ("contraction", "How much narrower than the prior each posterior is.",
-         lambda: analysis.plot_contraction(NAMES, noise, before)),
-        ("layer_map", "One number per adapter over the whole network: layers from left to right.",
-         lambda: analysis.plot_layer_map(
-             NAMES, np.median(noise, axis=0) / mean, quantity="median noise / mean of A  (ratio of RMS)")),
-        ("spread_against_mean", "Is the noise large because the mean is?",
-         lambda: analysis.plot_spread_against_mean(NAMES, mean, noise)),
-        ("eigenvalues", "The column covariance Σ, from its widest direction down.",
-         lambda: analysis.plot_eigenvalues(NAMES, analysis.eigenvalues(group["covariance"].values[0]))),
-        ("draws_needed", "How many draws of the posterior are enough for a stated error?",
-         lambda: analysis.plot_draws_needed(analysis.draws_needed(draws_of_forecasts(0.6), tolerance=0.02))),
-        ("variance_shares", "Which layers cause the uncertainty? Bars are shares, lines their intervals.",
-         lambda: analysis.plot_variance_shares(variance_parts())),
-        ("calibration", "Reliability diagram with exact binomial intervals.",
-         lambda: analysis.plot_calibration(methods)),
-        ("calibration_equal_mass", "The same in bins of equally many examples, with bootstrap intervals.",
-         lambda: analysis.plot_calibration(methods, binning="mass", interval="bootstrap")),
-        ("brier_parts", "What a Brier score is made of.",
-         lambda: analysis.plot_brier_parts(methods)),
-        ("risk_coverage", "Answer only where sure: how many errors are left?",
-         lambda: analysis.plot_risk_coverage(uncertain)),
-        ("detection", "Foreign inputs found by their entropy, against false alarms.",
-         lambda: analysis.plot_detection(
-             {name: tuple(map(analysis.predictive_entropy, pair)) for name, pair in entropies.items()})),
-        ("entropy_parts", "Noise that stays, and what the draws disagree about.",
-         lambda: analysis.plot_entropy_parts(parts)),
-        ("agreement", "Is the model unsure where people disagree?",
-         lambda: analysis.plot_agreement(*people(), unit="entropy of the raters' votes  (nats)")),
-        ("grid_spread", "Robustness: each method over all settings of a grid.",
-         lambda: analysis.plot_grid_spread(grid(), metric="nll")),
-        ("learning_rates", "How much a method asks of its learning rate: mean and range over batch sizes and seeds.",
-         lambda: analysis.plot_learning_rates(grid())),
-        ("accuracy_calibration", "Each method at its own best setting on validation; best is the lower right corner.",
-         lambda: analysis.plot_accuracy_calibration(grid())),
-        ("cost", "What a better likelihood costs in training.",
-         lambda: analysis.plot_cost(grid())),
-        ("rank_ecdf", "Simulation-based calibration: is the posterior right over many data sets?",
-         lambda: analysis.plot_rank_ecdf(ranks(), 99)),
-    ]  # fmt: skip
+        (
+            "training",
+            "What the loss was made of, step by step; it starts to learn by heart where validation rises.",
+            lambda: analysis.plot_history(history()),
+        ),
+        (
+            "posterior_spread",
+            "Noise over mean of each adapter, draw by draw.",
+            lambda: analysis.plot_posterior_spread(data),
+        ),
+        (
+            "effective_components",
+            "How many of the four components carry each adapter's mixture, 1/Σπ².",
+            lambda: analysis.plot_adapters(
+                NAMES,
+                analysis.effective_components(group["mixture_weights"].values[0]),
+                quantity="effective components  (of 4)",
+            ),
+        ),
+        (
+            "contraction",
+            "How much narrower than the prior each posterior is.",
+            lambda: analysis.plot_contraction(NAMES, noise, before),
+        ),
+        (
+            "layer_map",
+            "One number per adapter over the whole network: layers from left to right.",
+            lambda: analysis.plot_layer_map(
+                NAMES, np.median(noise, axis=0) / mean, quantity="median noise / mean of A  (ratio of RMS)"
+            ),
+        ),
+        (
+            "spread_against_mean",
+            "Is the noise large because the mean is?",
+            lambda: analysis.plot_spread_against_mean(NAMES, mean, noise),
+        ),
+        (
+            "eigenvalues",
+            "The column covariance Σ, from its widest direction down.",
+            lambda: analysis.plot_eigenvalues(NAMES, analysis.eigenvalues(group["covariance"].values[0])),
+        ),
+        (
+            "draws_needed",
+            "How many draws of the posterior are enough for a stated error?",
+            lambda: analysis.plot_draws_needed(analysis.draws_needed(draws_of_forecasts(0.6), tolerance=0.02)),
+        ),
+        (
+            "variance_shares",
+            "Which layers cause the uncertainty? Bars are shares, lines their intervals.",
+            lambda: analysis.plot_variance_shares(variance_parts()),
+        ),
+        (
+            "calibration",
+            "Reliability diagram with exact binomial intervals.",
+            lambda: analysis.plot_calibration(methods),
+        ),
+        (
+            "calibration_equal_mass",
+            "The same in bins of equally many examples, with bootstrap intervals.",
+            lambda: analysis.plot_calibration(methods, binning="mass", interval="bootstrap"),
+        ),
+        ("brier_parts", "What a Brier score is made of.", lambda: analysis.plot_brier_parts(methods)),
+        (
+            "risk_coverage",
+            "Answer only where sure: how many errors are left?",
+            lambda: analysis.plot_risk_coverage(uncertain),
+        ),
+        (
+            "detection",
+            "Foreign inputs found by their entropy, against false alarms.",
+            lambda: analysis.plot_detection(
+                {name: tuple(map(analysis.predictive_entropy, pair)) for name, pair in entropies.items()}
+            ),
+        ),
+        (
+            "entropy_parts",
+            "Noise that stays, and what the draws disagree about.",
+            lambda: analysis.plot_entropy_parts(parts),
+        ),
+        (
+            "agreement",
+            "Is the model unsure where people disagree?",
+            lambda: analysis.plot_agreement(*people(), unit="entropy of the raters' votes  (nats)"),
+        ),
+        (
+            "grid_spread",
+            "Robustness: each method over all settings of a grid.",
+            lambda: analysis.plot_grid_spread(grid(), metric="nll"),
+        ),
+        (
+            "learning_rates",
+            "How much a method asks of its learning rate: mean and range over batch sizes and seeds.",
+            lambda: analysis.plot_learning_rates(grid()),
+        ),
+        (
+            "accuracy_calibration",
+            "Each method at its own best setting on validation; best is the lower right corner.",
+            lambda: analysis.plot_accuracy_calibration(grid()),
+        ),
+        ("cost", "What a better likelihood costs in training.", lambda: analysis.plot_cost(grid())),
+        (
+            "rank_ecdf",
+            "Simulation-based calibration: is the posterior right over many data sets?",
+            lambda: analysis.plot_rank_ecdf(ranks(), 99),
+        ),
+    ]
     (folder / "gallery").mkdir(parents=True, exist_ok=True)
-    lines = ["# Gallery", "", "Made-up numbers, drawn by `python docs/make_gallery.py`; the functions are those of",
-             "`bayeslora.analysis`.", ""]  # fmt: skip
+    lines = [
+        "# Gallery",
+        "",
+        "Made-up numbers, drawn by `python docs/make_gallery.py`; the functions are those of",
+        "`bayeslora.analysis`.",
+        "",
+    ]
     written = []
     for name, caption, draw in pictures:
         path = folder / "gallery" / f"{name}.png"

@@ -49,8 +49,14 @@ def make_world(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.txt").write_text("\n".join(vocabulary), encoding="utf-8")
     tokenizer = BertTokenizerFast(vocab=str(folder / "vocab.txt"))
-    config = BertConfig(vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=3, num_attention_heads=4,
-                        intermediate_size=128, max_position_embeddings=32)  # fmt: skip
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=128,
+        max_position_embeddings=32,
+    )
     network = BertForSequenceClassification(config)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
     texts, labels = zip(*reviews("films", 2000, seed=0), strict=True)

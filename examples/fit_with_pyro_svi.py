@@ -32,8 +32,10 @@ def main(*, model: str = "demo", train_examples: int = 64) -> list[float]:
     for batch in DataLoader(train, batch_size=16, shuffle=True, collate_fn=Collator.for_network(network)):
         losses.append(svi.step(**batch))
         parts = elbo.parts.to_floats()
-        print(f"loss {losses[-1]:.4f} = task {parts['task']:.4f} + 1e-5 x KL {parts['kl']:.1f} "
-              f"+ cooperation {parts['cooperation']:.4f}")  # fmt: skip
+        print(
+            f"loss {losses[-1]:.4f} = task {parts['task']:.4f} + 1e-5 x KL {parts['kl']:.1f} "
+            f"+ cooperation {parts['cooperation']:.4f}"
+        )
     return losses
 
 

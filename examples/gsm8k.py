@@ -32,33 +32,54 @@ from bayeslora.judging.judge import judge_gsm8k
 
 
 def main(
-    data_dir: str | None = None, output: str | None = None, *, model: str = "demo-lm", training: int = 200,
-    testing: int = 60, questions: int = 10, epochs: int = 1, num_samples: int = 4, seed: int = 0,
+    data_dir: str | None = None,
+    output: str | None = None,
+    *,
+    model: str = "demo-lm",
+    training: int = 200,
+    testing: int = 60,
+    questions: int = 10,
+    epochs: int = 1,
+    num_samples: int = 4,
+    seed: int = 0,
     sample_scaler: float = 0.1,
-) -> dict[str, dict[str, float]]:  # fmt: skip
+) -> dict[str, dict[str, float]]:
     """Fit both, print a line of numbers for each, and return them by method."""
-    place, task, found = Path(output or tempfile.mkdtemp()), load_task("gsm8k", data_dir), {}
+    place, task, scores = Path(output or tempfile.mkdtemp()), load_task("gsm8k", data_dir), {}
     for name, scale in (("LoRA", 0.0), ("MonteCLoRA", sample_scaler)):
         set_seed(seed)  # the same start for all: A is drawn when the adapters are made
         network, tokenizer = task.load_network(model)
         train = task.encode(tokenizer, "train", limit=training, max_length=256)
         test = task.encode(tokenizer, "test", limit=testing, max_length=256)
         bayes = BayesLoRA(network, MonteCLoRAConfig(sample_scaler=scale), likelihood=task.likelihood())
-        fit(bayes, train, output_dir=place / name, epochs=epochs, batch_size=4, learning_rate=5e-4, seed=seed,
-            save_strategy="no")  # fmt: skip
+        fit(
+            bayes,
+            train,
+            output_dir=place / name,
+            epochs=epochs,
+            batch_size=4,
+            learning_rate=5e-4,
+            seed=seed,
+            save_strategy="no",
+        )
         draws = num_samples if scale else 0
         tokens = token_uncertainty(bayes, test, num_samples=draws)
-        written = bayes.generate(task.prompts(tokenizer, "test", limit=questions), tokenizer=tokenizer,
-                                 num_samples=draws, max_new_tokens=160, stops=task.stops)  # fmt: skip
-        found[name] = {
+        written = bayes.generate(
+            task.prompts(tokenizer, "test", limit=questions),
+            tokenizer=tokenizer,
+            num_samples=draws,
+            max_new_tokens=160,
+            stops=task.stops,
+        )
+        scores[name] = {
             "nats a token": -float(np.concatenate(tokens.log_prob).mean()),
             "entropy": float(np.concatenate(tokens.entropy).mean()),
             "mutual information": float(np.concatenate(tokens.mutual_information).mean()),
             "confidence in what it writes": float(written.confidence.mean()),
             **judge_gsm8k(written, task.split("test", limit=questions)["answer"][:]),
         }
-        print(f"{name:11s}", "   ".join(f"{key} {value:.3f}" for key, value in found[name].items()), flush=True)
-    return found
+        print(f"{name:11s}", "   ".join(f"{key} {value:.3f}" for key, value in scores[name].items()), flush=True)
+    return scores
 
 
 if __name__ == "__main__":

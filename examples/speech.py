@@ -36,8 +36,8 @@ from bayeslora.assets.fetch import speech_encoder
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 HEARD, UNHEARD = ("en-us", "en-gb-x-rp"), ("en-gb-scotland", "en-029", "en-gb-x-gbcwmd")
 LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
-WORDS = {"r": 8, "target_modules": LAYERS, "modules_to_save": ("projector", "classifier")}
-METHODS = {"LoRA": MonteCLoRAConfig(**WORDS, sample_scaler=0.0), "MonteCLoRA": MonteCLoRAConfig(**WORDS)}
+ADAPTER = {"r": 8, "target_modules": LAYERS, "modules_to_save": ("projector", "classifier")}
+METHODS = {"LoRA": MonteCLoRAConfig(**ADAPTER, sample_scaler=0.0), "MonteCLoRA": MonteCLoRAConfig(**ADAPTER)}
 RATE, RATE_PARAMETER, PITCH_PARAMETER, SYNCHRONOUS, UTF8 = 16_000, 1, 3, 2, 1
 
 
@@ -72,9 +72,11 @@ def utterances(voices: tuple[str, ...], count: int, extractor, synthesiser: Synt
     chance, examples = np.random.default_rng(seed), []
     for number in range(count):
         wave = synthesiser.say(
-            DIGITS[number % 10], str(chance.choice(voices)), pitch=int(chance.integers(20, 80)),
+            DIGITS[number % 10],
+            str(chance.choice(voices)),
+            pitch=int(chance.integers(20, 80)),
             words_per_minute=int(chance.integers(130, 220)),
-        )[:RATE]  # fmt: skip
+        )[:RATE]
         second = np.zeros(RATE)
         start = chance.integers(RATE - len(wave) + 1)
         second[start : start + len(wave)] = wave
@@ -102,19 +104,36 @@ def main(
     extractor = AutoFeatureExtractor.from_pretrained(speech_encoder(), chunk_length=1)
     synthesiser = Synthesiser()
     train = utterances(HEARD, training, extractor, synthesiser, seed=0)
-    splits = {"heard": utterances(HEARD, testing, extractor, synthesiser, seed=1),
-              "unheard": utterances(UNHEARD, testing, extractor, synthesiser, seed=2)}  # fmt: skip
+    splits = {
+        "heard": utterances(HEARD, testing, extractor, synthesiser, seed=1),
+        "unheard": utterances(UNHEARD, testing, extractor, synthesiser, seed=2),
+    }
     rows: list[dict] = []
     for seed in seeds:
         for name, config in METHODS.items():
             set_seed(seed)
             bayes = BayesLoRA(encoder(), config)
-            fit(bayes, train, output_dir=place / f"{name}-{seed}", epochs=epochs, batch_size=10, learning_rate=1e-3,
-                seed=seed, save_strategy="no", progress=False)  # fmt: skip
+            fit(
+                bayes,
+                train,
+                output_dir=place / f"{name}-{seed}",
+                epochs=epochs,
+                batch_size=10,
+                learning_rate=1e-3,
+                seed=seed,
+                save_strategy="no",
+                progress=False,
+            )
             for split, examples in splits.items():
-                found = bayes.predict(examples, num_samples=8, progress=False)
-                rows.append({"method": name, "split": split, "seed": seed,
-                             **calibration_summary(found.probs, found.labels)})  # fmt: skip
+                prediction = bayes.predict(examples, num_samples=8, progress=False)
+                rows.append(
+                    {
+                        "method": name,
+                        "split": split,
+                        "seed": seed,
+                        **calibration_summary(prediction.probs, prediction.labels),
+                    }
+                )
             if seed == seeds[0] and config.sample_scaler:
                 posterior = sum(p.numel() for p in bayes.guide.parameters())
                 adapter = sum(p.numel() for p in bayes.network.parameters() if p.requires_grad)

@@ -31,8 +31,8 @@ from transformers import ViTConfig, ViTForImageClassification, set_seed
 from bayeslora import BayesLoRA, MonteCLoRAConfig, fit
 from bayeslora.analysis import calibration_summary, comparison_table, to_markdown
 
-WORDS = {"r": 8, "target_modules": "all-linear", "modules_to_save": ("classifier",)}
-METHODS = {"LoRA": MonteCLoRAConfig(**WORDS, sample_scaler=0.0), "MonteCLoRA": MonteCLoRAConfig(**WORDS)}
+ADAPTER = {"r": 8, "target_modules": "all-linear", "modules_to_save": ("classifier",)}
+METHODS = {"LoRA": MonteCLoRAConfig(**ADAPTER, sample_scaler=0.0), "MonteCLoRA": MonteCLoRAConfig(**ADAPTER)}
 
 
 def digits(rows: np.ndarray, *, turns: int = 1, noise: float = 0.0) -> list[dict]:
@@ -49,10 +49,19 @@ def digits(rows: np.ndarray, *, turns: int = 1, noise: float = 0.0) -> list[dict
 def pretrain(rows: np.ndarray, epochs: int) -> nn.Module:
     """A vision transformer that has learnt the upright digits."""
     set_seed(0)
-    network = ViTForImageClassification(ViTConfig(
-        image_size=8, patch_size=2, num_channels=1, hidden_size=64, num_hidden_layers=4, num_attention_heads=4,
-        intermediate_size=128, num_labels=10, hidden_dropout_prob=0.1,
-    ))  # fmt: skip
+    network = ViTForImageClassification(
+        ViTConfig(
+            image_size=8,
+            patch_size=2,
+            num_channels=1,
+            hidden_size=64,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            intermediate_size=128,
+            num_labels=10,
+            hidden_dropout_prob=0.1,
+        )
+    )
     examples = digits(rows, turns=0)
     images = torch.stack([example["pixel_values"] for example in examples])
     labels = torch.tensor([example["labels"] for example in examples])
@@ -84,12 +93,27 @@ def main(
         for name, config in METHODS.items():
             set_seed(seed)
             bayes = BayesLoRA(copy.deepcopy(pretrained), config)
-            fit(bayes, digits(order[1000:1100]), output_dir=place / f"{name}-{seed}", epochs=epochs, batch_size=10,
-                learning_rate=3e-3, seed=seed, save_strategy="no", progress=False)  # fmt: skip
+            fit(
+                bayes,
+                digits(order[1000:1100]),
+                output_dir=place / f"{name}-{seed}",
+                epochs=epochs,
+                batch_size=10,
+                learning_rate=3e-3,
+                seed=seed,
+                save_strategy="no",
+                progress=False,
+            )
             for split, examples in splits.items():
-                found = bayes.predict(examples, num_samples=8, progress=False)
-                rows.append({"method": name, "split": split, "seed": seed,
-                             **calibration_summary(found.probs, found.labels)})  # fmt: skip
+                prediction = bayes.predict(examples, num_samples=8, progress=False)
+                rows.append(
+                    {
+                        "method": name,
+                        "split": split,
+                        "seed": seed,
+                        **calibration_summary(prediction.probs, prediction.labels),
+                    }
+                )
             if seed == seeds[0] and config.sample_scaler:
                 posterior = sum(p.numel() for p in bayes.guide.parameters())
                 adapter = sum(p.numel() for p in bayes.network.parameters() if p.requires_grad)

@@ -63,8 +63,10 @@ def main(
         prediction = bayes.predict(test, num_samples=8)
         scores[name] = calibration_summary(prediction.probs, prediction.labels)
         spread = to_arviz(bayes, num_samples=16)["posterior"]["noise_to_signal"]
-        print(f"{name:16} accuracy {scores[name]['accuracy']:.3f}  NLL {scores[name]['nll']:.3f}  "
-              f"ECE {scores[name]['ece']:.3f}  median noise over signal {float(spread.median()):.2f}")  # fmt: skip
+        print(
+            f"{name:16} accuracy {scores[name]['accuracy']:.3f}  NLL {scores[name]['nll']:.3f}  "
+            f"ECE {scores[name]['ece']:.3f}  median noise over signal {float(spread.median()):.2f}"
+        )
     return scores
 
 

@@ -41,8 +41,10 @@ class GaussianGuide(Guide):
     def __init__(self, model: Prior):
         super().__init__(model)
         if self.config.components == "explicit":
-            raise InputError("the gaussian guide describes A as a whole: use components='collapsed', which has the "
-                             "same law, or another guide to look at the components")  # fmt: skip
+            raise InputError(
+                "the gaussian guide describes A as a whole: use components='collapsed', which has the "
+                "same law, or another guide to look at the components"
+            )
         for group in model.groups:
             variance = expected_cooperation(model.weights_prior(group)) * (self.config.scale_init or 1.0)
             shape = (len(group), group.columns, group.rank)

@@ -99,7 +99,8 @@ def expected_largest_square(concentration: Tensor, points: int = 4096) -> Tensor
     r"""E[max_k π_k²] under Dir(α), by quadrature.
 
     π is :math:`G / \sum_k G_k` with gamma variables G, and independent of their sum, so it is
-    :math:`E[\max_k G_k^2] / (\alpha_0(\alpha_0 + 1))`, and the numerator :math:`\int_0^\infty 2t\,(1 - \prod_k F_k(t))\,dt`.
+    :math:`E[\max_k G_k^2] / (\alpha_0(\alpha_0 + 1))`, and the numerator
+    :math:`\int_0^\infty 2t\,(1 - \prod_k F_k(t))\,dt`.
 
     Args:
         concentration: α, shape ``(..., N)``.

@@ -16,22 +16,15 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from bayeslora.errors import InputError
-from bayeslora.models.likelihoods import CategoricalLikelihood, Likelihood, Where, example_plate, plain
+from bayeslora.errors import InputError, Where
+from bayeslora.models.likelihoods import CategoricalLikelihood, Likelihood, example_plate
+from bayeslora.models.network import vocabulary_size
 from bayeslora.prediction import TextPrediction
 
 NOT_SCORED = -100  # the label of a token that is read but not scored, as in transformers
 ABSENT = -1e4  # the score of an option that is not there: its probability is exactly 0, and all stays finite
 Reduction = Literal["mean", "sum"]
 Normalization = Literal["tokens", "characters", "none"]
-
-
-def vocabulary_size(network: Any) -> int | None:
-    """Rows of the embedding of tokens; None where there is no such table."""
-    try:
-        return getattr(plain(network).get_input_embeddings(), "num_embeddings", None)
-    except (AttributeError, NotImplementedError):  # no network of transformers, or one without tokens
-        return None
 
 
 def logits_at(network: nn.Module, inputs: Mapping[str, Any], positions: Tensor) -> Tensor:
@@ -260,13 +253,17 @@ class ChoiceLikelihood(CategoricalLikelihood):
         elif "answer_mask" in inputs:
             scores = self._scores_of_texts(network, inputs)
         else:
-            raise InputError(f"a choice is encoded with answer_mask or letter_ids, and these inputs have "
-                             f"{', '.join(inputs)}: encode them with load_task(...).encode, and give a stock Trainer "
-                             "remove_unused_columns=False")  # fmt: skip
+            raise InputError(
+                f"a choice is encoded with answer_mask or letter_ids, and these inputs have "
+                f"{', '.join(inputs)}: encode them with load_task(...).encode, and give a stock Trainer "
+                "remove_unused_columns=False"
+            )
         missing = len(self.names) - scores.shape[1]
         if missing < 0:
-            raise InputError(f"an example has {scores.shape[1]} options, and the likelihood was made for "
-                             f"{len(self.names)} ({', '.join(self.names)})")  # fmt: skip
+            raise InputError(
+                f"an example has {scores.shape[1]} options, and the likelihood was made for "
+                f"{len(self.names)} ({', '.join(self.names)})"
+            )
         return nn.functional.pad(scores, (0, missing), value=ABSENT)
 
     def _scores_of_texts(self, network: nn.Module, inputs: Mapping[str, Any]) -> Tensor:

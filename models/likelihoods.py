@@ -10,7 +10,7 @@ is none, its defaults hold. Likelihoods of language models are in :mod:`bayeslor
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyro
@@ -23,7 +23,7 @@ from torch.distributions import constraints
 
 from bayeslora.analysis.metrics.registry import METRICS, calibration_summary
 from bayeslora.analysis.metrics.uncertainty import mutual_information, predictive_entropy
-from bayeslora.errors import InputError
+from bayeslora.errors import InputError, Where
 from bayeslora.prediction import ClassPrediction, NumberPrediction, Prediction
 
 UNLABELLED = -1  # how official test splits say that they have no labels
@@ -38,16 +38,6 @@ def example_plate(batch_size: int, num_examples: int | None) -> Iterator[None]:
     scale = (num_examples or batch_size) / batch_size
     with pyro.plate("examples", batch_size, dim=-1), pyro.poutine.scale(scale=scale):
         yield
-
-
-class Where(NamedTuple):
-    """A row of a data set, for what is said about it."""
-
-    dataset: str
-    number: int
-
-    def refused(self, why: str) -> InputError:
-        return InputError(f"{self.dataset}, row {self.number}: {why}")
 
 
 class Likelihood(PyroModule):
@@ -86,7 +76,7 @@ class Likelihood(PyroModule):
     """What :meth:`metrics` gives: the name of each, and whether more is better."""
 
     def outputs(self, network: nn.Module, inputs: Mapping[str, Any], labels: Tensor | None = None) -> Tensor:
-        """What the labels depend on, as the network computes it under the weights that are set.
+        """What the labels depend on, as the network computes it under the draw that is set.
 
         Args:
             network: The network, adapted or not.
@@ -255,8 +245,10 @@ class GaussianLikelihood(Likelihood):
 
     def forward(self, logits: Tensor, labels: Tensor | None, num_examples: int | None = None) -> Tensor:
         if logits.numel() != len(logits):
-            raise InputError(f"one number is learnt for each example, and the network gives {tuple(logits.shape)}: "
-                             "load it with num_labels=1")  # fmt: skip
+            raise InputError(
+                f"one number is learnt for each example, and the network gives {tuple(logits.shape)}: "
+                "load it with num_labels=1"
+            )
         mean = logits.float().reshape(logits.shape[0])
         labels = None if labels is None else _one_each(labels, logits).float()
         with example_plate(mean.shape[0], num_examples):
@@ -293,13 +285,3 @@ def _classes(labels: Tensor | None, logits: Tensor) -> Tensor | None:
     if labels is not None and labels.is_floating_point():
         raise InputError(f"the labels of a classifier are whole numbers (torch.long), got {labels.dtype}")
     return None if labels is None else _one_each(labels, logits)
-
-
-def plain(network: Any) -> Any:
-    """The transformers network itself, where PEFT has wrapped it."""
-    return network.get_base_model() if hasattr(network, "get_base_model") else network
-
-
-def is_causal(network: nn.Module) -> bool:
-    """Whether the network is a causal language model, by its class."""
-    return type(network).__name__.endswith(("ForCausalLM", "LMHeadModel"))

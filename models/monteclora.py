@@ -1,26 +1,16 @@
-"""MonteCLoRA as a Pyro model: the prior's three sites, then the network, then the labels."""
+"""MonteCLoRA as a Pyro model, of a network as it was loaded."""
 
-from collections.abc import Mapping
-from typing import Any
-
-import pyro
-import torch
 from pyro.nn import PyroModule
-from torch import Tensor, nn
+from torch import nn
 
-from bayeslora.adapters.drawing import using_draw
-from bayeslora.adapters.groups import find_groups
 from bayeslora.adapters.inject import adapt
-from bayeslora.adapters.modes import checkpointable, recomputes
 from bayeslora.config import MonteCLoRAConfig
-from bayeslora.errors import InputError
-from bayeslora.models.likelihoods import as_likelihood
-from bayeslora.models.parameter_store import claim_names
-from bayeslora.models.prior import Prior
+from bayeslora.models.joint import JointModel
+from bayeslora.models.likelihoods import Likelihood, as_likelihood
 from bayeslora.models.selection import likelihood_for
 
 
-class MonteCLoRA(Prior):
+class MonteCLoRA(JointModel):
     """Prior over (π, Σ, A) of every adapter, and the likelihood of the labels given the network with that A.
 
     Args:
@@ -36,7 +26,7 @@ class MonteCLoRA(Prior):
         InputError: for a network that cannot be adapted, or whose likelihood is not known.
 
     References:
-        Sengupta et al. (2025), *Robust and Efficient Fine-tuning of LLMs with Bayesian Reparameterization of Low-Rank
+        Seth et al. (2025), *Robust and Efficient Fine-tuning of LLMs with Bayesian Reparameterization of Low-Rank
         Adaptation*, section 4.
 
     Example:
@@ -45,8 +35,6 @@ class MonteCLoRA(Prior):
         >>> {name: tuple(trace.nodes[name]["value"].shape) for name in ("pi_r2_in16", "A_r2_in16")}
         {'pi_r2_in16': (2, 1, 4), 'A_r2_in16': (2, 16, 2)}
     """
-
-    likelihood: Any
 
     def __init__(
         self,
@@ -57,67 +45,11 @@ class MonteCLoRA(Prior):
         num_examples: int | None = None,
     ):
         adapted = adapt(network, config)
-        super().__init__(find_groups(adapted), config)
-        self._network = (adapted,)  # in a tuple: its parameters are its own, not this module's
-        self._checkpointable = checkpointable(adapted)
-        self.likelihood = likelihood if likelihood is not None else likelihood_for(adapted.get_base_model())
-        self.num_examples = num_examples
+        if likelihood is None:
+            likelihood = likelihood_for(adapted.get_base_model())
+        super().__init__(adapted, config, likelihood, num_examples)
 
     @property
-    def network(self) -> nn.Module:
-        return self._network[0]
-
-    def forward(self, labels: Tensor | None = None, **inputs: Any) -> Tensor:
-        self._register_parameters()
-        return self.joint(labels=labels, **inputs)[1]
-
-    def joint(self, labels: Tensor | None = None, **inputs: Any) -> tuple[Tensor, Tensor]:
-        """The joint density of latent sites and labels, without the bookkeeping of Pyro's parameter store.
-
-        Returns:
-            The network's outputs (logits, see :meth:`outputs`) under this draw, and the labels.
-        """
-        with self.full_precision():
-            draw = self.run(pyro)
-        with using_draw(self.groups, draw, keep=self.recomputes()):
-            return self.observe(labels=labels, **inputs)
-
-    def observe(self, labels: Tensor | None = None, **inputs: Any) -> tuple[Tensor, Tensor]:
-        """The likelihood's site, given the weights that are set; returns outputs and labels."""
-        outputs = self.outputs(inputs, labels)
-        # forward, not call: σ enters Pyro's global store only where the whole model is called as a Pyro model
-        return outputs, self.likelihood.forward(outputs, labels, self.num_examples)
-
-    def outputs(self, inputs: Mapping[str, Any], labels: Tensor | None = None) -> Tensor:
-        """What the likelihood makes of the network under the weights that are set: its logits, unless it is a
-        :class:`~bayeslora.models.Likelihood` that says otherwise."""
-        return as_likelihood(self.likelihood).outputs(self.network, inputs, labels)
-
-    def example_weights(self, outputs: Tensor) -> Tensor:
-        """How much each example counts in an average over several batches, ``(batch,)``."""
-        return as_likelihood(self.likelihood).weights(outputs)
-
-    def count(self, labels: Tensor) -> Tensor:
-        """What the mean over a batch is over: its examples, or the scored tokens of its texts."""
-        return as_likelihood(self.likelihood).count(labels)
-
-    def at_mean(self, labels: Tensor | None = None, **inputs: Any) -> tuple[Tensor, Tensor]:
-        """The same with every A at its mean μ: no latent site, plain LoRA."""
-        return self.observe(labels=labels, **inputs)
-
-    def recomputes(self) -> bool:
-        """Whether layers run again in the backward pass, and must then see the same draw.
-
-        Raises:
-            InputError: where they would do so reentrantly.
-        """
-        return torch.is_grad_enabled() and recomputes(self._checkpointable)
-
-    def _register_parameters(self) -> None:
-        trained = {f"network.{name}": p for name, p in self.network.named_parameters() if p.requires_grad}
-        own = [f"model.{name.removesuffix('_unconstrained')}" for name, _ in self.named_parameters()]
-        claim_names([*trained, *own], self)
-        for name, parameter in trained.items():
-            if pyro.param(name, parameter) is not parameter:
-                raise InputError(f"Pyro's parameter store holds another {name!r}: call pyro.clear_param_store() before "
-                                 "fitting a second model")  # fmt: skip
+    def labelling(self) -> Likelihood:
+        """The likelihood, or one with the defaults in place of a density alone."""
+        return as_likelihood(self.likelihood)

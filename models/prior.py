@@ -11,7 +11,7 @@ site (one per group)      prior                                        shape (pl
 A group holds all adapters of one shape (r, n_in). With ``components="explicit"`` the third site is the N Gaussians
 ``S_{group}``, of shape ``(N, adapters, columns, r)``, and A is computed from them.
 
-Reference: Sengupta et al., *Robust and Efficient Fine-tuning of LLMs with Bayesian Reparameterization of Low-Rank
+Reference: Seth et al., *Robust and Efficient Fine-tuning of LLMs with Bayesian Reparameterization of Low-Rank
 Adaptation* (TMLR 2025), section 4.
 """
 

@@ -8,7 +8,8 @@ from torch import nn
 from bayeslora.adapters.provenance import CLASSIFIERS
 from bayeslora.errors import InputError
 from bayeslora.models.language import ChoiceLikelihood, NextTokenLikelihood
-from bayeslora.models.likelihoods import CategoricalLikelihood, GaussianLikelihood, Likelihood, is_causal
+from bayeslora.models.likelihoods import CategoricalLikelihood, GaussianLikelihood, Likelihood
+from bayeslora.models.network import is_causal
 
 #: Kind of task (:attr:`bayeslora.tasks.base.Task.kind`) to the likelihood, which says all that depends on the kind:
 #: what is predicted (a :class:`bayeslora.prediction.Prediction`), which labels there can be, and how they are scored.
@@ -39,8 +40,10 @@ def likelihood_for(network: nn.Module) -> PyroModule:
     if type(network).__name__.endswith(CLASSIFIERS) and problem != "multi_label_classification":
         regression = problem == "regression" or (problem is None and config.num_labels == 1)
         if regression and config.num_labels != 1:
-            raise InputError(f"problem_type='regression' with num_labels={config.num_labels}: one number is learnt, so "
-                             "load the network with num_labels=1, or pass likelihood= to BayesLoRA")  # fmt: skip
+            raise InputError(
+                f"problem_type='regression' with num_labels={config.num_labels}: one number is learnt, so "
+                "load the network with num_labels=1, or pass likelihood= to BayesLoRA"
+            )
         return GaussianLikelihood() if regression else CategoricalLikelihood()
     if is_causal(network):
         return NextTokenLikelihood()

@@ -44,14 +44,14 @@ def main(
         for split in SPLITS:
             data = task.encode(tokenizer, split, limit=test_examples, max_length=64)
             prediction = bayes.predict(data, num_samples=num_samples)
-            found = {"LoRA, entropy": prediction.entropy}
+            measures = {"LoRA, entropy": prediction.entropy}
             if method == "posterior":
-                found = {
+                measures = {
                     "posterior, entropy": prediction.entropy,
                     "posterior, aleatoric part": expected_entropy(prediction.sample_probs),
                     "posterior, mutual information": prediction.mutual_information,
                 }
-            for name, values in found.items():
+            for name, values in measures.items():
                 runs.setdefault((split, name), []).append(values)
 
     for seed in seeds:
@@ -68,12 +68,13 @@ def main(
         for name, uncertainty in methods.items():
             cells = []
             for kind, disagreement in people.items():
-                found = table[split, name, kind] = rank_correlation(uncertainty, disagreement)
-                cells.append(f"{found.estimate:.3f} ({found.lower:.3f} to {found.upper:.3f})")
+                correlation = table[split, name, kind] = rank_correlation(uncertainty, disagreement)
+                cells.append(f"{correlation.estimate:.3f} ({correlation.lower:.3f} to {correlation.upper:.3f})")
             print(f"{split:8}{name:30}{cells[0]:>26}{cells[1]:>26}")
         if split == "test":
-            ax = plot_agreement(methods, votes, unit="entropy of the raters' votes  (nats)",
-                                quantity="uncertainty  (nats)")  # fmt: skip
+            ax = plot_agreement(
+                methods, votes, unit="entropy of the raters' votes  (nats)", quantity="uncertainty  (nats)"
+            )
             ax.figure.savefig(Path(output_dir) / "against_people.png", dpi=200)
     return table
 

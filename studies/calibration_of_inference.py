@@ -52,12 +52,12 @@ def quantities(problem, A, pi):
 
 def exact(problem, simulations, *, stretch=1.0, shift=0.0):
     """Draws from the closed form, (simulations, draws, 3); stretched and shifted in its standard deviations."""
-    found = []
+    distorted = []
     for seed, simulation in enumerate(simulations):
         sites = simulation.posterior_draws(DRAWS, seed=seed)
         draws = quantities(problem, sites[f"A_{problem.group.name}"][:, 0], sites[f"pi_{problem.group.name}"][:, 0, 0])
-        found.append(draws.mean(0) + stretch * (draws - draws.mean(0)) + shift * draws.std(0))
-    return torch.stack(found)
+        distorted.append(draws.mean(0) + stretch * (draws - draws.mean(0)) + shift * draws.std(0))
+    return torch.stack(distorted)
 
 
 def together(problem, simulations, guide):
@@ -128,25 +128,25 @@ def main(folder: str = "runs/calibration_of_inference", *, simulations: int = 10
     }
     if chains:
         draws["NUTS"] = nuts(problem, simulated[:chains])
-    found = {method: ranks(truth[: len(values)], values) for method, values in draws.items()}
-    print_table(found)
-    draw_figure(found, Path(folder))
-    return found
+    all_ranks = {method: ranks(truth[: len(values)], values) for method, values in draws.items()}
+    print_table(all_ranks)
+    draw_figure(all_ranks, Path(folder))
+    return all_ranks
 
 
-def print_table(found):
+def print_table(all_ranks):
     print(f"{'method':26}{'quantity':17}{'data sets':>9}{'p (ECDF)':>10}   coverage of 50, 80, 90 % intervals (%)")
-    for method, values in found.items():
+    for method, values in all_ranks.items():
         for column, quantity in enumerate(QUANTITIES):
             shares = 100 * coverage(values[:, column], DRAWS).share
             p = ecdf_test(values[:, column], DRAWS)
             print(f"{method:26}{quantity:17}{len(values):9}{p:10.4f}   {'  '.join(f'{s:3.0f}' for s in shares)}")
 
 
-def draw_figure(found, folder):
+def draw_figure(all_ranks, folder):
     folder.mkdir(parents=True, exist_ok=True)
     figure, axes = pyplot.subplots(2, 1, figsize=(3.3, 5.4), layout="constrained")
-    many = {method: values[:, 1] for method, values in found.items() if method != "NUTS"}
+    many = {method: values[:, 1] for method, values in all_ranks.items() if method != "NUTS"}
     plot_rank_ecdf({m: v for m, v in many.items() if m.startswith("exact")}, DRAWS, axes[0])
     plot_rank_ecdf({m: v for m, v in many.items() if not m.startswith("exact")}, DRAWS, axes[1])
     figure.savefig(folder / "calibration_of_inference.png", dpi=200)

@@ -118,9 +118,11 @@ def main(
         seed=seed,
     )
     A = sites[f"A_{problem.group.name}"].flatten(2).numpy()
-    print(f"NUTS: 2 chains of {num_draws}, {divergences} divergences, R-hat of A at most "
-          f"{max(float(az.rhat(a)) for a in A.transpose(2, 0, 1)):.3f}, ESS at least "
-          f"{min(float(az.ess(a)) for a in A.transpose(2, 0, 1)):.0f}")  # fmt: skip
+    print(
+        f"NUTS: 2 chains of {num_draws}, {divergences} divergences, R-hat of A at most "
+        f"{max(float(az.rhat(a)) for a in A.transpose(2, 0, 1)):.3f}, ESS at least "
+        f"{min(float(az.ess(a)) for a in A.transpose(2, 0, 1)):.0f}"
+    )
 
     reference = {name: values.flatten(0, 1) for name, values in sites.items()}
     draws = {"exact": problem.posterior_draws(5000, seed=seed), "NUTS": reference}

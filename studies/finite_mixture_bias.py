@@ -79,9 +79,15 @@ def fit_all(problems, steps, *, cooperation=0.0, kl_weight=1.0, normalization="e
     times = len(problems) if normalization == "paper" else 1
     scale_init = 0.2 / len(problems[0].features)  # near where it ends, so that gradients are quiet from the start
     config = MonteCLoRAConfig(
-        sample_scaler=1.0, kl_weight=kl_weight * times, cooperation=cooperation * times, normalization=normalization,
-        noise="shared", guide="mean_field", scale_init=scale_init, **options,
-    )  # fmt: skip
+        sample_scaler=1.0,
+        kl_weight=kl_weight * times,
+        cooperation=cooperation * times,
+        normalization=normalization,
+        noise="shared",
+        guide="mean_field",
+        scale_init=scale_init,
+        **options,
+    )
     bayes, batch = side_by_side(problems, config)
     optimizer = torch.optim.Adam([p for p in bayes.parameters() if p.requires_grad], lr=0.1)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.1 ** (1 / steps))
@@ -198,17 +204,17 @@ class Study(NamedTuple):
             "var A": float(A.var(0).mean()),
             "v/best": distance_from_optimum(bayes, problems),
         }
-        found = {M: errors(problems, self.new_features, A, M, self.num_seeds) | common for M in chosen}
-        for M, row in found.items():
+        results = {M: errors(problems, self.new_features, A, M, self.num_seeds) | common for M in chosen}
+        for M, row in results.items():
             print(f"{n:4}{N:4}{M:4}" + "".join(f"{value:8.3f}" for value in row.values()), flush=True)
-        return found
+        return results
 
     def bias(self, sizes, components, particles, steps):
         """(n, N, M) to a row: one fit for each n and N, from which averages of M draws are taken."""
         pyro.set_rng_seed(0)
         print(f"Mean of f(x) against the exact posterior's, in posterior standard deviations\n{HEADER}")
-        found = {(n, N): self.rows(n, N, particles, steps) for n in sizes for N in components}
-        return {(*key, M): row for key, rows in found.items() for M, row in rows.items()}
+        results = {(n, N): self.rows(n, N, particles, steps) for n in sizes for N in components}
+        return {(*key, M): row for key, rows in results.items() for M, row in rows.items()}
 
     def training(self, n, particles, steps):
         """M to a row, with N = 4 and M draws in each training step as well."""
@@ -225,8 +231,10 @@ class Study(NamedTuple):
             pi = pyro.distributions.Dirichlet(torch.ones(N)).sample((2000,))
             variance[N] = float(torch.einsum("sk,sk->s", pi, torch.randn(2000, N)).var())
             fitted = {n: row["var A"] for (n, size, _), row in table.items() if size == N}
-            print(f"N = {N:3}   {variance[N]:.3f}   {2 / (N + 1):.3f}"
-                  + "".join(f"   n = {n}: {value:.4f}" for n, value in fitted.items()))  # fmt: skip
+            print(
+                f"N = {N:3}   {variance[N]:.3f}   {2 / (N + 1):.3f}"
+                + "".join(f"   n = {n}: {value:.4f}" for n, value in fitted.items())
+            )
         return variance
 
     def entropy(self, n, cooperations, steps):
@@ -242,8 +250,11 @@ class Study(NamedTuple):
                 entropy[objective, weight] = float(-(pi * pi.log()).sum(-1).mean() / math.log(4))
                 spread = errors(problems, self.new_features, A, 1, self.num_seeds)["spread"]
                 effective = float((1 / pi.square().sum(-1)).mean())
-                print(f"{objective:16} λ_C = {weight:5}: entropy {entropy[objective, weight]:.3f}, "
-                      f"effective components {effective:.2f}, spread {spread:.3f}", flush=True)  # fmt: skip
+                print(
+                    f"{objective:16} λ_C = {weight:5}: entropy {entropy[objective, weight]:.3f}, "
+                    f"effective components {effective:.2f}, spread {spread:.3f}",
+                    flush=True,
+                )
         return entropy
 
 

@@ -46,7 +46,7 @@ TASKS = ("arc_easy", "openbookqa")
 def main(
     data_dir: str | None = None, output: str | None = None, *, model: str = "demo-lm", seeds=(0, 1), **sizes
 ) -> None:
-    """Train, score, and print a table for each task; ``sizes`` are words of :class:`bayeslora.study.Study`."""
+    """Train, score, and print a table for each task; ``sizes`` are options of :class:`bayeslora.study.Study`."""
     ours = {
         "name": "monteclora",
         "label": "MonteCLoRA",
@@ -57,9 +57,13 @@ def main(
         model=model,
         tasks=tuple({"name": task, "data_dir": data_dir} for task in TASKS),
         methods=("lora", "temperature", ours),
-        learning_rates=(5e-4,), batch_sizes=(4,), seeds=seeds, max_length=160, training={"epochs": 1},
+        learning_rates=(5e-4,),
+        batch_sizes=(4,),
+        seeds=seeds,
+        max_length=160,
+        training={"epochs": 1},
         **{"train_examples": 200, "test_examples": 100, "validation_examples": 50, "num_samples": 4, **sizes},
-    )  # fmt: skip
+    )
     result = run_study(study, Path(output or tempfile.mkdtemp()) / "commonsense")
     for task, rows in result.results.groupby("task", sort=False):
         print(f"\n{task}\n\n{to_markdown(headline(rows))}")

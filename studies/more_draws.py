@@ -32,11 +32,11 @@ def main(
     train = task.encode(tokenizer, "train", limit=train_examples, max_length=64)
     options = {"batch_size": 8, "learning_rate": 1e-3, "train_sampling_strategy": "group_by_length"}
     fit(bayes, train, output_dir=tempfile.mkdtemp(), epochs=epochs, seed=SEED, save_strategy="no", **options)
-    found = {}
+    rows = {}
     for split in ("test", "amazon"):
         data = task.encode(tokenizer, split, limit=test_examples, max_length=64)
         mean = bayes.predict(data, num_samples=0)
-        found[split, "the mean"] = scores(mean.probs, mean.labels)
+        rows[split, "the mean"] = scores(mean.probs, mean.labels)
         probs = bayes.predict(data, num_samples=2 * draws, antithetic=True).sample_probs
         independent, pairs = probs[::2], (probs[::2] + probs[1::2]) / 2
         rng = np.random.default_rng(0)
@@ -45,10 +45,10 @@ def main(
                 if 0 < picked <= draws:
                     subsets = [rng.choice(draws, picked, replace=False) for _ in range(SUBSETS)]
                     averaged = [scores(members[some].mean(0), mean.labels) for some in subsets]
-                    found[split, f"{count} {name}"] = np.mean(averaged, axis=0)
-    for (split, name), (accuracy, nll, aurc) in found.items():
+                    rows[split, f"{count} {name}"] = np.mean(averaged, axis=0)
+    for (split, name), (accuracy, nll, aurc) in rows.items():
         print(f"{split:7s} {name:19s} accuracy {accuracy:4.1f} %   NLL {nll:.3f}   AURC {aurc:5.2f} %", flush=True)
-    return found
+    return rows
 
 
 if __name__ == "__main__":

@@ -28,10 +28,10 @@ SETTINGS = {
 
 
 def tasks(data_dir: str | Path | None, names: Sequence[str]) -> dict[str, Task]:
-    found = {name: load_task(name, None if name == "sentiment" else data_dir) for name in names}
-    if "sst2" in found:
-        found["sst2"] = found["sst2"].with_out_of_scope(load_task("ag_news", data_dir))
-    return found
+    loaded = {name: load_task(name, None if name == "sentiment" else data_dir) for name in names}
+    if "sst2" in loaded:
+        loaded["sst2"] = loaded["sst2"].with_out_of_scope(load_task("ag_news", data_dir))
+    return loaded
 
 
 def main(
@@ -67,10 +67,10 @@ def main(
                     for split in (inside, outside)
                 )
                 accuracy = float((own.probs.argmax(-1) == own.labels).mean())
-                found = {"entropy": (own.entropy, foreign.entropy)}
+                measures = {"entropy": (own.entropy, foreign.entropy)}
                 if method == "posterior":
-                    found["mutual information"] = (own.mutual_information, foreign.mutual_information)
-                for kind, (certain, unsure) in found.items():
+                    measures["mutual information"] = (own.mutual_information, foreign.mutual_information)
+                for kind, (certain, unsure) in measures.items():
                     row = (accuracy, *detection_scores(certain, unsure))
                     scores.setdefault((name, f"{method}, {kind}"), []).append(row)
 

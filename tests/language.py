@@ -10,31 +10,98 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from bayeslora.tasks.encoding import encode_options
 
 PLACES = ["north", "south", "east", "west", "up", "down"]
-WORDS = ["Question", "Answer", "Q", "A", ":", ".", "?", "_", "the", "a", "is", "to", "of", "ball", "box", "red", "blue",
-         "green", "big", "small", "cat", "dog", "goes", "where", "which", "user", "assistant", "yes", "no", "because",
-         *PLACES, *string.digits, *string.ascii_uppercase]  # fmt: skip
-CHAT = ("{% for m in messages %}[{{ m.role }}] {{ m.content }} [end] {% endfor %}"
-        "{% if add_generation_prompt %}[assistant] {% endif %}")  # fmt: skip
+WORDS = [
+    "Question",
+    "Answer",
+    "Q",
+    "A",
+    ":",
+    ".",
+    "?",
+    "_",
+    "the",
+    "a",
+    "is",
+    "to",
+    "of",
+    "ball",
+    "box",
+    "red",
+    "blue",
+    "green",
+    "big",
+    "small",
+    "cat",
+    "dog",
+    "goes",
+    "where",
+    "which",
+    "user",
+    "assistant",
+    "yes",
+    "no",
+    "because",
+    *PLACES,
+    *string.digits,
+    *string.ascii_uppercase,
+]
+CHAT = (
+    "{% for m in messages %}[{{ m.role }}] {{ m.content }} [end] {% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
 # one row each, as the hub has it, and what must come of it: prompts, options, label
 ARC = {"question": "Which is red?", "choices": {"text": ["ball", "cat", "dog"], "label": ["A", "B", "C"]}}
 OFFICIAL = {
-    "piqa": ({"goal": "to go up", "sol1": "the box", "sol2": "the ball", "label": 1},
-             ["Question: to go up\nAnswer:"] * 2, ["the box", "the ball"], 1),
-    "siqa": ({"context": "the cat is big.", "question": "where?", "answerA": "up", "answerB": "down",
-              "answerC": "east", "label": "3"},
-             ["Q: the cat is big. where?\nA:"] * 3, ["up", "down", "east"], 2),
-    "winogrande": ({"sentence": "the box is big because _ is a cat.", "option1": "the dog", "option2": "the ball",
-                    "answer": "2"},
-                   ["the box is big because the dog", "the box is big because the ball"], ["is a cat."] * 2, 1),
-    "arc_easy": ({"id": "1", **ARC, "answerKey": "C"},
-                 ["Question: Which is red?\nAnswer:"] * 3, ["ball", "cat", "dog"], 2),
-    "arc_challenge": ({"id": "1", **ARC, "choices": {"text": ["ball", "cat", "dog"], "label": ["1", "2", "3"]},
-                       "answerKey": "2"}, ["Question: Which is red?\nAnswer:"] * 3, ["ball", "cat", "dog"], 1),
-    "openbookqa": ({"id": "1", "question_stem": "the red", "choices": ARC["choices"], "answerKey": "A"},
-                   ["the red"] * 3, ["ball", "cat", "dog"], 0),
-    "boolq_question_only": ({"question": "is the cat a dog", "answer": False, "passage": "no"},
-                            ["Question: is the cat a dog?\nAnswer:"] * 2, ["no", "yes"], 0),
-}  # fmt: skip
+    "piqa": (
+        {"goal": "to go up", "sol1": "the box", "sol2": "the ball", "label": 1},
+        ["Question: to go up\nAnswer:"] * 2,
+        ["the box", "the ball"],
+        1,
+    ),
+    "siqa": (
+        {
+            "context": "the cat is big.",
+            "question": "where?",
+            "answerA": "up",
+            "answerB": "down",
+            "answerC": "east",
+            "label": "3",
+        },
+        ["Q: the cat is big. where?\nA:"] * 3,
+        ["up", "down", "east"],
+        2,
+    ),
+    "winogrande": (
+        {"sentence": "the box is big because _ is a cat.", "option1": "the dog", "option2": "the ball", "answer": "2"},
+        ["the box is big because the dog", "the box is big because the ball"],
+        ["is a cat."] * 2,
+        1,
+    ),
+    "arc_easy": (
+        {"id": "1", **ARC, "answerKey": "C"},
+        ["Question: Which is red?\nAnswer:"] * 3,
+        ["ball", "cat", "dog"],
+        2,
+    ),
+    "arc_challenge": (
+        {"id": "1", **ARC, "choices": {"text": ["ball", "cat", "dog"], "label": ["1", "2", "3"]}, "answerKey": "2"},
+        ["Question: Which is red?\nAnswer:"] * 3,
+        ["ball", "cat", "dog"],
+        1,
+    ),
+    "openbookqa": (
+        {"id": "1", "question_stem": "the red", "choices": ARC["choices"], "answerKey": "A"},
+        ["the red"] * 3,
+        ["ball", "cat", "dog"],
+        0,
+    ),
+    "boolq_question_only": (
+        {"question": "is the cat a dog", "answer": False, "passage": "no"},
+        ["Question: is the cat a dog?\nAnswer:"] * 2,
+        ["no", "yes"],
+        0,
+    ),
+}
 
 
 def tiny_tokenizer(*, pad_is_end: bool = True, begin: bool = False):

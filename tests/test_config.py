@@ -39,8 +39,14 @@ def test_bad_values_are_named(changes, named):
 
 
 def test_json_round_trip():
-    config = MonteCLoRAConfig(r=4, target_modules=["query", "value"], layers_to_transform=[0, 1],
-                              rank_pattern={"key": 2}, lora_options={"bias": "none"}, mixture="sparse")  # fmt: skip
+    config = MonteCLoRAConfig(
+        r=4,
+        target_modules=["query", "value"],
+        layers_to_transform=[0, 1],
+        rank_pattern={"key": 2},
+        lora_options={"bias": "none"},
+        mixture="sparse",
+    )
     assert MonteCLoRAConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 

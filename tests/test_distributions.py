@@ -147,9 +147,12 @@ class TestKL:
         # worked from the definition, E_q[log q − log p], with E_q[log π_k] = ψ(α_k) − ψ(α_0)
         mean_log = torch.digamma(q) - torch.digamma(q.sum())
         by_hand = (
-            torch.lgamma(q.sum()) - torch.lgamma(q).sum() - torch.lgamma(p.sum()) + torch.lgamma(p).sum()
+            torch.lgamma(q.sum())
+            - torch.lgamma(q).sum()
+            - torch.lgamma(p.sum())
+            + torch.lgamma(p).sum()
             + ((q - p) * mean_log).sum()
-        )  # fmt: skip
+        )
         torch.testing.assert_close(kl, by_hand, rtol=1e-6, atol=1e-6)
 
     @pytest.mark.parametrize("trial", range(10))

@@ -72,8 +72,15 @@ def test_spread_of_the_draws(components, mixture):
     With ε applied twice a draw hardly changes A; without its off-diagonal entries Σ loses a third of its mass.
     """
     draws, epsilon = 400, 0.05
-    bayes = module(guide="mean_field", components=components, mixture=mixture, alpha_init="ones",
-                   target_modules=["query"], scale_init=0.5, degrees_of_freedom=3.0)  # fmt: skip
+    bayes = module(
+        guide="mean_field",
+        components=components,
+        mixture=mixture,
+        alpha_init="ones",
+        target_modules=["query"],
+        scale_init=0.5,
+        degrees_of_freedom=3.0,
+    )
     group = bayes.model.groups[0]
     drawn = [bayes.model.matrices(sites)[group.name] for sites in sample_sites(bayes, draws, seed=1)]
     deviations = (torch.stack(drawn) - group.mean()).detach()  # (draws, adapters, columns, r)
@@ -92,8 +99,9 @@ class TestPlainLoRA:
 
     def pair(self, kind, **options):
         bayes = module(kind, lora_alpha=4, **options)
-        lora = LoraConfig(r=2, lora_alpha=4, target_modules="all-linear", task_type="SEQ_CLS",
-                          fan_in_fan_out=kind == "gpt2")  # fmt: skip
+        lora = LoraConfig(
+            r=2, lora_alpha=4, target_modules="all-linear", task_type="SEQ_CLS", fan_in_fan_out=kind == "gpt2"
+        )
         plain = get_peft_model(tiny_network(kind), lora).train()
         plain.load_state_dict(randomize_b(bayes).network.state_dict())
         return bayes, plain
@@ -207,8 +215,10 @@ def test_data_driven_posterior():
         return (kl_divergence(posterior, prior) + 3 * expected_column_kl(posterior)).mean()
 
     labels = batch["labels"]
-    runs = {name: torch.stack([learned(y, seed) for seed in (0, 1, 2)])
-            for name, y in (("fitted", labels), ("flipped", 1 - labels), ("none", None))}  # fmt: skip
+    runs = {
+        name: torch.stack([learned(y, seed) for seed in (0, 1, 2)])
+        for name, y in (("fitted", labels), ("flipped", 1 - labels), ("none", None))
+    }
     spread = max(float((run - run.mean(0)).norm(dim=-1).max()) for run in runs.values())
     means = {name: run.mean(0) for name, run in runs.items()}
     assert (means["fitted"] - means["flipped"]).norm() > 3 * spread
@@ -234,9 +244,11 @@ def checkpointed_gradients(checkpointed, *, by_hand=False, pyro_svi=False, **opt
     return {n: p.grad.clone() for n, p in bayes.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("options", [
-    {"noise": "shared"}, {"noise": "per_example"}, {"components": "explicit"}, {"pyro_svi": True}, {"by_hand": True}
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [{"noise": "shared"}, {"noise": "per_example"}, {"components": "explicit"}, {"pyro_svi": True}, {"by_hand": True}],
+    ids=str,
+)
 def test_checkpointed_layers_recompute_the_same_draw(options):
     """Layers recomputed with noise of their own would give gradients of another function, and no error.
 
@@ -331,9 +343,10 @@ def test_low_precision_adapters_keep_the_factors_in_float32(dtype):
 
 def test_no_buffers_beyond_the_adapters_descriptions():
     """Nothing per layer beside r + N numbers: buffers of noise drawn in advance can outgrow the network itself."""
-    bayes, plain = module(guide="mean_field"), get_peft_model(
-        tiny_network(), LoraConfig(r=2, target_modules="all-linear", task_type="SEQ_CLS")
-    )  # fmt: skip
+    bayes, plain = (
+        module(guide="mean_field"),
+        get_peft_model(tiny_network(), LoraConfig(r=2, target_modules="all-linear", task_type="SEQ_CLS")),
+    )
     size = lambda m: sum(t.numel() for t in [*m.parameters(), *m.buffers()])  # noqa: E731
     adapters = len(bayes.adapter_names)
     assert size(bayes) - size(plain) == adapters * (2 + 3)

@@ -259,9 +259,15 @@ def module(network, **options):
 @pytest.mark.parametrize("mixture", ["dense", "sparse"])
 def test_objective_over_the_grid(mixture, components, normalization, guide):
     bayes = module(
-        tiny_network(layers=1), r=3, num_components=5, target_modules=["query"], mixture=mixture,
-        components=components, normalization=normalization, guide=guide,
-    )  # fmt: skip
+        tiny_network(layers=1),
+        r=3,
+        num_components=5,
+        target_modules=["query"],
+        mixture=mixture,
+        components=components,
+        normalization=normalization,
+        guide=guide,
+    )
     for alpha in (1e-4, 1.0, 1e6):
         for v in (1e-6, 1.0, 1e6):
             fill(bayes, alpha, v)
@@ -276,17 +282,22 @@ def test_objective_anywhere(dtype):
 
     @settings(SEVERAL, max_examples=30)
     @given(
-        alpha=st.floats(-4, 6), v=st.floats(-6, 6), rank=st.sampled_from([1, 2, 16, 256]),
+        alpha=st.floats(-4, 6),
+        v=st.floats(-6, 6),
+        rank=st.sampled_from([1, 2, 16, 256]),
         size=st.sampled_from([1, 2, 64]),
-        mixture=st.sampled_from(["dense", "sparse"]), components=st.sampled_from(["collapsed", "explicit"]),
-        normalization=st.sampled_from(["paper", "elbo"]), guide=st.sampled_from(["mean_field", "amortized"]),
+        mixture=st.sampled_from(["dense", "sparse"]),
+        components=st.sampled_from(["collapsed", "explicit"]),
+        normalization=st.sampled_from(["paper", "elbo"]),
+        guide=st.sampled_from(["mean_field", "amortized"]),
         prior=st.floats(-4, 6),
-    )  # fmt: skip
+    )
     def check(alpha, v, rank, size, prior, **options):
         pyro.set_rng_seed(0)
         network = tiny_network(layers=1).to(dtype)
-        bayes = module(network, r=rank, num_components=size, target_modules=["query"], prior_concentration=10**prior,
-                       **options)  # fmt: skip
+        bayes = module(
+            network, r=rank, num_components=size, target_modules=["query"], prior_concentration=10**prior, **options
+        )
         fill(bayes, 10**alpha, 10**v)
         check_step(bayes)
         for site, expected in exact_kl(bayes).items():
@@ -298,8 +309,15 @@ def test_objective_anywhere(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_objective_with_many_inputs(dtype):
     """n_in = 16384."""
-    config = transformers.BertConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-                                     intermediate_size=16384, num_labels=2, max_position_embeddings=40)  # fmt: skip
+    config = transformers.BertConfig(
+        vocab_size=64,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16384,
+        num_labels=2,
+        max_position_embeddings=40,
+    )
     network = transformers.AutoModelForSequenceClassification.from_config(config).to(dtype)
     bayes = module(network, r=8, target_modules=r".*\d\.output\.dense", normalization="elbo", guide="mean_field")
     assert [group.columns for group in bayes.model.groups] == [16384]

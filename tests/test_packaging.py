@@ -16,8 +16,12 @@ import bayeslora
 import bayeslora.analysis
 
 ROOT = Path(__file__).parent.parent
-ROOTS = {"bayeslora": "bayeslora", "bayeslora.models": "models", "bayeslora.guides": "guides",
-         "bayeslora.analysis": "analysis"}  # fmt: skip
+ROOTS = {
+    "bayeslora": "bayeslora",
+    "bayeslora.models": "models",
+    "bayeslora.guides": "guides",
+    "bayeslora.analysis": "analysis",
+}
 FOLDERS = {
     ".".join([package, *file.parent.relative_to(ROOT / root).parts]): file.parent.relative_to(ROOT).as_posix()
     for package, root in ROOTS.items()
@@ -112,12 +116,15 @@ def built(tmp_path):
 def test_sdist_and_wheel_hold_every_module_and_work_elsewhere(tmp_path):
     """A module that the sdist lacks is missing from the wheel too, which is built from it, as a release's is."""
     source, site = built(tmp_path)
-    modules = {f"{package.replace('.', '/')}/{file.name}" for package, folder in FOLDERS.items()
-               for file in (ROOT / folder).glob("*.py")}  # fmt: skip
+    modules = {
+        f"{package.replace('.', '/')}/{file.name}"
+        for package, folder in FOLDERS.items()
+        for file in (ROOT / folder).glob("*.py")
+    }
     assert modules <= site
     assert {"bayeslora/py.typed", "bayeslora/analysis/report/templates/report.html"} <= site
     assert {name.split("/")[0] for name in site} == {"bayeslora", f"bayeslora-{bayeslora.__version__}.dist-info"}
-    assert {"CHANGELOG.md", "LICENSE", "README.md", "pyproject.toml"} <= source
+    assert {"CHANGELOG.md", "CITATION.cff", "LICENSE", "README.md", "pyproject.toml"} <= source
     assert not any(name.startswith("tests/") for name in source)  # setuptools would add some of them, and not all
     code = (
         "import bayeslora, bayeslora.analysis as a; from bayeslora import *; from bayeslora.analysis import *;"

@@ -116,13 +116,13 @@ def prediction_groups(prediction: Any, seed: int, *, first_draw: int = 0, prior:
         return _text_groups(prediction, prior)
     random = [np.random.default_rng([seed, prior, first_draw + s]) for s in range(_num_draws(prediction))]
     if getattr(prediction, "sample_log_probs", None) is not None:
-        found = _classification_groups(prediction, random)
+        groups = _classification_groups(prediction, random)
     else:
-        found = _regression_groups(prediction, random)
+        groups = _regression_groups(prediction, random)
     if prior:
-        predictive = found.variables["posterior_predictive"]
-        return found._replace(variables={"prior_predictive": predictive})
-    return found
+        predictive = groups.variables["posterior_predictive"]
+        return groups._replace(variables={"prior_predictive": predictive})
+    return groups
 
 
 def _num_draws(prediction: Any) -> int:

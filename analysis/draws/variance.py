@@ -301,8 +301,8 @@ def draws_needed(sample_values: ArrayLike, *, tolerance: float = 0.01) -> DrawsN
         InputError: Fewer than four draws, values that are not finite, or a tolerance that is not positive.
 
     Example:
-        >>> found = draws_needed([[0.4], [0.6], [0.4], [0.6]] * 25, tolerance=0.01)
-        >>> found.enough, round(found.deviation, 4)
+        >>> needed = draws_needed([[0.4], [0.6], [0.4], [0.6]] * 25, tolerance=0.01)
+        >>> needed.enough, round(needed.deviation, 4)
         (102, 0.1005)
     """
     values = np.asarray(sample_values, dtype=np.float64)

@@ -46,8 +46,8 @@ def bootstrap_interval(
         InputError: No arrays, arrays of unequal or no length, or an option out of range.
 
     Example:
-        >>> found = bootstrap_interval(np.mean, [1.0, 2.0, 3.0, 4.0])
-        >>> found.estimate, found.lower, found.upper
+        >>> interval = bootstrap_interval(np.mean, [1.0, 2.0, 3.0, 4.0])
+        >>> interval.estimate, interval.lower, interval.upper
         (2.5, 1.5, 3.5)
 
     References:
@@ -63,8 +63,8 @@ def bootstrap_interval(
     check_resamples(num_resamples)
     rng = np.random.default_rng(seed)
     rows = (rng.integers(size, size=size) for _ in range(num_resamples))
-    found = np.array([statistic(*(array[chosen] for array in values)) for chosen in rows], dtype=np.float64)
-    kept = found[~np.isnan(found)]
+    resampled = np.array([statistic(*(array[chosen] for array in values)) for chosen in rows], dtype=np.float64)
+    kept = resampled[~np.isnan(resampled)]
     ends = np.array([np.nan, np.nan])
     if 2 * len(kept) >= num_resamples:
         ends = np.quantile(kept, [(1 - level) / 2, (1 + level) / 2])

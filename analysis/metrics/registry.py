@@ -7,9 +7,13 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from bayeslora.analysis.metrics.bins import bin_scores
-from bayeslora.analysis.metrics.calibration import accuracy, brier_score, negative_log_likelihood
+from bayeslora.analysis.metrics.calibration import (
+    accuracy,
+    brier_score,
+    expected_calibration_error,
+    negative_log_likelihood,
+)
 from bayeslora.analysis.metrics.checks import check_probs_and_labels
-from bayeslora.analysis.metrics.reliability import expected_calibration_error
 
 Reweighted = Callable[[np.ndarray], np.ndarray]  # from weights (R, n), each row summing to n, to the metric (R,)
 
@@ -81,8 +85,8 @@ def _mean_of(values: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Callable
     """A metric that is the mean of a number of each example."""
 
     def reweighted(probs: np.ndarray, labels: np.ndarray) -> Reweighted:
-        found = values(probs, labels)
-        return lambda weights: weights @ found / len(found)
+        each = values(probs, labels)
+        return lambda weights: weights @ each / len(each)
 
     return reweighted
 

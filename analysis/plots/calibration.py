@@ -8,8 +8,9 @@ from numpy.typing import ArrayLike
 
 from bayeslora.analysis.metrics.bootstrap import check_resamples
 from bayeslora.analysis.metrics.brier import BrierParts, brier_decomposition
+from bayeslora.analysis.metrics.calibration import expected_calibration_error
 from bayeslora.analysis.metrics.checks import check_probs_and_labels
-from bayeslora.analysis.metrics.reliability import ReliabilityCurve, expected_calibration_error, reliability_curve
+from bayeslora.analysis.metrics.reliability import ReliabilityCurve, reliability_curve
 from bayeslora.analysis.plots.style import SMALL_TEXT_SIZE, frame, legend_above, name_rows, new_axes, style
 from bayeslora.errors import InputError
 

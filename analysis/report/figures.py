@@ -28,14 +28,14 @@ class Figure:
 
 def draw_figures(runs: Sequence[RunResults]) -> dict[str, list[Figure]]:
     """Section to its pictures; sections without any are left out."""
-    found = {
+    drawn = {
         "training": _training_figures(runs),
         "posterior": _posterior_figures(runs),
         "calibration": _calibration_figures(runs),
         "shift": _shift_figures(runs),
         "selective": _selective_figures(runs),
     }
-    return {section: figures for section, figures in found.items() if figures}
+    return {section: figures for section, figures in drawn.items() if figures}
 
 
 def _training_figures(runs: Iterable[RunResults]) -> list[Figure]:

@@ -106,9 +106,9 @@ def _labelled(run: RunResults) -> Iterator[tuple[str, SplitResults, np.ndarray]]
 
 def _by_split(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Runs of one split next to each other, splits in order of appearance."""
-    found = list(rows)
-    order = list(dict.fromkeys(row["split"] for row in found))
-    return sorted(found, key=lambda row: order.index(row["split"]))
+    listed = list(rows)
+    order = list(dict.fromkeys(row["split"] for row in listed))
+    return sorted(listed, key=lambda row: order.index(row["split"]))
 
 
 def _arrays(split: SplitResults, column: Column) -> list[np.ndarray]:

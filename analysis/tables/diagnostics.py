@@ -176,13 +176,13 @@ def convergence(history: Sequence[Mapping[str, float]]) -> list[Diagnostic]:
         "bad": "it was still moving when training ended: train longer, or with a larger learning rate",
     }
     source = "Kucukelbir et al. (2017), section 3"
-    found = []
+    judged = []
     for part in ("loss", "elbo/task", "elbo/kl"):
         trace = np.array([entry[part] for entry in history if part in entry], dtype=np.float64)
         if len(trace) >= FEWEST_LOGS:
             name = f"convergence_{part.removeprefix('elbo/')}"
-            found.append(_judge(name, _late_change(trace), (0.01, 0.05), source, advice))
-    return found
+            judged.append(_judge(name, _late_change(trace), (0.01, 0.05), source, advice))
+    return judged
 
 
 def _late_change(trace: np.ndarray) -> float:

@@ -5,7 +5,7 @@ Every function takes the tidy table of a study: one row for each run and split, 
 rank.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,8 +52,8 @@ def robustness_table(results: pd.DataFrame, *, split: str = "test", metrics: Ite
         >>> robustness_table(results)["nll"]["spread"].round(2).to_dict()
         {('reviews', 'LoRA'): 0.2, ('reviews', 'MonteCLoRA'): 0.1}
     """
-    chosen = _rows(results, split)
-    order = _first_seen(chosen, ["task", "method"])
+    chosen = rows_of_split(results, split)
+    order = first_seen(chosen, ["task", "method"])
     means = chosen.groupby(["task", "method", *SETTING], sort=False)[[*metrics]].mean()
     groups = means.groupby(["task", "method"], sort=False)
     columns: dict[tuple[str, str], pd.Series] = {}
@@ -89,13 +89,13 @@ def best_settings(results: pd.DataFrame, *, split: str = "validation", metric: s
         >>> best_settings(results)["learning_rate"].to_dict()
         {('reviews', 'LoRA'): 0.001, ('reviews', 'MonteCLoRA'): 0.001}
     """
-    chosen = _rows(results, split)
+    chosen = rows_of_split(results, split)
     means = chosen.groupby(["task", "method", *SETTING], sort=False)[metric].mean().reset_index()
     means = means[means[metric].notna()]
     means = means.sort_values(metric, ascending=not _is_higher_better(metric), kind="stable")
     order = [
         pair
-        for pair in _first_seen(chosen, ["task", "method"])
+        for pair in first_seen(chosen, ["task", "method"])
         if pair in set(zip(means["task"], means["method"], strict=True))
     ]
     return means.drop_duplicates(["task", "method"]).set_index(["task", "method"]).loc[order]
@@ -119,9 +119,9 @@ def at_best_settings(results: pd.DataFrame, *, split: str = "validation", metric
     if len(results.drop_duplicates(SETTING)) == 1:
         return results
     settings = best_settings(results, split=split, metric=metric)[SETTING].reset_index()
-    found = results.merge(settings, on=["task", "method", *SETTING], how="inner")
+    best = results.merge(settings, on=["task", "method", *SETTING], how="inner")
     order = {method: number for number, method in enumerate(results["method"].unique())}
-    return found.sort_values("method", key=lambda names: names.map(order), kind="stable", ignore_index=True)
+    return best.sort_values("method", key=lambda names: names.map(order), kind="stable", ignore_index=True)
 
 
 def paired_difference(
@@ -158,8 +158,8 @@ def paired_difference(
 
     Example:
         >>> sure, unsure = [[[0.9, 0.1], [0.1, 0.9]]], [[[0.6, 0.4], [0.4, 0.6]]]
-        >>> found = paired_difference(sure, unsure, [0, 1], metric="brier")
-        >>> round(found.estimate, 4), found.verdict
+        >>> difference = paired_difference(sure, unsure, [0, 1], metric="brier")
+        >>> round(difference.estimate, 4), difference.verdict
         (-0.3, 'better')
     """
     ours, theirs = np.asarray(method, dtype=np.float64), np.asarray(reference, dtype=np.float64)
@@ -205,8 +205,8 @@ def paired_robustness(
     Example:
         >>> flat = np.tile([[0.8, 0.2], [0.2, 0.8]], (2, 1, 1, 1))  # (settings, seeds, examples, classes)
         >>> steep = np.stack([flat[0], 0.5 * flat[0] + 0.25])
-        >>> found = paired_robustness(flat, steep, [0, 1], statistic="spread", metric="brier")
-        >>> round(found.estimate, 4), found.verdict
+        >>> difference = paired_robustness(flat, steep, [0, 1], statistic="spread", metric="brier")
+        >>> round(difference.estimate, 4), difference.verdict
         (-0.165, 'better')
     """
     if statistic not in STATISTICS:
@@ -280,66 +280,12 @@ def verdict(interval: Interval, *, higher_is_better: bool) -> str:
     return NO_DIFFERENCE
 
 
-def steps_to_reach(curve: Sequence[Mapping[str, float]], loss: float) -> float:
-    """The first recorded step at which the validation loss is at most ``loss``; NaN if there is none.
-
-    Args:
-        curve: ``{"step", "loss"}`` along training.
-        loss: In nats per example.
-
-    Returns:
-        Steps of the optimizer.
-
-    Example:
-        >>> curve = [{"step": 10, "loss": 0.7}, {"step": 20, "loss": 0.5}, {"step": 30, "loss": 0.4}]
-        >>> steps_to_reach(curve, 0.5), steps_to_reach(curve, 0.3)
-        (20.0, nan)
-    """
-    return next(
-        (float(point["step"]) for point in sorted(curve, key=lambda p: p["step"]) if point["loss"] <= loss),
-        float("nan"),
-    )
-
-
-def cost_table(results: pd.DataFrame, *, split: str = "test", reference: str = "LoRA") -> pd.DataFrame:
-    """Means over all runs of what a method costs.
-
-    Args:
-        results: A study's tidy table.
-        split: Whose predictions are timed.
-        reference: The method that others' seconds of training are compared with.
-
-    Returns:
-        Indexed by ``(task, method)``: ``train_seconds``; ``train_ratio``, to the reference's; ``predict_seconds`` of
-        the split per 1000 examples; ``peak_memory_mb``.
-
-    Raises:
-        InputError: no rows of that split.
-
-    Example:
-        >>> cost_table(results)["train_ratio"].to_dict()
-        {('reviews', 'LoRA'): 1.0, ('reviews', 'MonteCLoRA'): 1.2}
-    """
-    chosen = _rows(results, split).copy()
-    chosen["predict_seconds"] = 1000 * chosen["predict_seconds"] / chosen["examples"]
-    chosen["peak_memory_mb"] = pd.to_numeric(chosen["peak_memory_mb"])
-    columns = ["train_seconds", "predict_seconds", "peak_memory_mb"]
-    table = chosen.groupby(["task", "method"], sort=False)[columns].mean()
-    known = reference in set(chosen["method"])
-    base = table["train_seconds"].xs(reference, level="method") if known else None
-    ratio = (
-        np.nan if base is None else table["train_seconds"] / table.index.get_level_values("task").map(base).to_numpy()
-    )
-    table.insert(1, "train_ratio", ratio)
-    return table.loc[_first_seen(chosen, ["task", "method"])]
-
-
 def _is_higher_better(metric: str) -> bool:
     """Lower is better for a column that nobody registered."""
     return metric in METRICS and METRICS[metric].higher_is_better
 
 
-def _rows(results: pd.DataFrame, split: str) -> pd.DataFrame:
+def rows_of_split(results: pd.DataFrame, split: str) -> pd.DataFrame:
     found = results[results["split"] == split]
     if found.empty:
         raise InputError(
@@ -348,5 +294,5 @@ def _rows(results: pd.DataFrame, split: str) -> pd.DataFrame:
     return found
 
 
-def _first_seen(frame: pd.DataFrame, columns: list[str]) -> list[Any]:
+def first_seen(frame: pd.DataFrame, columns: list[str]) -> list[Any]:
     return [tuple(row) for row in frame[columns].drop_duplicates().itertuples(index=False)]

@@ -1,4 +1,4 @@
-"""Run a network as a draw: weights are set from outside, used, and taken away again."""
+"""Run a network as a draw: matrices A are set from outside, used, and taken away again."""
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -67,14 +67,14 @@ def set_noise(
         deviation = noise[group.name].mT
         mirrors: Sequence[Tensor | None] = [None] * len(group)
         if signs is None:
-            weights = (mean + deviation).to(mean.dtype)
+            matrices = (mean + deviation).to(mean.dtype)
         else:
-            weights = torch.cat([mean, deviation.to(mean.dtype)], dim=-2)
+            matrices = torch.cat([mean, deviation.to(mean.dtype)], dim=-2)
             turned = torch.diag_embed(signs[group.name])  # (adapters, examples, r, r)
             identity = torch.eye(group.rank, device=turned.device).expand_as(turned)
             mirrors = torch.cat([identity, turned], dim=-2).unbind()
-        for adapter, weight, mirror in zip(group.adapters, weights.unbind(), mirrors, strict=True):
-            adapter.lora_A.draw.set(weight, mirror)
+        for adapter, matrix, mirror in zip(group.adapters, matrices.unbind(), mirrors, strict=True):
+            adapter.lora_A.draw.set(matrix, mirror)
 
 
 def clear_draw(groups: tuple[AdapterGroup, ...]) -> None:

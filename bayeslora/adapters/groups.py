@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
@@ -78,6 +78,11 @@ def active_adapter(network: PeftModel) -> str:
     if len(active) != 1:
         raise InputError(f"exactly one active adapter can be sampled, found {active}; call set_adapter(name)")
     return active[0]
+
+
+def adapter_state(network: PeftModel) -> dict[str, Tensor]:
+    """The tensors that PEFT saves for the active adapter."""
+    return get_peft_model_state_dict(network, adapter_name=active_adapter(network), save_embedding_layers=False)
 
 
 def lora_layers(network: PeftModel) -> Iterator[tuple[str, LoraLayer]]:

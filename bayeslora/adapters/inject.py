@@ -20,7 +20,7 @@ from bayeslora.adapters.groups import active_adapter, lora_layers
 from bayeslora.adapters.provenance import new_modules
 from bayeslora.adapters.quantized import is_quantized, keep_trainable
 from bayeslora.adapters.sampled import SampledLinear
-from bayeslora.adapters.untrusted import check_lora_words
+from bayeslora.adapters.untrusted import check_lora_options
 from bayeslora.config import MonteCLoRAConfig
 from bayeslora.errors import InputError
 
@@ -34,8 +34,10 @@ def adapt(network: nn.Module, config: MonteCLoRAConfig) -> PeftModel:
         InputError: for targets that match nothing, and for adapters that cannot be honoured.
     """
     if hasattr(network, "_orig_mod"):
-        raise InputError("torch.compile(network) hides the network's class and the names of its layers: "
-                         "pass the network itself, then call bayes.compile()")  # fmt: skip
+        raise InputError(
+            "torch.compile(network) hides the network's class and the names of its layers: "
+            "pass the network itself, then call bayes.compile()"
+        )
     keep_trainable(network)
     if not isinstance(network, PeftModel):
         if carries_adapter(network):
@@ -47,7 +49,7 @@ def adapt(network: nn.Module, config: MonteCLoRAConfig) -> PeftModel:
         lora = lora_config(network, config)
         # patterns are written out when the adapter is saved, and PEFT knows the usual targets of a network
         given = {"alpha_pattern"} if lora.target_modules else {"alpha_pattern", "target_modules"}
-        check_lora_words(_as_json(lora), except_for=given)
+        check_lora_options(_as_json(lora), except_for=given)
         check_heads(network, lora)
         try:
             network = get_peft_model(network, lora)
@@ -57,7 +59,7 @@ def adapt(network: nn.Module, config: MonteCLoRAConfig) -> PeftModel:
         lora = network.peft_config[active_adapter(network)]
         # EVA decides how A begins and how large it is, both of which are in the adapter by now
         given = {"init_lora_weights"} if lora.init_lora_weights == "eva" else set()
-        check_lora_words(_as_json(lora), except_for={"alpha_pattern", *given})
+        check_lora_options(_as_json(lora), except_for={"alpha_pattern", *given})
     make_samplable(network)
     return network
 
@@ -83,8 +85,11 @@ def _as_json(lora: LoraConfig) -> dict[str, Any]:
 def lora_config(network: nn.Module, config: MonteCLoRAConfig) -> LoraConfig:
     """The PEFT configuration, with the task type read off the network's class."""
     name = type(network).__name__
-    task_types = {"ForSequenceClassification": TaskType.SEQ_CLS, "ForCausalLM": TaskType.CAUSAL_LM,
-                  "LMHeadModel": TaskType.CAUSAL_LM}  # fmt: skip
+    task_types = {
+        "ForSequenceClassification": TaskType.SEQ_CLS,
+        "ForCausalLM": TaskType.CAUSAL_LM,
+        "LMHeadModel": TaskType.CAUSAL_LM,
+    }
     task_type = next((known for ending, known in task_types.items() if name.endswith(ending)), None)
     targets = config.target_modules
     options = {
@@ -116,8 +121,9 @@ def check_targets(network: nn.Module, config: MonteCLoRAConfig) -> None:
     for target in patterns:
         matched = [name for name in modules if _matches(name, target, is_pattern=isinstance(targets, str))]
         if not matched:
-            raise InputError(f"target module {target!r} matches no layer of {type(network).__name__}; "
-                             f"{_suggest(target, modules)}")  # fmt: skip
+            raise InputError(
+                f"target module {target!r} matches no layer of {type(network).__name__}; {_suggest(target, modules)}"
+            )
         for name in matched:
             if isinstance(modules[name], nn.Embedding):
                 raise InputError(
@@ -132,8 +138,11 @@ def _saved_modules(network: nn.Module, config: MonteCLoRAConfig, task_type: Task
     asked, new = [*(config.modules_to_save or ()), *from_peft], new_modules(network)
     backbone = [name for name in new if "." in name and "pooler" not in name]
     if backbone:
-        logger.warning("the checkpoint of this %s lacks %s: trained whole, and saved with the adapter",
-                       type(network).__name__, ", ".join(backbone))  # fmt: skip
+        logger.warning(
+            "the checkpoint of this %s lacks %s: trained whole, and saved with the adapter",
+            type(network).__name__,
+            ", ".join(backbone),
+        )
     # PEFT takes every module whose name ends like this, but would put LoRA into those it was not told of
     ending = [name for name, _ in network.named_modules() if any(name.endswith(saved) for saved in asked)]
     outermost = [name for name in ending if not any(name.startswith(f"{other}.") for other in [*ending, *new])]
@@ -178,14 +187,17 @@ def make_samplable(network: PeftModel) -> None:
         if variant is not None:
             raise InputError(f"layer {name!r} uses {type(variant).__name__}, which bypasses lora_A: not supported")
         if key in layer.lora_embedding_A:
-            raise InputError(f"layer {name!r} is an embedding: its lora_A has no input to multiply; "
-                             "target linear layers")  # fmt: skip
+            raise InputError(
+                f"layer {name!r} is an embedding: its lora_A has no input to multiply; target linear layers"
+            )
         if key not in layer.lora_A:
             continue
         if isinstance(layer, ParamWrapper):
-            raise InputError(f"layer {name!r} ({type(layer.get_base_layer()).__name__}) is adapted at its bare "
-                             "parameters, as PEFT does with mixtures of experts, where no draw reaches it: name linear "
-                             "layers in target_modules, those of the attention for instance")  # fmt: skip
+            raise InputError(
+                f"layer {name!r} ({type(layer.get_base_layer()).__name__}) is adapted at its bare "
+                "parameters, as PEFT does with mixtures of experts, where no draw reaches it: name linear "
+                "layers in target_modules, those of the attention for instance"
+            )
         lora_a = layer.lora_A[key]
         found = True
         if isinstance(lora_a, SampledLinear):

@@ -53,8 +53,10 @@ def base_tensors(network: nn.Module) -> Iterator[BaseTensor]:
         dotted = f"{prefix}." if prefix else ""
         if dotted.startswith(skipped):
             continue
-        own = {**module._parameters, **{n: b for n, b in module._buffers.items()
-                                        if n not in module._non_persistent_buffers_set}}  # fmt: skip
+        own = {
+            **module._parameters,
+            **{n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set},
+        }
         if any(parameter is not None and is_packed(parameter) for parameter in module._parameters.values()):
             continue
         own.pop("num_batches_tracked", None)  # counts the steps of training, and nothing depends on it by default
@@ -123,14 +125,15 @@ def _missing_keys(base: Any) -> set[str] | None:
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
-        _, found = type(base).from_pretrained(place, config=copy.deepcopy(base.config), device_map="meta",
-                                              local_files_only=True, output_loading_info=True)  # fmt: skip
+        _, report = type(base).from_pretrained(
+            place, config=copy.deepcopy(base.config), device_map="meta", local_files_only=True, output_loading_info=True
+        )
     except Exception:  # whatever is wrong with the checkpoint: it has not been asked for
         logger.debug("%s cannot be read again", place, exc_info=True)
         return None
     finally:
         transformers_logging.set_verbosity(verbosity)
-    return set(found["missing_keys"])
+    return set(report["missing_keys"])
 
 
 CLASSIFIERS = ("ForSequenceClassification", "ForImageClassification", "ForAudioClassification")

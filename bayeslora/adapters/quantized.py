@@ -16,8 +16,10 @@ def frozen_weight(layer: nn.Module) -> Tensor:
     base = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
     weight = getattr(base, "weight", None)
     if weight is None:
-        raise InputError(f"cannot read the weight of a {type(base).__name__}: of quantised networks, those of "
-                         "bitsandbytes and torchao are supported")  # fmt: skip
+        raise InputError(
+            f"cannot read the weight of a {type(base).__name__}: of quantised networks, those of "
+            "bitsandbytes and torchao are supported"
+        )
     if get_bnb_param_type(weight):  # peft's dequantize_module_weight loses the scales of an eight-bit weight on a CPU
         return dequantize_bnb_weight(weight, state=getattr(base, "state", None))
     if is_quantized(base):
@@ -33,8 +35,10 @@ def keep_trainable(network: nn.Module) -> None:
     for name, module in network.named_modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
-                raise InputError(f"bitsandbytes has repacked {name!r} for prediction only, when the network ran in "
-                                 "eval mode: pass a freshly loaded network")  # fmt: skip
+                raise InputError(
+                    f"bitsandbytes has repacked {name!r} for prediction only, when the network ran in "
+                    "eval mode: pass a freshly loaded network"
+                )
             module.support_avx512bf16_for_cpu = False
 
 

@@ -1,4 +1,4 @@
-"""Adapter folders come from strangers: LoRA's options and tensors are checked here before anything is built from them.
+"""Adapter folders come from others: LoRA's options and tensors are checked here before anything is built from them.
 
 Hashes in a folder only detect accidents, since whoever edits a file can compute them again. So nothing read from it is
 executed, imported, matched as a pattern or allocated: names are compared with the network's own, and every shape with
@@ -143,7 +143,7 @@ def read_lora_config(path: Path) -> LoraConfig:
     for field in ("peft_type", "r", "lora_alpha", "target_modules"):
         if field not in values:
             raise InputError(f"{path}: {field!r} is missing: expected the configuration of a LoRA adapter")
-    check_lora_words(values, f"{path}: ")
+    check_lora_options(values, f"{path}: ")
     given = {field: values[field] for field in _LORA_FIELDS if field in values and field != "peft_type"}
     try:
         return LoraConfig(**given)
@@ -151,7 +151,7 @@ def read_lora_config(path: Path) -> LoraConfig:
         raise InputError(f"{path} is not a LoRA configuration PEFT takes: {error}") from error
 
 
-def check_lora_words(values: Mapping[str, Any], where: str = "", *, except_for: Collection[str] = ()) -> None:
+def check_lora_options(values: Mapping[str, Any], where: str = "", *, except_for: Collection[str] = ()) -> None:
     """Refuse what a LoRA configuration says that an adapter folder could not be opened with.
 
     Args:

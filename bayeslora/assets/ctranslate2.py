@@ -18,7 +18,7 @@ _BLOCK = {
     "ffn/linear_1": "fc2",
     "ffn/layer_norm": "final_layer_norm",
 }
-_WORDS = {"weight": "weight", "bias": "bias", "gamma": "weight", "beta": "bias"}
+_SUFFIXES = {"weight": "weight", "bias": "bias", "gamma": "weight", "beta": "bias"}
 
 
 def unpack(file: Path, folder: Path) -> None:
@@ -103,11 +103,11 @@ def _encoder(values: dict[str, np.ndarray]) -> dict[str, Tensor]:
     state: dict[str, Any] = {"embed_positions.weight": values["encoder/position_encodings/encodings"]}
     for name, value in values.items():
         place, _, word = name.rpartition("/")
-        if not place.startswith("encoder/") or word not in _WORDS:
+        if not place.startswith("encoder/") or word not in _SUFFIXES:
             continue
         parts = place.split("/")[1:]
         if not parts[0].startswith("layer_") or parts == ["layer_norm"]:
-            state[f"{parts[0]}.{_WORDS[word]}"] = value
+            state[f"{parts[0]}.{_SUFFIXES[word]}"] = value
             continue
         block, part = f"layers.{parts[0].removeprefix('layer_')}", "/".join(parts[1:])
         if part == "self_attention/linear_0":
@@ -115,5 +115,5 @@ def _encoder(values: dict[str, np.ndarray]) -> dict[str, Tensor]:
                 if (letter, word) != ("k", "bias"):  # which Whisper does not have
                     state[f"{block}.self_attn.{letter}_proj.{word}"] = third
         else:
-            state[f"{block}.{_BLOCK[part]}.{_WORDS[word]}"] = value
+            state[f"{block}.{_BLOCK[part]}.{_SUFFIXES[word]}"] = value
     return {name: torch.from_numpy(np.array(value, np.float32)) for name, value in state.items()}

@@ -88,16 +88,16 @@ def _study_from_file(arguments: argparse.Namespace) -> Study:
 
 
 def _prompting(entries: Sequence[str]) -> dict[str, Any]:
-    """``WORD=VALUE`` as a mapping; true, false and numbers as JSON writes them."""
-    found: dict[str, Any] = {}
+    """``NAME=VALUE`` as a mapping; true, false and numbers as JSON writes them."""
+    given: dict[str, Any] = {}
     for entry in entries:
         name, equals, value = entry.partition("=")
         if not equals:
-            raise InputError(f"--prompting takes WORD=VALUE, such as style=letters, got {entry!r}")
-        if name in found:
+            raise InputError(f"--prompting takes NAME=VALUE, such as style=letters, got {entry!r}")
+        if name in given:
             raise InputError(f"--prompting has {name} twice")
         try:
-            found[name] = json.loads(value)
+            given[name] = json.loads(value)
         except ValueError:
-            found[name] = value
-    return found
+            given[name] = value
+    return given

@@ -10,7 +10,7 @@ from bayeslora.runs import open_run
 def run(arguments: argparse.Namespace) -> None:
     places = {"model": arguments.model, "data_dir": arguments.data_dir}
     fitted = open_run(arguments.run_dir, **places)
-    found = diagnose(
+    diagnostics = diagnose(
         fitted.posterior,
         fitted.training_data(),
         restarts=[open_run(folder, **places).posterior for folder in arguments.restarts],
@@ -22,8 +22,8 @@ def run(arguments: argparse.Namespace) -> None:
         progress=not arguments.json,
     )
     if arguments.json:
-        print(json.dumps([one.to_dict() for one in found]))
+        print(json.dumps([one.to_dict() for one in diagnostics]))
         return
-    for one in found:
+    for one in diagnostics:
         print(f"{one.name:18} {one.value:9.4f}  {one.verdict:9} {one.advice}")
         print(f"{'':30}{one.rule}; {one.source}")

@@ -10,7 +10,7 @@ from bayeslora.distributed import rank
 from bayeslora.errors import InputError
 from bayeslora.module import BayesLoRA
 from bayeslora.options import flags
-from bayeslora.storage.checkpoint import open_peft_adapter
+from bayeslora.storage.peft_files import open_peft_adapter
 from bayeslora.tasks.base import Task
 from bayeslora.training.budget import FitOptions
 from bayeslora.training.fit import FitResult, fit

@@ -255,7 +255,7 @@ def _add_data_options(parser: argparse.ArgumentParser, *, several: bool = False)
         type=word,
         nargs="+",
         default=[],
-        metavar="WORD=VALUE",
+        metavar="NAME=VALUE",
         help="how a language model is asked: style=letters, chat=true, ...",
     )
     group.add_argument("--label-column", type=word, metavar="COLUMN")

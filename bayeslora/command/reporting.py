@@ -103,9 +103,18 @@ def report(
     ):
         run = open_run(folder, model=model, data_dir=data_dir)
         results.append(
-            _collect(name, run, split=split, num_samples=num_samples, max_examples=max_examples,
-                     batch_size=batch_size, seed=seed, diagnostics=diagnostics, progress=progress)
-        )  # fmt: skip
+            _collect(
+                name,
+                run,
+                split=split,
+                num_samples=num_samples,
+                max_examples=max_examples,
+                batch_size=batch_size,
+                seed=seed,
+                diagnostics=diagnostics,
+                progress=progress,
+            )
+        )
     title = f"bayeslora report: {names[0]}" if len(names) == 1 else f"bayeslora report: {len(names)} runs"
     return _write(output, report_html(results, title=title, command=command))
 
@@ -161,11 +170,11 @@ def _collect(
         )
         texts = _texts(task, part, max_examples, seed, labelled) if part == chosen else ()
         splits[part] = _split_results(prediction, texts)
-    found: list = []
+    diagnosed: list = []
     if diagnostics and bayesian:
         if progress:
             tqdm.write(f"{name}: diagnostics")
-        found = diagnose(
+        diagnosed = diagnose(
             posterior, run.training_data(), history=run.history, batch_size=batch_size, seed=seed, progress=progress
         )
     draws = posterior.posterior_draws(num_samples=SPREAD_DRAWS, seed=seed) if bayesian else None
@@ -177,7 +186,7 @@ def _collect(
         run.history,
         posterior.adapter_names,
         None if draws is None else draws.noise_scale / draws.mean_scale,
-        found,
+        diagnosed,
         str(run.record.get("command", "")),
     )
 
@@ -189,9 +198,14 @@ def _check_reportable(task: Task) -> None:
 
 def _split_results(prediction: Prediction, texts: Sequence[str]) -> SplitResults:
     return SplitResults(
-        prediction.labels, texts, prediction.probs, prediction.entropy, prediction.mutual_information, prediction.mean,
+        prediction.labels,
+        texts,
+        prediction.probs,
+        prediction.entropy,
+        prediction.mutual_information,
+        prediction.mean,
         prediction.std,
-    )  # fmt: skip
+    )
 
 
 def _texts(task: Task, split: str, limit: int | None, seed: int, labelled: bool) -> list[str]:
@@ -206,14 +220,15 @@ def _facts(run: FittedRun, num_samples: int) -> dict[str, str]:
     trained = sum(p.numel() for p in bayes.network.parameters() if p.requires_grad)
     variational = sum(p.numel() for p in bayes.guide.parameters() if p.requires_grad)
     facts = {
-        "method": f"MonteCLoRA, {num_samples} draws" if num_samples else (
-            "MonteCLoRA at the mean" if config["sample_scaler"] else "LoRA (sample_scaler 0)"),
+        "method": f"MonteCLoRA, {num_samples} draws"
+        if num_samples
+        else ("MonteCLoRA at the mean" if config["sample_scaler"] else "LoRA (sample_scaler 0)"),
         "model": record["model"],
         "task": task.name + (f", {len(task.label_names)} classes" if task.label_names else ", regression"),
         "steps": f"{record.get('steps', '?')}",
         "trained parameters": f"{trained:,} in the network, {variational:,} in the guide",
         "adapters": f"{len(bayes.adapter_names)}",
-    }  # fmt: skip
+    }
     facts |= {name: _show(training[name]) for name in TRAINING_FACTS if training.get(name) not in (None, -1)}
     facts |= {name: _show(config[name]) for name in METHOD_FACTS if config.get(name) is not None}
     versions = record.get("versions", {})

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from bayeslora.errors import InputError
-from bayeslora.models.language import vocabulary_size
-from bayeslora.models.likelihoods import as_likelihood, plain
+from bayeslora.models.network import plain, vocabulary_size
 
 LABELS = ("labels", "label", "label_ids")  # what transformers' collators take for the labels; the first that is there
 OF_OPTIONS = ("input_ids", "attention_mask", "answer_mask")  # lists of lists where an example is a choice of texts
@@ -21,10 +20,18 @@ Padding = Literal["right", "left", "none", "alone"]
 a batch; "alone": no two examples do."""
 
 
-def columns_read(network: nn.Module, likelihood: nn.Module | None) -> frozenset[str] | None:
+class Labelling(Protocol):
+    """What is asked of a :class:`bayeslora.models.Likelihood` here."""
+
+    label_type: Literal["class", "number"] | None
+
+    def columns_read(self, arguments: frozenset[str]) -> frozenset[str] | None: ...
+
+
+def columns_read(network: nn.Module, labelling: Labelling) -> frozenset[str] | None:
     """Names of the columns that a network's ``forward`` takes; None where they cannot be known."""
     names = _arguments(network)
-    return as_likelihood(likelihood).columns_read(names) if main_input(network) in names else None
+    return labelling.columns_read(names) if main_input(network) in names else None
 
 
 def _arguments(network: nn.Module) -> frozenset[str]:
@@ -122,16 +129,16 @@ class Collator:
 
     @classmethod
     def for_network(
-        cls, network: Any, likelihood: nn.Module | None = None, padding: Padding | None = None
+        cls, network: Any, labelling: Labelling | None = None, padding: Padding | None = None
     ) -> "Collator":
-        """For a network and what its labels follow from; without a likelihood, labels are taken as they stand.
+        """For a network and what its labels follow from; without that, labels are taken as they stand.
 
         Without ``padding`` it is right, but left for a network that reads the last position (XLNet).
         """
         if padding is None:
             padding = "left" if getattr(network.config, "summary_type", None) == "last" else "right"
-        labels = as_likelihood(likelihood).label_type
-        columns = None if likelihood is None else columns_read(network, likelihood)
+        labels = None if labelling is None else labelling.label_type
+        columns = None if labelling is None else columns_read(network, labelling)
         mask = "attention_mask" in _arguments(network)
         return cls(filling(network), padding=padding, columns=columns, mask=mask, labels=labels)
 

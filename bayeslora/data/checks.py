@@ -4,13 +4,11 @@ What cannot be read is refused with the number of its row, before anything is tr
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from torch import Tensor, nn
-from torch.utils.data import IterableDataset
 
 from bayeslora.data.batches import (
     LABELS,
@@ -27,17 +25,16 @@ from bayeslora.data.batches import (
     pad_token,
     used_columns,
 )
+from bayeslora.data.limits import POSITION_TABLES, end_of_text, position_limit, table_size
 from bayeslora.data.padding import Placed, find_padding, run_alone
-from bayeslora.errors import InputError
-from bayeslora.models import MonteCLoRA
-from bayeslora.models.language import vocabulary_size
-from bayeslora.models.likelihoods import Where, as_likelihood, plain
+from bayeslora.data.rows import check_kind, rows_of
+from bayeslora.errors import InputError, Where
+from bayeslora.models.joint import JointModel
+from bayeslora.models.network import plain, vocabulary_size
 
 logger = logging.getLogger(__name__)
 
-_POSITION_TABLES = {"position_embeddings", "wpe", "embed_positions", "positions_embed"}
 _PER_TOKEN = {"attention_mask", "token_type_ids", "position_ids", "answer_mask"}
-_CHUNK = 1000  # rows fetched at a time
 
 
 @dataclass(frozen=True)
@@ -60,22 +57,22 @@ class _Row(NamedTuple):
     length: int
 
 
-def read_examples(model: MonteCLoRA, dataset: Any, name: str = "the data set") -> Examples:
+def read_examples(model: JointModel, dataset: Any, name: str = "the data set") -> Examples:
     """The rows of a data set to predict; labels are optional, but for texts.
 
     Raises:
         InputError: naming the first row that the network cannot read, and why.
     """
     check_kind(dataset, name)
-    rows = list(_rows(dataset))
+    rows = list(rows_of(dataset))
     ends = _check_rows(model, rows, name, learns=False)
     padding: Padding = "right"
     if len(rows) > 1:
         padding = find_padding(model, *(Placed(f"{name}, row {end.number}", rows[end.number]) for end in ends))
-    return Examples(rows, Collator.for_network(model.network, model.likelihood, padding))
+    return Examples(rows, Collator.for_network(model.network, model.labelling, padding))
 
 
-def check_to_learn_from(model: MonteCLoRA, datasets: Mapping[str, Any], batch_size: int) -> Collator:
+def check_to_learn_from(model: JointModel, datasets: Mapping[str, Any], batch_size: int) -> Collator:
     """Check data sets to learn from, or to evaluate on while learning, and return what puts their rows into batches.
 
     Args:
@@ -90,7 +87,7 @@ def check_to_learn_from(model: MonteCLoRA, datasets: Mapping[str, Any], batch_si
     ends: list[_Row] = []
     for name, dataset in datasets.items():
         check_kind(dataset, name)
-        ends += _check_rows(model, _rows(dataset), name, learns=True)
+        ends += _check_rows(model, rows_of(dataset), name, learns=True)
     padding: Padding = "right"
     if network.device.type != "meta":
         chosen = [choose(ends, key=lambda row: row.length) for choose in (min, max)]
@@ -100,10 +97,10 @@ def check_to_learn_from(model: MonteCLoRA, datasets: Mapping[str, Any], batch_si
         if batch_size > 1:
             padding = find_padding(model, shortest, longest)
             _check_sharing(model, padding)
-    return Collator.for_network(model.network, model.likelihood, padding)
+    return Collator.for_network(model.network, model.labelling, padding)
 
 
-def _check_sharing(model: MonteCLoRA, padding: Padding) -> None:
+def _check_sharing(model: JointModel, padding: Padding) -> None:
     """Refuse training batches in which examples change each other's outputs."""
     if padding in ("right", "left"):
         return
@@ -111,41 +108,19 @@ def _check_sharing(model: MonteCLoRA, padding: Padding) -> None:
     if pad is None:
         mend = "set network.config.pad_token_id to the tokenizer's"
     elif size is not None and not 0 <= pad < size:
-        mend = (f"its padding token {pad} is outside its {size} tokens, so call "
-                "network.resize_token_embeddings(len(tokenizer)) before BayesLoRA")  # fmt: skip
+        mend = (
+            f"its padding token {pad} is outside its {size} tokens, so call "
+            "network.resize_token_embeddings(len(tokenizer)) before BayesLoRA"
+        )
     else:
         mend = "pad all examples to one length when they are encoded"
-    raise InputError(f"what {type(plain(model.network)).__name__} says of an example depends on how far its batch is "
-                     f"padded: {mend}, or train with batch_size=1 and gradient_accumulation")  # fmt: skip
+    raise InputError(
+        f"what {type(plain(model.network)).__name__} says of an example depends on how far its batch is "
+        f"padded: {mend}, or train with batch_size=1 and gradient_accumulation"
+    )
 
 
-def check_kind(dataset: Any, name: str = "the data set") -> None:
-    """Refuse what has no numbered rows that are dicts: a table by columns, splits, a stream.
-
-    Raises:
-        InputError: saying what to pass instead.
-    """
-    if isinstance(dataset, Mapping):
-        raise InputError(f"{name} is a mapping of {', '.join(map(str, dataset))}: of several splits pass one, and of "
-                         "columns datasets.Dataset.from_dict(...)")  # fmt: skip
-    if hasattr(dataset, "iloc"):
-        raise InputError(f"{name} is a table of pandas: pass datasets.Dataset.from_pandas(...)")
-    numbered = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
-    if not numbered or isinstance(dataset, str | Tensor | IterableDataset):
-        raise InputError(f"{name} is a {type(dataset).__name__}, which has no numbered rows: pass a list of dicts, a "
-                         "datasets.Dataset or the like (list(...) makes one of a stream)")  # fmt: skip
-    if len(dataset) and not isinstance(dataset[0], Mapping):
-        raise InputError(f"{name}, row 0 is a {type(dataset[0]).__name__}: expected a dict from column to value")
-
-
-def _rows(dataset: Any) -> Iterator[Any]:
-    several = getattr(dataset, "__getitems__", None)  # as torch's loaders fetch them
-    for start in range(0, len(dataset), _CHUNK):
-        numbers = list(range(start, min(start + _CHUNK, len(dataset))))
-        yield from several(numbers) if several is not None else (dataset[number] for number in numbers)
-
-
-def _check_rows(model: MonteCLoRA, rows: Any, name: str, *, learns: bool) -> tuple[_Row, _Row]:
+def _check_rows(model: JointModel, rows: Any, name: str, *, learns: bool) -> tuple[_Row, _Row]:
     """The shortest row and the longest."""
     check: _RowCheck | None = None
     labels: list[float] = []
@@ -163,7 +138,7 @@ def _check_rows(model: MonteCLoRA, rows: Any, name: str, *, learns: bool) -> tup
     if check is None:
         raise InputError(f"{name} is empty: nothing to {'learn from' if learns else 'predict'}")
     if check.labelled:
-        check.likelihood.check_labels(np.array(labels), name, check.network, learns=learns)
+        check.labelling.check_labels(np.array(labels), name, check.network, learns=learns)
     ends = int(np.argmin(lengths)), int(np.argmax(lengths))
     return _Row(name, ends[0], lengths[ends[0]]), _Row(name, ends[1], lengths[ends[1]])
 
@@ -171,20 +146,22 @@ def _check_rows(model: MonteCLoRA, rows: Any, name: str, *, learns: bool) -> tup
 class _RowCheck:
     """Checks rows, one by one, against the network and against the first of them."""
 
-    def __init__(self, model: MonteCLoRA, first: Mapping[str, Any], name: str, *, learns: bool):
+    def __init__(self, model: JointModel, first: Mapping[str, Any], name: str, *, learns: bool):
         self.name, self.learns = name, learns
         self.network: Any = plain(model.network)
         self.kind = type(self.network).__name__
-        self.likelihood = as_likelihood(model.likelihood)
-        self.columns = columns_read(self.network, self.likelihood)
+        self.labelling = model.labelling
+        self.columns = columns_read(self.network, self.labelling)
         self.first = used_columns(first, self.columns)
         self.labelled = learns or "labels" in self.first
         self.sizes: dict[str, tuple[int, ...]] = {}
         self.vocabulary = vocabulary_size(self.network)
         self.positions = None if "position_ids" in first else position_limit(self.network)
-        self.tables = {"token_type_ids": _table_size(self.network, {"token_type_embeddings"}),
-                       "position_ids": _table_size(self.network, _POSITION_TABLES)}  # fmt: skip
-        self.end, self.ends = _end_of_text(self.network), 0
+        self.tables = {
+            "token_type_ids": table_size(self.network, {"token_type_embeddings"}),
+            "position_ids": table_size(self.network, POSITION_TABLES),
+        }
+        self.end, self.ends = end_of_text(self.network), 0
         self._find_labels(first)
         self._name_unread(first)
 
@@ -195,16 +172,21 @@ class _RowCheck:
         if any(name in first for name in LABELS):
             return
         if self.learns:
-            raise InputError(f"{self.name} has no labels: there is no column 'labels' (it has {', '.join(first)}); "
-                             "is it an unlabelled split?")  # fmt: skip
-        if self.likelihood.evaluates_labels:
-            raise InputError("the texts have no labels, so no token of theirs is scored: encode them with labels, or "
-                             "let the model write with bayes.generate()")  # fmt: skip
+            raise InputError(
+                f"{self.name} has no labels: there is no column 'labels' (it has {', '.join(first)}); "
+                "is it an unlabelled split?"
+            )
+        if self.labelling.evaluates_labels:
+            raise InputError(
+                "the texts have no labels, so no token of theirs is scored: encode them with labels, or "
+                "let the model write with bayes.generate()"
+            )
 
     def _name_unread(self, first: Mapping[str, Any]) -> None:
         """Say which columns of numbers nobody reads; transformers' Trainer leaves them out too."""
-        unread = [name for name in first.keys() - self.first.keys() - set(LABELS)
-                  if not isinstance(first[name], str | None)]  # fmt: skip
+        unread = [
+            name for name in first.keys() - self.first.keys() - set(LABELS) if not isinstance(first[name], str | None)
+        ]
         if unread:
             logger.warning("%s: %s does not read the columns %s", self.name, self.kind, ", ".join(sorted(unread)))
 
@@ -220,7 +202,7 @@ class _RowCheck:
         for name, value in used.items():
             if name == "labels":
                 continue
-            options = self.likelihood.takes_options and name in OF_OPTIONS and depth(value) == 2
+            options = self.labelling.takes_options and name in OF_OPTIONS and depth(value) == 2
             parts = [self._array(number, name, part) for part in (value if options else [value])]
             lengths[name] = [len(part) if part.ndim else 0 for part in parts]
             for part in parts:
@@ -233,11 +215,16 @@ class _RowCheck:
     def _check_columns(self, number: int, used: Mapping[str, Any]) -> None:
         main = main_input(self.network)
         if self.columns is not None and main not in used and "inputs_embeds" not in used:
-            raise self._refused(number, f"{self.kind} reads {main!r}, and there is no such column (there are "
-                                        f"{', '.join(used) or 'none that it reads'})")  # fmt: skip
+            raise self._refused(
+                number,
+                f"{self.kind} reads {main!r}, and there is no such column (there are "
+                f"{', '.join(used) or 'none that it reads'})",
+            )
         if (used.keys() ^ self.first.keys()) - {"labels"}:
-            raise self._refused(number, f"it has {', '.join(used)}, and row 0 has {', '.join(self.first)}: give every "
-                                        "row the same columns")  # fmt: skip
+            raise self._refused(
+                number,
+                f"it has {', '.join(used)}, and row 0 has {', '.join(self.first)}: give every row the same columns",
+            )
 
     def _array(self, number: int, name: str, value: Any) -> np.ndarray:
         try:
@@ -254,8 +241,11 @@ class _RowCheck:
         if name == "input_ids":
             self._check_tokens(number, part)
         elif most is not None and part.size and not 0 <= part.min() <= part.max() < most:
-            raise self._refused(number, f"{name} go from 0 to {most - 1} in this network, got {part.min():g} to "
-                                        f"{part.max():g}: encode with the network's own tokenizer")  # fmt: skip
+            raise self._refused(
+                number,
+                f"{name} go from 0 to {most - 1} in this network, got {part.min():g} to "
+                f"{part.max():g}: encode with the network's own tokenizer",
+            )
         elif name == "input_values" and part.size == 0:
             raise self._refused(number, "the sound is empty: leave it out")
         elif name == "attention_mask" and not part.any():
@@ -263,43 +253,57 @@ class _RowCheck:
 
     def _check_tokens(self, number: int, tokens: np.ndarray) -> None:
         if tokens.ndim != 1:
-            raise self._refused(number, f"input_ids are one list of tokens, got {tokens.ndim} dimensions: encode texts "
-                                        "without return_tensors")  # fmt: skip
+            raise self._refused(
+                number,
+                f"input_ids are one list of tokens, got {tokens.ndim} dimensions: encode texts without return_tensors",
+            )
         if len(tokens) == 0:
             raise self._refused(number, "the text is empty: leave it out, or give it a token")
         if tokens.dtype.kind == "f":
             raise self._refused(number, f"tokens are whole numbers, got {tokens[0]:g}")
         if self.vocabulary is not None and not 0 <= tokens.min() <= tokens.max() < self.vocabulary:
             outside = tokens[(tokens < 0) | (tokens >= self.vocabulary)]
-            raise self._refused(number, f"token {outside[0]} is outside the network's {self.vocabulary} tokens: encode "
-                                        "with the network's own tokenizer")  # fmt: skip
+            raise self._refused(
+                number,
+                f"token {outside[0]} is outside the network's {self.vocabulary} tokens: encode "
+                "with the network's own tokenizer",
+            )
         if self.positions is not None and len(tokens) > self.positions:
-            raise self._refused(number, f"it has {len(tokens)} tokens, and the network has {self.positions} positions: "
-                                        f"encode with truncation to max_length={self.positions}")  # fmt: skip
+            raise self._refused(
+                number,
+                f"it has {len(tokens)} tokens, and the network has {self.positions} positions: "
+                f"encode with truncation to max_length={self.positions}",
+            )
         if self.end is not None:
             self._check_ends(number, int((tokens == self.end).sum()))
 
     def _check_ends(self, number: int, ends: int) -> None:
         self.ends = self.ends or ends
         if ends != self.ends or ends == 0:
-            raise self._refused(number, f"{self.kind} reads at the end-of-text token {self.end}: each text needs as "
-                                        f"many as row 0 ({max(self.ends, 1)}), and this one has {ends}")  # fmt: skip
+            raise self._refused(
+                number,
+                f"{self.kind} reads at the end-of-text token {self.end}: each text needs as "
+                f"many as row 0 ({max(self.ends, 1)}), and this one has {ends}",
+            )
 
     def _check_size(self, number: int, name: str, array: np.ndarray, length: int) -> None:
         """That of the first row, but for the length."""
         varies = array.ndim == 1 or (array.ndim > 1 and len(array) == length)
         size = array.shape[1:] if varies else array.shape
         if self.sizes.setdefault(name, size) != size:
-            raise self._refused(number, f"{name} has the shape {array.shape}, unlike that of the rows before: give all "
-                                        "examples one size")  # fmt: skip
+            raise self._refused(
+                number,
+                f"{name} has the shape {array.shape}, unlike that of the rows before: give all examples one size",
+            )
 
     def _check_lengths(self, number: int, lengths: Mapping[str, list[int]]) -> None:
         """Masks and the like have one entry for each token."""
         main = lengths.get("input_ids", lengths.get("input_values"))
         for name in lengths.keys() & _PER_TOKEN if main is not None else ():
             if lengths[name] != main:
-                raise self._refused(number, f"{name} has {lengths[name]} entries, and the example {main}: one is "
-                                            "needed for each")  # fmt: skip
+                raise self._refused(
+                    number, f"{name} has {lengths[name]} entries, and the example {main}: one is needed for each"
+                )
 
     def label(self, number: int, used: Mapping[str, Any]) -> float:
         """The label of a row; NaN where it is not one number.
@@ -309,32 +313,10 @@ class _RowCheck:
         """
         label = used.get("labels")
         try:
-            found = as_array(label)
+            values = as_array(label)
         except NOT_NUMBERS:
-            found = np.array(np.nan)
-        if not np.isfinite(found).all():
+            values = np.array(np.nan)
+        if not np.isfinite(values).all():
             raise self._refused(number, f"every label must be a finite number, got {str(label)[:40]}")
-        self.likelihood.check_label(found, used, Where(self.name, number), self.network)
-        return found.item() if found.size == 1 else np.nan
-
-
-def position_limit(network: nn.Module) -> int | None:
-    """Tokens that a network with a table of positions can read; None where positions are relative or computed."""
-    return _table_size(network, _POSITION_TABLES, whole=False)
-
-
-def _table_size(network: nn.Module, names: set[str], *, whole: bool = True) -> int | None:
-    """Rows of the smallest table of one of these names; only those in use, where not ``whole``."""
-    sizes = []
-    for path, table in plain(network).named_modules():
-        if isinstance(table, nn.Embedding) and names & set(path.split(".")):
-            offset = getattr(table, "offset", 0)  # of OPT and BART, added to each position
-            first = 0 if whole or offset or table.padding_idx is None else table.padding_idx + 1  # RoBERTa's
-            sizes.append(table.num_embeddings - offset - first)
-    return min(sizes, default=None)
-
-
-def _end_of_text(network: Any) -> int | None:
-    """The token at which a classifier with an encoder and a decoder reads, as BART and T5 do."""
-    reads = getattr(network.config, "is_encoder_decoder", False) and hasattr(network, "classification_head")
-    return network.config.eos_token_id if reads else None
+        self.labelling.check_label(values, used, Where(self.name, number), self.network)
+        return values.item() if values.size == 1 else np.nan

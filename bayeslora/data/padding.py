@@ -18,8 +18,8 @@ from bayeslora.adapters.modes import evaluation_mode, is_compiled
 from bayeslora.adapters.quantized import is_quantized
 from bayeslora.data.batches import Collator, Padding, length_of, pad_token
 from bayeslora.errors import InputError
-from bayeslora.models import MonteCLoRA
-from bayeslora.models.likelihoods import plain
+from bayeslora.models.joint import JointModel
+from bayeslora.models.network import plain
 
 _Found = tuple[int | None, int, int, Padding]  # for which padding token, and between which lengths
 _found: WeakKeyDictionary[nn.Module, _Found] = WeakKeyDictionary()
@@ -33,7 +33,7 @@ class Placed(NamedTuple):
     example: Mapping[str, Any]
 
 
-def find_padding(model: MonteCLoRA, shortest: Placed, longest: Placed) -> Padding:
+def find_padding(model: JointModel, shortest: Placed, longest: Placed) -> Padding:
     """How examples between these two can be put together, so that each has the outputs that it has alone.
 
     It is found once for the lengths in between.
@@ -51,7 +51,7 @@ def find_padding(model: MonteCLoRA, shortest: Placed, longest: Placed) -> Paddin
     return known[3]
 
 
-def _try(model: MonteCLoRA, shortest: Placed, longest: Placed) -> Padding:
+def _try(model: JointModel, shortest: Placed, longest: Placed) -> Padding:
     alone = [run_alone(model, one) for one in (longest, shortest)]
     sides: tuple[Padding, ...] = ("right", "left")
     for side in sides:
@@ -60,7 +60,7 @@ def _try(model: MonteCLoRA, shortest: Placed, longest: Placed) -> Padding:
     return "none" if _agree(model, [shortest.example] * 2, [alone[1]] * 2, "none") else "alone"
 
 
-def run_alone(model: MonteCLoRA, one: Placed) -> Tensor:
+def run_alone(model: JointModel, one: Placed) -> Tensor:
     """Outputs of one example at the mean, ``(...)``.
 
     Raises:
@@ -76,10 +76,10 @@ def run_alone(model: MonteCLoRA, one: Placed) -> Tensor:
         raise InputError(f"{one.place}: {kind}{lacking} cannot read it: {error}") from error
 
 
-def _run(model: MonteCLoRA, examples: Sequence[Mapping[str, Any]], padding: Padding) -> Tensor:
+def _run(model: JointModel, examples: Sequence[Mapping[str, Any]], padding: Padding) -> Tensor:
     """Outputs of a batch at the mean."""
     network: Any = model.network
-    inputs = Collator.for_network(network, model.likelihood, padding)(examples).to(network.device)
+    inputs = Collator.for_network(network, model.labelling, padding)(examples).to(network.device)
     labels = inputs.pop("labels", None)
     eager = torch.compiler.set_stance("force_eager") if is_compiled(network) else nullcontext()
     with one_at_a_time, eager, evaluation_mode(model), evaluation_mode(network), torch.no_grad():
@@ -87,7 +87,7 @@ def _run(model: MonteCLoRA, examples: Sequence[Mapping[str, Any]], padding: Padd
         return model.outputs(inputs, labels).float()
 
 
-def _agree(model: MonteCLoRA, pair: list, alone: list[Tensor], padding: Padding) -> bool:
+def _agree(model: JointModel, pair: list, alone: list[Tensor], padding: Padding) -> bool:
     """Whether both examples have the outputs that they have alone, up to the network's rounding."""
     try:
         together = _run(model, pair, padding)

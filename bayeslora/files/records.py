@@ -1,4 +1,4 @@
-"""JSON files from strangers: of reasonable size, and every entry what it should be."""
+"""JSON files that others wrote: of reasonable size, and every entry what it should be."""
 
 import json
 import os
@@ -36,10 +36,10 @@ def read_json(path: Path, *, most_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    record = dict(pairs)
+    if len(record) < len(pairs):
         raise ValueError("a name is given twice")
-    return found
+    return record
 
 
 def _deeper_than(value: Any, levels: int) -> bool:

@@ -14,11 +14,12 @@ from bayeslora.adapters.modes import evaluation_mode
 from bayeslora.analysis.tables import diagnostics as verdicts
 from bayeslora.analysis.tables.diagnostics import Diagnostic
 from bayeslora.data.batches import Collator
-from bayeslora.data.checks import check_kind, check_to_learn_from
+from bayeslora.data.checks import check_to_learn_from
+from bayeslora.data.rows import check_kind
 from bayeslora.errors import InputError
 from bayeslora.guides import MeanFieldGuide, MixtureGuide
 from bayeslora.inference.draws import draw_trace
-from bayeslora.models.likelihoods import as_likelihood
+from bayeslora.inference.predict import predict
 from bayeslora.posterior import Posterior
 from bayeslora.prediction import Prediction
 from bayeslora.recorder import Recorder
@@ -69,12 +70,12 @@ def diagnose(
         InputError: for unlabelled data, data other than it was fitted to, too few draws, or plain LoRA (ε = 0).
 
     Example:
-        >>> [found.name for found in diagnose(bayes, dataset, num_samples=25, steps=2)]
+        >>> [answer.name for answer in diagnose(bayes, dataset, num_samples=25, steps=2)]
         ['pareto_k', 'data_drivenness', 'amortization_gap']
     """
     if bayes.monteclora_config.sample_scaler == 0:
         raise InputError("sample_scaler=0 is plain LoRA: it has no posterior to diagnose")
-    if as_likelihood(bayes.model.likelihood).evaluates_labels:
+    if bayes.model.labelling.evaluates_labels:
         raise InputError("diagnose permutes labels among examples, and a text has no label but itself")
     if num_samples < 25 or steps < 1:
         raise InputError(f"num_samples must be at least 25 and steps at least 1, got {num_samples} and {steps}")
@@ -85,20 +86,25 @@ def diagnose(
             f"{len(dataset)}: pass the training set"
         )
     collate = check_to_learn_from(bayes.model, {"the data set": dataset}, batch_size)
-    options = {"num_samples": num_samples, "batch_size": batch_size, "seed": seed, "progress": progress}
-    prediction = bayes.predict(dataset, **options)
-    found = [verdicts.importance_sampling(_log_weights(bayes, prediction, seed))]
+    options: dict[str, Any] = {
+        "num_samples": num_samples,
+        "batch_size": batch_size,
+        "seed": seed,
+        "progress": progress,
+    }
+    prediction = predict(bayes, dataset, **options)
+    answers = [verdicts.importance_sampling(_log_weights(bayes, prediction, seed))]
     if restarts:
         chosen = np.sort(np.random.default_rng(seed).permutation(len(dataset))[:RESTART_EXAMPLES])
         few = [dataset[int(index)] for index in chosen]
-        others = [restart.predict(few, **options).sample_outputs for restart in restarts]
-        found.append(verdicts.restart_agreement([prediction.sample_outputs[:, chosen], *others]))
-    found += verdicts.convergence(history)
+        others = [predict(restart, few, **options).sample_outputs for restart in restarts]
+        answers.append(verdicts.restart_agreement([prediction.sample_outputs[:, chosen], *others]))
+    answers += verdicts.convergence(history)
     data = _Batches(bayes, dataset, collate, steps, batch_size, seed)
-    found.append(verdicts.data_drivenness(*_response_to_labels(bayes, data, seed)))
+    answers.append(verdicts.data_drivenness(*_response_to_labels(bayes, data, seed)))
     if isinstance(bayes.guide, MixtureGuide):
-        found.append(verdicts.amortization_gap(*_refine(bayes, data, learning_rate, seed)))
-    return found
+        answers.append(verdicts.amortization_gap(*_refine(bayes, data, learning_rate, seed)))
+    return answers
 
 
 def log_importance_weights(
@@ -112,7 +118,9 @@ def log_importance_weights(
         InputError: for unlabelled data.
     """
     return _log_weights(
-        bayes, bayes.predict(dataset, num_samples, batch_size=batch_size, seed=seed, progress=False), seed
+        bayes,
+        predict(bayes, dataset, num_samples=num_samples, batch_size=batch_size, seed=seed, progress=False),
+        seed,
     )
 
 

@@ -52,9 +52,16 @@ class Draws:
     """
 
     def __init__(
-        self, bayes: Posterior, count: int, seed: int | None, *, first: int = 0, prior: bool = False,
-        noise_factor: float = 1.0, antithetic: bool = False,
-    ):  # fmt: skip
+        self,
+        bayes: Posterior,
+        count: int,
+        seed: int | None,
+        *,
+        first: int = 0,
+        prior: bool = False,
+        noise_factor: float = 1.0,
+        antithetic: bool = False,
+    ):
         self.bayes, self.count, self.first = bayes, count, first
         self.noise_factor, self.antithetic = noise_factor, antithetic
         self.draw_sites = prior_sites if prior else posterior_sites
@@ -75,8 +82,8 @@ class Draws:
         numbers = [self.first + index for index in indices]
         mirrored = [self.antithetic and number % 2 == 1 for number in numbers]
         sources = [number - mirror for number, mirror in zip(numbers, mirrored, strict=True)]
-        found = {number: model.matrices(self.draw_sites(self.bayes, self.seed, number)) for number in set(sources)}
-        drawn = {g.name: torch.stack([found[number][g.name] for number in sources]) for g in model.groups}
+        by_number = {number: model.matrices(self.draw_sites(self.bayes, self.seed, number)) for number in set(sources)}
+        drawn = {g.name: torch.stack([by_number[number][g.name] for number in sources]) for g in model.groups}
         if self.noise_factor != 1 or any(mirrored):
             factors = [-self.noise_factor if mirror else self.noise_factor for mirror in mirrored]
             for group in model.groups:

@@ -23,12 +23,13 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from bayeslora.data.checks import position_limit, read_examples
+from bayeslora.data.checks import read_examples
+from bayeslora.data.limits import position_limit
 from bayeslora.errors import InputError
 from bayeslora.inference.draws import Draws, evaluating, run_as
 from bayeslora.inference.writing import Rule, Text, entropy_of, write
-from bayeslora.models.language import NOT_SCORED, logits_at, vocabulary_size
-from bayeslora.models.likelihoods import is_causal
+from bayeslora.models.language import NOT_SCORED, logits_at
+from bayeslora.models.network import is_causal, vocabulary_size
 from bayeslora.posterior import Posterior
 from bayeslora.tasks.encoding import encode_text
 
@@ -119,8 +120,15 @@ def generate(
         num_samples = 0
     order = np.argsort([-len(prompt) for prompt in tokens], kind="stable")
     size = max(batch_size // max(num_samples, 1), 1)
-    rule = Rule(mode == "mixture" and num_samples > 0, max_new_tokens, temperature, top_p, tuple(stops), tokenizer,
-                 _ends(bayes, tokenizer))  # fmt: skip
+    rule = Rule(
+        mode == "mixture" and num_samples > 0,
+        max_new_tokens,
+        temperature,
+        top_p,
+        tuple(stops),
+        tokenizer,
+        _ends(bayes, tokenizer),
+    )
     written: dict[int, list[Text]] = {}
     with evaluating(bayes):
         draws = Draws(bayes, num_samples, seed)
@@ -128,14 +136,14 @@ def generate(
             chosen = order[start : start + size]
             texts = write(bayes, [tokens[i] for i in chosen], draws, rule, batch_size, seed, chosen)
             written |= dict(zip(chosen.tolist(), texts, strict=True))
-    found = [written[index] for index in range(len(tokens))]
+    rows = [written[index] for index in range(len(tokens))]
     return Generation(
-        [[text.tokens for text in row] for row in found],
-        [[text.read(rule) for text in row] for row in found] if tokenizer is not None else None,
-        np.array([[text.log_likelihood for text in row] for row in found]),
-        np.array([[len(text.tokens) for text in row] for row in found]),
-        [[np.array(text.entropy) for text in row] for row in found],
-        [[np.array(text.information) for text in row] for row in found] if rule.mixture else None,
+        [[text.tokens for text in row] for row in rows],
+        [[text.read(rule) for text in row] for row in rows] if tokenizer is not None else None,
+        np.array([[text.log_likelihood for text in row] for row in rows]),
+        np.array([[len(text.tokens) for text in row] for row in rows]),
+        [[np.array(text.entropy) for text in row] for row in rows],
+        [[np.array(text.information) for text in row] for row in rows] if rule.mixture else None,
     )
 
 
@@ -198,11 +206,15 @@ def _check_prompts(bayes: Posterior, prompts: list[list[int]], max_new_tokens: i
     size, positions = vocabulary_size(bayes.network), position_limit(bayes.network)
     for number, prompt in enumerate(prompts):
         if not all(isinstance(token, int) and 0 <= token < (size or token + 1) for token in prompt):
-            raise InputError(f"prompt {number} is not a list of tokens of the network, whole numbers below {size}: "
-                             "encode it with the network's own tokenizer")  # fmt: skip
+            raise InputError(
+                f"prompt {number} is not a list of tokens of the network, whole numbers below {size}: "
+                "encode it with the network's own tokenizer"
+            )
         if positions is not None and len(prompt) + max_new_tokens - 1 > positions:
-            raise InputError(f"prompt {number} has {len(prompt)} tokens, and the network has {positions} positions: "
-                             f"shorten it, or write less than max_new_tokens={max_new_tokens}")  # fmt: skip
+            raise InputError(
+                f"prompt {number} has {len(prompt)} tokens, and the network has {positions} positions: "
+                f"shorten it, or write less than max_new_tokens={max_new_tokens}"
+            )
 
 
 def _prompt_tokens(prompt: Any, tokenizer: Any) -> list[int]:
@@ -218,9 +230,15 @@ def _check_causal(bayes: Posterior) -> None:
 
 
 def _check_arguments(
-    prompts: Any, tokenizer: Any, num_samples: int, mode: str, max_new_tokens: int, temperature: float, top_p: float,
+    prompts: Any,
+    tokenizer: Any,
+    num_samples: int,
+    mode: str,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
     stops: Sequence[str],
-) -> None:  # fmt: skip
+) -> None:
     if isinstance(prompts, str) or len(prompts) == 0 or any(len(prompt) == 0 for prompt in prompts):
         raise InputError("prompts must be a list of at least one text (or its tokens), none of them empty")
     if tokenizer is None and (stops or any(isinstance(prompt, str) for prompt in prompts)):
@@ -230,7 +248,9 @@ def _check_arguments(
     if mode not in ("draws", "mixture"):
         raise InputError(f"mode must be 'draws' or 'mixture', got {mode!r}")
     if num_samples < 0 or max_new_tokens < 1:
-        raise InputError(f"num_samples must be 0 (the mean) or more and max_new_tokens at least 1, got {num_samples} "
-                         f"and {max_new_tokens}")  # fmt: skip
+        raise InputError(
+            f"num_samples must be 0 (the mean) or more and max_new_tokens at least 1, got {num_samples} "
+            f"and {max_new_tokens}"
+        )
     if not temperature >= 0 or not 0 < top_p <= 1:
         raise InputError(f"temperature must be 0 or more and top_p in (0, 1], got {temperature} and {top_p}")

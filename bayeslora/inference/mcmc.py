@@ -10,7 +10,7 @@ from pyro.infer import MCMC, NUTS
 from torch import Tensor
 
 from bayeslora.errors import InputError
-from bayeslora.models import MonteCLoRA
+from bayeslora.models.joint import JointModel
 
 
 class NutsDraws(NamedTuple):
@@ -21,7 +21,7 @@ class NutsDraws(NamedTuple):
 
 
 def run_nuts(
-    model: MonteCLoRA,
+    model: JointModel,
     batch: Mapping[str, Tensor],
     *,
     num_chains: int = 2,

@@ -15,7 +15,6 @@ from bayeslora.errors import InputError
 from bayeslora.inference.draws import Draws, Networks, evaluating, run_as
 from bayeslora.inference.prefix import MAX_KEPT_BYTES, Prefix
 from bayeslora.models.language import NOT_SCORED
-from bayeslora.models.likelihoods import as_likelihood
 from bayeslora.models.tuning import Tuning
 from bayeslora.posterior import Posterior
 from bayeslora.prediction import Prediction
@@ -68,9 +67,11 @@ def predict(
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
     if antithetic and not prior and not getattr(bayes.guide, "symmetric_rows", False):
-        raise InputError(f"antithetic draws need a posterior that is symmetric about its mean, and "
-                         f"{type(bayes.guide).__name__} does not promise it: leave antithetic out, or set "
-                         "symmetric_rows = True on the guide if no row's sign matters to it")  # fmt: skip
+        raise InputError(
+            f"antithetic draws need a posterior that is symmetric about its mean, and "
+            f"{type(bayes.guide).__name__} does not promise it: leave antithetic out, or set "
+            "symmetric_rows = True on the guide if no row's sign matters to it"
+        )
     copies, tuning = 1, bayes.model.tuning or Tuning()
     if bayes.monteclora_config.sample_scaler * tuning.width == 0:  # every draw is the mean network
         num_samples, copies = 0, max(num_samples, 1)
@@ -79,17 +80,17 @@ def predict(
     outputs: list[Tensor] = []
     targets: list[Tensor] = []
     with evaluating(bayes):
-        draws = Draws(bayes, num_samples, seed, first=first_draw, prior=prior, noise_factor=noise_factor,
-                      antithetic=antithetic)  # fmt: skip
+        draws = Draws(
+            bayes, num_samples, seed, first=first_draw, prior=prior, noise_factor=noise_factor, antithetic=antithetic
+        )
         for output, labels in run_batches(bayes, batches, examples.collate, draws, batch_size, progress):
             outputs.append(output)
             targets += [] if labels is None else [labels.cpu()]
     labelled = len(targets) == len(outputs)
     drawn = _joined(outputs, dim=1, filling=np.nan).numpy()[:, order]  # (S, n, ...)
-    likelihood = as_likelihood(bayes.model.likelihood)
-    if likelihood.of_classes:
+    if bayes.model.labelling.of_classes:
         drawn = drawn / tuning.temperature
-    return likelihood.summarize(
+    return bayes.model.labelling.summarize(
         np.repeat(drawn, copies, axis=0),
         _joined(targets, dim=0, filling=NOT_SCORED).numpy()[order] if labelled else None,
         bayes.network,
@@ -109,9 +110,13 @@ def _joined(parts: Sequence[Tensor], *, dim: int, filling: float) -> Tensor:
 
 
 def run_batches(
-    bayes: Posterior, batches: Sequence[Sequence[dict[str, Any]]], collate: Collator, draws: Networks,
-    batch_size: int, progress: bool,
-) -> Iterator[tuple[Tensor, Tensor | None]]:  # fmt: skip
+    bayes: Posterior,
+    batches: Sequence[Sequence[dict[str, Any]]],
+    collate: Collator,
+    draws: Networks,
+    batch_size: int,
+    progress: bool,
+) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Logits of each batch under every draw, ``(draws, n, C)`` (the mean's, if there is no draw), and its labels."""
     prefix = Prefix(bayes.network, bayes.model.groups, bayes.model.outputs)
     with _progress(len(batches) * max(draws.count, 1), progress) as bar:

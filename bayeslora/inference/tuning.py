@@ -11,7 +11,6 @@ from tqdm.auto import tqdm
 
 from bayeslora.errors import InputError
 from bayeslora.inference.predict import predict
-from bayeslora.models.likelihoods import as_likelihood
 from bayeslora.models.tuning import Tuning
 from bayeslora.posterior import Posterior
 from bayeslora.prediction import Prediction
@@ -128,7 +127,7 @@ def _check(bayes: Posterior, dataset: Any, num_samples: int, with_temperature: b
                          "guides that are shipped, or set follows_noise_schedule = True on one that does")  # fmt: skip
     if num_samples < 1:
         raise InputError(f"num_samples must be at least 1, got {num_samples}")
-    if with_temperature and not as_likelihood(bayes.model.likelihood).of_classes:
+    if with_temperature and not bayes.model.labelling.of_classes:
         raise InputError("with_temperature=True is for probabilities of classes: leave it out")
     if len(dataset) < LEAST_EXAMPLES:
         raise InputError(f"a width needs at least {LEAST_EXAMPLES} examples to be tuned on, got {len(dataset)}")

@@ -122,18 +122,23 @@ class _Runs:
 
     def step(self, tokens: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         """Logits after the last token, ``(draws, prompts, vocabulary)``, of ``(draws, prompts, T)`` new tokens."""
-        found = []
+        logits = []
         for run, start in enumerate(self.starts):
             part = tokens[start : start + self.together]
             count = len(part)
-            inputs = {"input_ids": part.flatten(0, 1), "attention_mask": mask.repeat(count, 1),
-                      "position_ids": positions.repeat(count, 1), "past_key_values": self.caches[run],
-                      "use_cache": True, **self.options}  # fmt: skip
+            inputs = {
+                "input_ids": part.flatten(0, 1),
+                "attention_mask": mask.repeat(count, 1),
+                "position_ids": positions.repeat(count, 1),
+                "past_key_values": self.caches[run],
+                "use_cache": True,
+                **self.options,
+            }
             matrices = self.draws.matrices(start, count) if self.draws.count else None
             output = run_as(self.bayes, matrices, lambda: self.bayes.network(**inputs))  # noqa: B023
             self.caches[run] = output.past_key_values
-            found.append(output.logits[:, -1].float().unflatten(0, (count, -1)))
-        return torch.cat(found)
+            logits.append(output.logits[:, -1].float().unflatten(0, (count, -1)))
+        return torch.cat(logits)
 
 
 def _together(bayes: Posterior, draws: Draws, tokens: Tensor, mask: Tensor, batch_size: int) -> int:

@@ -54,18 +54,27 @@ def run_program(
         InputError: without the switch, and where a process cannot be confined.
     """
     if execute_generated_code is not True:
-        raise InputError("this runs code that a model has written: say execute_generated_code=True "
-                         "(--execute-generated-code) to allow it, in a confined process")  # fmt: skip
+        raise InputError(
+            "this runs code that a model has written: say execute_generated_code=True "
+            "(--execute-generated-code) to allow it, in a confined process"
+        )
     if (sys.platform, platform.machine()) != ("linux", "x86_64"):
-        raise InputError("generated code is confined by Linux on x86-64 only, so it is not run here: "
-                         f"this is {sys.platform} on {platform.machine()}")  # fmt: skip
+        raise InputError(
+            "generated code is confined by Linux on x86-64 only, so it is not run here: "
+            f"this is {sys.platform} on {platform.machine()}"
+        )
     word = secrets.token_hex(8)
     task = {"program": program, "word": word, "seconds": seconds, "megabytes": megabytes}
     with tempfile.TemporaryDirectory(prefix="bayeslora-code-") as folder:
         process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-B", str(_CHILD)], cwd=folder, env={}, start_new_session=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+            [sys.executable, "-I", "-S", "-B", str(_CHILD)],
+            cwd=folder,
+            env={},
+            start_new_session=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
         try:
             output, _ = process.communicate(json.dumps(task).encode(), timeout=seconds + 1)
         except subprocess.TimeoutExpired:

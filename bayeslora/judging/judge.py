@@ -59,10 +59,17 @@ def judge(
     elif task.name != "gsm8k":
         raise InputError(f"nothing judges what a model writes for {task.name!r}; there are gsm8k and humaneval")
     written = bayes.generate(
-        task.prompts(tokenizer, split, limit=limit, seed=seed), tokenizer=tokenizer, num_samples=num_samples,
-        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, stops=task.stops, seed=seed,
-        batch_size=batch_size, progress=progress,
-    )  # fmt: skip
+        task.prompts(tokenizer, split, limit=limit, seed=seed),
+        tokenizer=tokenizer,
+        num_samples=num_samples,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        stops=task.stops,
+        seed=seed,
+        batch_size=batch_size,
+        progress=progress,
+    )
     data = task.split(split, limit=limit, seed=seed)
     if task.name == "gsm8k":
         return judge_gsm8k(written, data["answer"][:])
@@ -83,11 +90,11 @@ def judge_gsm8k(written: "Generation", solutions: Sequence[str]) -> dict[str, fl
     right = [gsm8k_number(solution) for solution in solutions]
     by_draw = [gsm8k_matches(texts, solutions) for texts in zip(*written.texts, strict=True)]
     weights = np.log(np.maximum(written.confidence, 1e-300))
-    for way in ("strict", "flexible"):
-        numbers = [[gsm8k_number(text, flexible=way == "flexible") for text in texts] for texts in written.texts]
-        scores[way] = float(np.mean([matches[way] for matches in by_draw]))
+    for rule in ("strict", "flexible"):
+        numbers = [[gsm8k_number(text, flexible=rule == "flexible") for text in texts] for texts in written.texts]
+        scores[rule] = float(np.mean([matches[rule] for matches in by_draw]))
         if len(by_draw) > 1:
-            for name, log_weights in ((f"{way}_vote", None), (f"{way}_weighted_vote", weights)):
+            for name, log_weights in ((f"{rule}_vote", None), (f"{rule}_weighted_vote", weights)):
                 answers = vote(numbers, log_weights).answers
                 scores[name] = float(np.mean([a == r for a, r in zip(answers, right, strict=True)]))
     return scores

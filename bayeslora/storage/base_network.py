@@ -9,13 +9,12 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from bayeslora.adapters.groups import find_groups
+from bayeslora.adapters.groups import adapter_state, find_groups
 from bayeslora.adapters.provenance import Sketch, base_tensors, first_difference, not_in_checkpoint, sketch
 from bayeslora.adapters.quantized import frozen_weight, is_quantized
 from bayeslora.adapters.untrusted import PREFIX, linear_sizes
 from bayeslora.errors import InputError
 from bayeslora.storage.manifest import MANIFEST, PROBES
-from bayeslora.storage.peft_files import adapter_state
 
 
 def check_taken_from_base(folder: Path, manifest: dict[str, Any], network: PeftModel) -> None:

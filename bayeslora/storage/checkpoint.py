@@ -10,26 +10,23 @@ import os
 import tempfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from bayeslora.adapters.drawing import check_in_use
-from bayeslora.adapters.inject import carries_adapter
+from bayeslora.adapters.drawing import check_in_use, one_at_a_time
+from bayeslora.adapters.groups import adapter_state
 from bayeslora.adapters.provenance import base_tensors, sketch
-from bayeslora.adapters.untrusted import PREFIX, load_state, read_header
-from bayeslora.config import MonteCLoRAConfig
+from bayeslora.adapters.untrusted import PREFIX, load_state
 from bayeslora.errors import InputError
 from bayeslora.files.writing import replacing_folder, sha256_of, sync
-from bayeslora.models.likelihoods import as_likelihood
-from bayeslora.models.selection import described_likelihood
+from bayeslora.inference.draws import posterior_sites
 from bayeslora.models.tuning import Tuning
 from bayeslora.posterior import Posterior
 from bayeslora.storage.base_network import check_base, check_taken_from_base, fingerprint
 from bayeslora.storage.manifest import (
-    ADAPTER_WEIGHTS,
     FILES,
     FORMAT,
     MANIFEST,
@@ -40,14 +37,10 @@ from bayeslora.storage.manifest import (
     version_info,
 )
 from bayeslora.storage.peft_files import (
-    adapter_state,
     kept_tensors,
     load_adapter_weights,
-    open_peft_adapter,
     write_peft_files,
 )
-
-Module = TypeVar("Module", bound=Posterior)
 
 
 def save_pretrained(bayes: Posterior, folder: str | Path) -> None:
@@ -73,7 +66,7 @@ def write_adapter(bayes: Posterior, folder: Path) -> None:
     check_in_use(bayes.model.groups)
     with tempfile.TemporaryDirectory(prefix=".adapter-", dir=folder) as scratch:
         written = Path(scratch)
-        write_peft_files(bayes, written)
+        write_peft_files(bayes.network, bayes.kept_keys, written)
         state = {f"guide.{name}": value for name, value in bayes.guide.state_dict().items()}
         state |= {f"model.{name}": value for name, value in bayes.model.state_dict().items()}
         save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, written / POSTERIOR)
@@ -84,7 +77,7 @@ def write_adapter(bayes: Posterior, folder: Path) -> None:
 
 
 def _manifest(bayes: Posterior, folder: Path) -> dict[str, Any]:
-    kept = sorted(kept_tensors(bayes))
+    kept = sorted(kept_tensors(bayes.network, bayes.kept_keys))
     manifest = {
         "format": FORMAT,
         "config": bayes.monteclora_config.to_dict(),
@@ -93,12 +86,12 @@ def _manifest(bayes: Posterior, folder: Path) -> dict[str, Any]:
         "versions": version_info(),
         "base": fingerprint(bayes.network) | {"sketches": _sketches(bayes, kept)},
         "kept": kept,
-        "adapters": _adapter_shapes(bayes),
+        "adapters": adapter_shapes(bayes),
         "sha256": {name: sha256_of(folder / name) for name in FILES},
     }
     if bayes.model.tuning is not None:
         manifest["tuning"] = bayes.model.tuning.to_dict()
-    described = as_likelihood(bayes.model.likelihood).describe()
+    described = bayes.model.labelling.describe()
     if described is not None:
         manifest["likelihood"] = described
     return manifest | {"digest": digest_of(manifest)}
@@ -114,44 +107,9 @@ def _sketches(bayes: Posterior, kept: Collection[str]) -> dict[str, list]:
     return {entry.name: bayes.sketches[entry.name].to_list() for entry in taken}
 
 
-def _adapter_shapes(bayes: Posterior) -> dict[str, list[int]]:
+def adapter_shapes(bayes: Posterior) -> dict[str, list[int]]:
+    """Name of each adapted layer to its rank and its inputs."""
     return {a.name: [a.rank, a.columns] for g in bayes.model.groups for a in g.adapters}
-
-
-def from_pretrained(
-    cls: type[Module], folder: str | Path, network: nn.Module, *, guide: Any = None, likelihood: Any = None
-) -> Module:
-    """Open an adapter folder on a freshly loaded base network.
-
-    Args:
-        cls: What to make: the class of the posterior.
-        folder: What :func:`save_pretrained` wrote.
-        network: The same base model the adapter was fitted to, without an adapter.
-        guide, likelihood: The guide's class and the likelihood used when fitting, where they were not the configured
-            ones; next-token and choice likelihoods are stored with the adapter.
-
-    Raises:
-        InputError: for a folder that is missing, incomplete or damaged, or that belongs to another network.
-    """
-    folder = Path(folder)
-    manifest = read_manifest(folder)
-    if carries_adapter(network):
-        raise InputError("pass the plain base network, freshly loaded: this one carries an adapter already")
-    config = MonteCLoRAConfig.from_dict(manifest["config"])
-    read_header(folder / POSTERIOR)
-    check_base(folder, manifest, network)
-    peft_network = open_peft_adapter(folder, network)
-    check_taken_from_base(folder, manifest, peft_network)
-    if likelihood is None and "likelihood" in manifest:
-        likelihood = described_likelihood(manifest["likelihood"])
-    bayes = cls(peft_network, config, guide=guide, likelihood=likelihood)
-    if guide is None and type(bayes.guide).__name__ != manifest["guide"]:
-        raise InputError(f"{folder} was fitted with the guide {manifest['guide']:.100}; pass its class as guide=")
-    if _adapter_shapes(bayes) != manifest["adapters"]:
-        raise InputError(f"{folder / MANIFEST} lists other adapters than {ADAPTER_WEIGHTS} holds: use another copy")
-    bayes.num_examples = manifest["num_examples"]
-    _load(bayes, folder, manifest)
-    return bayes.eval()
 
 
 def load_adapter(bayes: Posterior, folder: Path) -> None:
@@ -160,17 +118,11 @@ def load_adapter(bayes: Posterior, folder: Path) -> None:
     check_base(folder, manifest, bayes.network.get_base_model())
     load_adapter_weights(bayes.network, folder)
     check_taken_from_base(folder, manifest, bayes.network)
-    _load(bayes, folder, manifest)
+    load_posterior(bayes, folder, manifest)
 
 
-def _load(bayes: Posterior, folder: Path, manifest: Mapping[str, Any]) -> None:
-    load_posterior(bayes, folder)
-    tuning = manifest["tuning"]
-    bayes.model.tuning = None if tuning is None else Tuning(**tuning)
-
-
-def load_posterior(bayes: Posterior, folder: Path) -> None:
-    """Read the guide's and the likelihood's parameters."""
+def load_posterior(bayes: Posterior, folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Read the guide's and the likelihood's parameters, and what was tuned."""
     modules: dict[str, nn.Module] = {"guide.": bayes.guide, "model.": bayes.model}
     expected = {prefix + name: v for prefix, module in modules.items() for name, v in module.state_dict().items()}
     path = folder / POSTERIOR
@@ -178,12 +130,13 @@ def load_posterior(bayes: Posterior, folder: Path) -> None:
     for prefix, module in modules.items():
         module.load_state_dict({n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)})
     _check_posterior(bayes, path)
+    bayes.model.tuning = None if manifest["tuning"] is None else Tuning(**manifest["tuning"])
 
 
 def _check_posterior(bayes: Posterior, path: Path) -> None:
     """Finite numbers in the file can still stand for a v, α or σ that no float holds."""
-    with torch.no_grad():
-        values = bayes.sample(1, seed=0) | dict(bayes.model.named_pyro_params())
+    with torch.no_grad(), one_at_a_time:
+        values = posterior_sites(bayes, 0, 0) | dict(bayes.model.named_pyro_params())
     for name, value in values.items():
         if not torch.isfinite(value).all():
             raise InputError(f"{path}: {name} is out of the range of {value.dtype}: use another copy")

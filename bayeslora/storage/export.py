@@ -39,7 +39,7 @@ def export_draws(bayes: Posterior, folder: str | Path, num_draws: int, *, seed: 
     names = [f"draw-{index:03}" for index in range(num_draws)]
     with replacing_folder(folder) as new:
         (new / MEAN_FOLDER).mkdir()
-        write_peft_files(bayes, new / MEAN_FOLDER)
+        write_peft_files(bayes.network, bayes.kept_keys, new / MEAN_FOLDER)
         for name, sites in zip(names, sample_sites(bayes, num_draws, seed), strict=True):
             drawn = bayes.model.matrices(sites)
             matrices = {
@@ -48,6 +48,6 @@ def export_draws(bayes: Posterior, folder: str | Path, num_draws: int, *, seed: 
                 for adapter, matrix in zip(group.adapters, drawn[group.name], strict=True)
             }
             (new / name).mkdir()
-            write_peft_files(bayes, new / name, lora_A=matrices)
+            write_peft_files(bayes.network, bayes.kept_keys, new / name, lora_A=matrices)
         write_json(new / INDEX_FILE, {"seed": seed, "mean": MEAN_FOLDER, "draws": names})
     return [folder / name for name in names]

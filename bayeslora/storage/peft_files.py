@@ -3,76 +3,72 @@
 import copy
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from bayeslora.adapters.groups import active_adapter
+from bayeslora.adapters.groups import active_adapter, adapter_state, find_groups
 from bayeslora.adapters.provenance import base_tensors, mark_changed
 from bayeslora.adapters.untrusted import PREFIX, adapter_ranks, load_state, read_header, read_lora_config
 from bayeslora.errors import InputError
-from bayeslora.posterior import Posterior
 from bayeslora.storage.manifest import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 
-def write_peft_files(bayes: Posterior, folder: Path, *, lora_A: Mapping[str, Tensor] | None = None) -> None:
+def write_peft_files(
+    network: PeftModel, kept_keys: Collection[str], folder: Path, *, lora_A: Mapping[str, Tensor] | None = None
+) -> None:
     """What PEFT's own ``save_pretrained`` writes, but for the model card, which takes longer than all the rest; with
     the tensors beside that the base network's checkpoint does not hold.
 
     Args:
-        bayes: Whose network it is.
+        network: The network with its adapter.
+        kept_keys: Keys of the base network's tensors that its checkpoint does not hold.
         folder: Where to.
         lora_A: Name of each adapted layer to its A, ``(r, n_in)``, in place of the mean.
     """
-    network = bayes.network
     tensors = adapter_state(network)
     for name, matrix in (lora_A or {}).items():
         entry = f"{PREFIX}{name}.lora_A.weight"
         tensors[entry] = matrix.to(tensors[entry].dtype)
-    tensors |= kept_tensors(bayes)
+    tensors |= kept_tensors(network, kept_keys)
     separate = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     save_file(separate, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     base, lora = network.get_base_model(), copy.copy(network.peft_config[active_adapter(network)])
     lora.inference_mode = True
     if lora.init_lora_weights == "eva":  # how A began no longer matters, and only PEFT's own options can be opened
         lora.init_lora_weights = True
-    lora.alpha_pattern = _exact_alphas(bayes, lora)
+    lora.alpha_pattern = _exact_alphas(network, lora)
     if lora.base_model_name_or_path is None:
         lora.base_model_name_or_path = getattr(base, "name_or_path", None) or None
     origin = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
     lora.save_pretrained(str(folder), auto_mapping_dict=origin if lora.task_type is None else None)
 
 
-def _exact_alphas(bayes: Posterior, lora: LoraConfig) -> dict[str, float]:
+def _exact_alphas(network: PeftModel, lora: LoraConfig) -> dict[str, float]:
     """α of each layer where patterns give it another: no pattern from a file is ever run."""
     if not lora.alpha_pattern:
         return {}
-    adapters = [adapter for group in bayes.model.groups for adapter in group.adapters]
+    adapters = [adapter for group in find_groups(network) for adapter in group.adapters]
     alphas = {adapter.name: adapter.layer.lora_alpha[adapter.key] for adapter in adapters}
     return {f"^{name.replace('.', chr(92) + '.')}": alpha for name, alpha in alphas.items() if alpha != lora.lora_alpha}
 
 
-def adapter_state(network: PeftModel) -> dict[str, Tensor]:
-    """The tensors that PEFT saves for the active adapter."""
-    return get_peft_model_state_dict(network, adapter_name=active_adapter(network), save_embedding_layers=False)
-
-
-def kept_tensors(bayes: Posterior) -> dict[str, Tensor]:
+def kept_tensors(network: PeftModel, kept_keys: Collection[str]) -> dict[str, Tensor]:
     """What is saved beside PEFT's own tensors, by PEFT's kind of name: what the base network's checkpoint does not
     hold, and whatever else is trained."""
-    peft = adapter_state(bayes.network).keys()
-    found = {}
-    for entry in base_tensors(bayes.network):
+    peft = adapter_state(network).keys()
+    kept = {}
+    for entry in base_tensors(network):
         name = PREFIX + entry.key
-        if name not in peft and (entry.key in bayes.kept_keys or entry.tensor.requires_grad):
-            found[name] = entry.tensor
-    return found
+        if name not in peft and (entry.key in kept_keys or entry.tensor.requires_grad):
+            kept[name] = entry.tensor
+    return kept
 
 
 def open_peft_adapter(folder: Path, network: nn.Module) -> PeftModel:

@@ -65,8 +65,8 @@ def is_whole(checkpoint: Path) -> bool:
 def checkpoints(run: Path) -> list[Path]:
     """Every checkpoint folder of a run, or of a trainer's own folder, whole or not, the newest first."""
     folder = run / CHECKPOINT_FOLDER
-    found = (folder if folder.is_dir() else run).glob("checkpoint-*")
-    return sorted((p for p in found if p.is_dir() and _step(p) >= 0), key=_step, reverse=True)
+    folders = (folder if folder.is_dir() else run).glob("checkpoint-*")
+    return sorted((p for p in folders if p.is_dir() and _step(p) >= 0), key=_step, reverse=True)
 
 
 def _step(checkpoint: Path) -> int:

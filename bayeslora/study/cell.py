@@ -49,7 +49,7 @@ def run_cell(study: Study, cell: Cell, output_dir: Path, *, progress: bool = Fal
         StorageError: when the disk is full.
     """
     folder = output_dir / cell.folder
-    lineup = Lineup.of(study)
+    lineup = Lineup.of(study.methods)
     digest = study.cell_digest(cell, lineup.specs[cell.method])
     done = finished(folder, digest)
     if done is not None:

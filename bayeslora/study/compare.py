@@ -17,6 +17,7 @@ from bayeslora.study.runner import run_study
 from bayeslora.study.spec import LORA_FIELDS, Cell, Study
 from bayeslora.study.summary import headline
 from bayeslora.tasks.base import Task
+from bayeslora.training.budget import TrainingBudget
 
 TABLE_FILE = "comparison.md"
 METHODS = ("LoRA", "MonteCLoRA")
@@ -37,11 +38,11 @@ class Comparison:
 
     def predictions(self, split: str, seed: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Probabilities (n, C) and labels (n,) of every method on one split, as :func:`plot_calibration` takes them."""
-        found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        by_method: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         for (_, run_seed), run in self.runs.items():
             if run_seed == seed:
-                found |= read_predictions(run, split)
-        return found
+                by_method |= read_predictions(run, split)
+        return by_method
 
 
 def compare(
@@ -57,8 +58,8 @@ def compare(
     num_samples: int = 16,
     max_length: int = 64,
     progress: bool = True,
-    batch_size: int = 16,
-    learning_rate: float = 1e-3,
+    batch_size: int = TrainingBudget.batch_size,
+    learning_rate: float = TrainingBudget.learning_rate,
     **training: Any,
 ) -> Comparison:
     """Train both methods on the same examples in the same order, and score them on the test set and its shifts.
@@ -87,8 +88,8 @@ def compare(
 
     Example:
         >>> task = load_task("reviews", "reviews", text_columns="text")
-        >>> found = compare("base", task, output_dir="compared", num_samples=2, progress=False, max_steps=1)
-        >>> found.table["seeds"]["count"].xs("test").to_dict()
+        >>> result = compare("base", task, output_dir="compared", num_samples=2, progress=False, max_steps=1)
+        >>> result.table["seeds"]["count"].xs("test").to_dict()
         {'LoRA': 1, 'LoRA + temperature*': 1, 'MonteCLoRA, mean': 1, 'MonteCLoRA, 2 draws': 1}
     """
     config = config or MonteCLoRAConfig.preset("calibrated")
@@ -109,7 +110,7 @@ def compare(
             "test_split": test_split,
             "num_samples": num_samples,
             "max_length": max_length,
-            "training": {"epochs": 3, **training},
+            "training": {"epochs": TrainingBudget.epochs, **training},
             "keep_adapters": True,
         }
     )

@@ -28,15 +28,15 @@ def differences(study: Study, results: pd.DataFrame, output_dir: Path, split: st
     chosen = at_best(results)
     chosen = chosen[chosen["split"] == split]
     groups = chosen.groupby("method", sort=False)
-    found = {str(name): _predictions(study, rows, output_dir, split) for name, rows in groups}
-    names = [name for name, arrays in found.items() if arrays]
+    by_method = {str(name): _predictions(study, rows, output_dir, split) for name, rows in groups}
+    names = [name for name, arrays in by_method.items() if arrays]
     if len(names) < 2:
         return pd.DataFrame()
-    reference = found[names[0]]
+    reference = by_method[names[0]]
     labels = next(iter(reference.values()))[1]
     rows = []
     for name in names[1:]:
-        ours, theirs, seeds = _paired(found[name], reference)
+        ours, theirs, seeds = _paired(by_method[name], reference)
         row = {"method": name, "seeds": seeds, "examples": len(labels)}
         for metric in METRICS:
             row |= _columns(metric, paired_difference(ours, theirs, labels, metric=metric))
@@ -47,17 +47,17 @@ def differences(study: Study, results: pd.DataFrame, output_dir: Path, split: st
 def grid_differences(study: Study, results: pd.DataFrame, output_dir: Path, split: str, statistic: str) -> pd.DataFrame:
     """Every method against the study's first in a statistic over the grid, as :func:`differences` has them at single
     settings; over the settings that both have finished with the same seeds."""
-    found = _by_setting(study, results, output_dir, split)
-    names = list(found)
-    reference, rows = found[names[0]], []
+    by_method = _by_setting(study, results, output_dir, split)
+    names = list(by_method)
+    reference, rows = by_method[names[0]], []
     seeds = len(study.seeds)
     for name in names[1:]:
         complete = [
             setting
             for setting, arrays in reference.items()
-            if len(arrays) == seeds and len(found[name].get(setting, {})) in {1, seeds}
+            if len(arrays) == seeds and len(by_method[name].get(setting, {})) in {1, seeds}
         ]
-        pairs = [_paired(found[name][setting], reference[setting]) for setting in complete]
+        pairs = [_paired(by_method[name][setting], reference[setting]) for setting in complete]
         if len({(ours.shape, theirs.shape) for ours, theirs, _ in pairs}) != 1 or len(pairs) < 2:
             continue
         ours, theirs = (np.stack([pair[i] for pair in pairs]) for i in range(2))
@@ -149,13 +149,13 @@ def _predictions(
     folders = [output_dir / Cell(first["task"], first["trained"], *setting, seed).folder for seed in seeds]
     if not all((folder / PREDICTIONS_FILE).is_file() for folder in folders):
         return {}
-    found = [read_predictions(folder, split) for folder in folders]
+    by_folder = [read_predictions(folder, split) for folder in folders]
     if not across:
-        return {seed: one[first["method"]] for seed, one in zip(seeds, found, strict=True)}
-    methods = Lineup.of(study).across[first["trained"]]
+        return {seed: one[first["method"]] for seed, one in zip(seeds, by_folder, strict=True)}
+    methods = Lineup.of(study.methods).across[first["trained"]]
     method = next(m for m in methods if m.label_on(first["trained"]) == first["method"])
-    base = next(iter(found[0]))
-    return {None: (method.combine(np.stack([one[base][0] for one in found])), found[0][base][1])}
+    base = next(iter(by_folder[0]))
+    return {None: (method.combine(np.stack([one[base][0] for one in by_folder])), by_folder[0][base][1])}
 
 
 def at_best(results: pd.DataFrame) -> pd.DataFrame:

@@ -1,6 +1,5 @@
-"""The entries of a study: tasks, methods, numbers and texts, each checked where it is given."""
+"""The entries of a study: methods, numbers and texts, each checked where it is given."""
 
-import dataclasses
 import difflib
 import itertools
 from collections.abc import Mapping, Sequence
@@ -10,30 +9,6 @@ from typing import Any
 
 from bayeslora.errors import InputError
 from bayeslora.options import MOST
-from bayeslora.tasks.load import load_task
-
-
-@dataclass(frozen=True)
-class TaskSpec:
-    """What :func:`bayeslora.load_task` needs to read a task.
-
-    Args:
-        name, data_dir, text_columns, label_column, label_names, prompting: As there.
-
-    Example:
-        >>> TaskSpec("reviews", "reviews", text_columns=("text",)).load().label_names
-        ('bad', 'good')
-    """
-
-    name: str
-    data_dir: str | None = None
-    text_columns: tuple[str, ...] | None = None
-    label_column: str | None = None
-    label_names: tuple[str, ...] | None = None
-    prompting: Mapping[str, Any] | None = None
-
-    def load(self) -> Any:
-        return load_task(**dataclasses.asdict(self))
 
 
 @dataclass(frozen=True)
@@ -80,35 +55,6 @@ def number(name: str, value: Any, kind: type, *, least: float | None = None, mos
         what = "a positive number" if kind is float else f"an integer of at least {least}, {most} at most"
         raise InputError(f"study: {name} takes {what}, got {shown(value)}")
     return kind(value)
-
-
-def task_spec(task: Any) -> TaskSpec:
-    if isinstance(task, TaskSpec):
-        return task
-    values = {"name": task} if isinstance(task, str) else task
-    check_fields("tasks", values, [f.name for f in dataclasses.fields(TaskSpec)])
-    if "name" not in values:
-        raise InputError(f"study: a task needs a name, got {shown(values)}")
-    columns = values.get("text_columns")
-    columns = (columns,) if isinstance(columns, str) else columns
-    folder = values.get("data_dir")
-    names = values.get("label_names")
-    for name in ("name", "label_column"):
-        if values.get(name) is not None or name == "name":
-            check_text(f"{name} of a task", values[name])
-    for name, entries in (("text_columns", columns), ("label_names", names)):
-        if isinstance(entries, str) or not isinstance(entries or (), Sequence):
-            raise InputError(f"study: {name} of a task takes a list of texts, got {shown(entries)}")
-        for entry in entries or ():
-            check_text(f"{name} of a task", entry)
-    if not isinstance(values.get("prompting") or {}, Mapping):
-        raise InputError(f"study: prompting of a task must be a mapping, got {shown(values['prompting'])}")
-    given = {
-        "text_columns": columns and tuple(columns),
-        "label_names": names and tuple(names),
-        "data_dir": folder and str(folder),
-    }
-    return TaskSpec(**{**values, **given})
 
 
 def method_specs(method: Any) -> list[MethodSpec]:

@@ -188,9 +188,12 @@ class Experiment:
             TrainingDivergedError: when the loss is NaN or infinite.
         """
         settings = trainer_settings(
-            self.budget(learning_rate_scale), len(self.train_data), self.folder, evaluations=self.evaluations,
+            self.budget(learning_rate_scale),
+            len(self.train_data),
+            self.folder,
+            evaluations=self.evaluations,
             progress=self.progress,
-        )  # fmt: skip
+        )
         evaluating = "steps" if self.curve_data else "no"
         quiet = {"save_strategy": "no", "eval_strategy": evaluating, "report_to": []}
         arguments = TrainingArguments(**{**settings, **quiet, **self.study.trainer})
@@ -263,7 +266,7 @@ def training_budget(study: Study) -> TrainingBudget:
 
 
 def check_budget(study: Study) -> None:
-    """Raise ``InputError`` for a word or value of ``training`` or ``trainer`` that Trainer does not take."""
+    """Raise ``InputError`` for a name or value in ``training`` or ``trainer`` that Trainer does not take."""
     settings = trainer_settings(training_budget(study), 1, Path(), progress=False)
     try:
         TrainingArguments(**{**settings, **study.trainer})

@@ -12,7 +12,7 @@ from bayeslora.errors import FolderInUseError, InputError, StorageError, Trainin
 OUR_ERRORS = (FolderInUseError, InputError, TrainingDivergedError, StorageError)  # a subclass before its base
 
 
-class Outcome(NamedTuple):
+class Reply(NamedTuple):
     """What the process sends back: a result, or the error that ended it."""
 
     result: Any = None
@@ -32,7 +32,7 @@ def call_isolated(function: Callable[..., Any], *args: Any, **options: Any) -> A
     worker.start()
     there.close()
     try:
-        outcome: Outcome = here.recv()
+        reply: Reply = here.recv()
     except EOFError:
         worker.join()
         raise RuntimeError(
@@ -45,18 +45,18 @@ def call_isolated(function: Callable[..., Any], *args: Any, **options: Any) -> A
         with contextlib.suppress(BaseException):
             worker.join()
         here.close()
-    if outcome.error is not None:
-        raise outcome.error
-    return outcome.result
+    if reply.error is not None:
+        raise reply.error
+    return reply.result
 
 
 def _work(pipe: Any, function: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> None:
     """What the process does."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
-        pipe.send(Outcome(function(*args, **options)))
+        pipe.send(Reply(function(*args, **options)))
     except Exception as error:
-        pipe.send(Outcome(error=_portable(error)))
+        pipe.send(Reply(error=_portable(error)))
     finally:
         pipe.close()
 

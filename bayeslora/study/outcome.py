@@ -25,7 +25,7 @@ Predict = Callable[[str], Predicted]  # of a split
 
 
 class Predictor(NamedTuple):
-    """One way to predict: the ``label`` that tables call it by, how to ``predict`` a split, and whether it averages
+    """What predicts: the ``label`` that tables call it by, how to ``predict`` a split, and whether it averages
     ``draws`` of a posterior. A plain ``(label, predict)`` will do where it does not."""
 
     label: str

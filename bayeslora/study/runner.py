@@ -22,7 +22,8 @@ from bayeslora.study.experiment import check_budget
 from bayeslora.study.isolation import call_isolated, preload
 from bayeslora.study.methods.base import Lineup, method_modules
 from bayeslora.study.predictions import read_predictions
-from bayeslora.study.spec import SETTINGS_FILE, Cell, Study, axes, cells
+from bayeslora.study.spec import SETTINGS_FILE, Cell, Study, axes, cells, check_folders
+from bayeslora.study.summary import write_summary
 from bayeslora.study.table import collect, write_tables
 from bayeslora.study.trials import POLL_SECONDS, Progress, are_waiting, open_trials, queue_again, quiet
 
@@ -78,11 +79,12 @@ def run_study(
         (True, 0)
     """
     output_dir = Path(output_dir)
-    lineup = Lineup.of(study)
+    trained = list(Lineup.of(study.methods).trained)
+    check_folders(study, trained)
     check_budget(study)
     _check_folder(output_dir, study)
     with _reporting_full_disk(output_dir):
-        return _run_cells(study, list(lineup.trained), output_dir, storage, isolate, progress)
+        return _run_cells(study, trained, output_dir, storage, isolate, progress)
 
 
 def _run_cells(
@@ -123,7 +125,8 @@ def _run_cells(
     if ended_by:
         raise ended_by[0]
     results, curves, failures = collect(study, trials, output_dir)
-    write_tables(study, results, curves, failures, output_dir)
+    write_tables(results, curves, failures, output_dir)
+    write_summary(study, results, curves, failures, output_dir)
     return StudyResult(study, results, curves, failures, output_dir)
 
 

@@ -17,15 +17,14 @@ from bayeslora.errors import InputError
 from bayeslora.options import LENGTH, MOST, ranges
 from bayeslora.study.entries import (
     MethodSpec,
-    TaskSpec,
     check_fields,
     check_text,
     listed,
     method_specs,
     number,
-    task_spec,
 )
 from bayeslora.study.study_file import read_study_file
+from bayeslora.tasks.load import TaskSpec
 from bayeslora.training.budget import TrainingBudget
 
 SETTINGS_FILE = "comparison.json"  # in the folder of a study: the study, and what its cells have in common
@@ -109,9 +108,9 @@ class Study:
     model: str
     tasks: tuple[TaskSpec, ...]
     methods: tuple[MethodSpec, ...]
-    learning_rates: tuple[float, ...] = (1e-3,)
-    batch_sizes: tuple[int, ...] = (16,)
-    ranks: tuple[int, ...] = (8,)
+    learning_rates: tuple[float, ...] = (TrainingBudget.learning_rate,)
+    batch_sizes: tuple[int, ...] = (TrainingBudget.batch_size,)
+    ranks: tuple[int, ...] = (MonteCLoRAConfig.r,)
     seeds: tuple[int, ...] = (0,)
     train_examples: int | None = None
     test_examples: int | None = None
@@ -130,7 +129,7 @@ class Study:
     retries: int = 1
 
     def __post_init__(self) -> None:
-        tasks = tuple(task_spec(task) for task in listed("tasks", self.tasks))
+        tasks = tuple(_task_spec(task) for task in listed("tasks", self.tasks))
         methods = tuple(spec for method in listed("methods", self.methods) for spec in method_specs(method))
         object.__setattr__(self, "tasks", tasks)
         object.__setattr__(self, "methods", methods)
@@ -249,6 +248,35 @@ def check_folders(study: Study, trained: Sequence[str]) -> None:
                 f"study: the {name.replace('_', ' ')}s {two} would both be written to "
                 f"{cell.folder.as_posix()}: change one of them"
             )
+
+
+def _task_spec(task: Any) -> TaskSpec:
+    if isinstance(task, TaskSpec):
+        return task
+    values = {"name": task} if isinstance(task, str) else task
+    check_fields("tasks", values, [f.name for f in dataclasses.fields(TaskSpec)])
+    if "name" not in values:
+        raise InputError(f"study: a task needs a name, got {shown(values)}")
+    columns = values.get("text_columns")
+    columns = (columns,) if isinstance(columns, str) else columns
+    folder = values.get("data_dir")
+    names = values.get("label_names")
+    for name in ("name", "label_column"):
+        if values.get(name) is not None or name == "name":
+            check_text(f"{name} of a task", values[name])
+    for name, entries in (("text_columns", columns), ("label_names", names)):
+        if isinstance(entries, str) or not isinstance(entries or (), Sequence):
+            raise InputError(f"study: {name} of a task takes a list of texts, got {shown(entries)}")
+        for entry in entries or ():
+            check_text(f"{name} of a task", entry)
+    if not isinstance(values.get("prompting") or {}, Mapping):
+        raise InputError(f"study: prompting of a task must be a mapping, got {shown(values['prompting'])}")
+    given = {
+        "text_columns": columns and tuple(columns),
+        "label_names": names and tuple(names),
+        "data_dir": folder and str(folder),
+    }
+    return TaskSpec(**{**values, **given})
 
 
 def _plain(value: Any) -> Any:

@@ -12,7 +12,8 @@ from bayeslora.analysis import comparison_table, to_markdown
 from bayeslora.analysis.metrics.registry import METRICS
 from bayeslora.analysis.plots import study as plots
 from bayeslora.analysis.tables.comparison import layout
-from bayeslora.analysis.tables.study import SETTING, cost_table, robustness_table, steps_to_reach
+from bayeslora.analysis.tables.cost import cost_table, steps_to_reach
+from bayeslora.analysis.tables.study import SETTING, robustness_table
 from bayeslora.study.differences import at_best, differences, grid_differences, selective_differences
 from bayeslora.study.spec import Study, slug
 

@@ -12,7 +12,6 @@ from bayeslora.study.methods.base import Lineup
 from bayeslora.study.outcome import ACROSS_SEEDS
 from bayeslora.study.predictions import PREDICTIONS_FILE, read_predictions
 from bayeslora.study.spec import Cell, Study
-from bayeslora.study.summary import write_summary
 
 
 def collect(study: Study, trials: Any, output_dir: Path) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
@@ -43,10 +42,8 @@ def collect(study: Study, trials: Any, output_dir: Path) -> tuple[pd.DataFrame, 
     return results, pd.DataFrame(curves), pd.DataFrame(failures)
 
 
-def write_tables(
-    study: Study, results: pd.DataFrame, curves: pd.DataFrame, failures: pd.DataFrame, output_dir: Path
-) -> None:
-    """``results.parquet`` and ``results.csv``, ``curves.csv``, ``failures.csv`` and ``summary.md``, with figures."""
+def write_tables(results: pd.DataFrame, curves: pd.DataFrame, failures: pd.DataFrame, output_dir: Path) -> None:
+    """``results.parquet`` and ``results.csv``, ``curves.csv`` and ``failures.csv``."""
     if len(results):
         results.to_parquet(output_dir / "results.parquet", index=False)
         results.to_csv(output_dir / "results.csv", index=False)
@@ -56,11 +53,10 @@ def write_tables(
             frame.to_csv(file, index=False)
         else:
             file.unlink(missing_ok=True)
-    write_summary(study, results, curves, failures, output_dir)
 
 
 def _across_seeds(study: Study, done: dict[Cell, dict], output_dir: Path) -> list[dict[str, Any]]:
-    lineup = Lineup.of(study)
+    lineup = Lineup.of(study.methods)
     rows: list[dict[str, Any]] = []
     groups: dict[tuple, list[Cell]] = {}
     for cell in done:
@@ -74,8 +70,8 @@ def _across_seeds(study: Study, done: dict[Cell, dict], output_dir: Path) -> lis
         base = done[first]["rows"][0]["method"]
         own = [[row for row in done[cell]["rows"] if row["method"] == base] for cell in members]
         for number, template in enumerate(own[0]):
-            found = [read_predictions(folder, template["split"])[base] for folder in folders]
-            probs, labels = np.stack([p for p, _ in found]), found[0][1]
+            predictions = [read_predictions(folder, template["split"])[base] for folder in folders]
+            probs, labels = np.stack([p for p, _ in predictions]), predictions[0][1]
             for method in methods:
                 combined = method.combine(probs)
                 seconds = {
@@ -100,7 +96,7 @@ def _across_seeds(study: Study, done: dict[Cell, dict], output_dir: Path) -> lis
 def _key(study: Study) -> Any:
     """Cells in the order in which the study names things."""
     tasks = [task.name for task in study.tasks]
-    labels = list(Lineup.of(study).trained)
+    labels = list(Lineup.of(study.methods).trained)
     return lambda c: (tasks.index(c.task), labels.index(c.method), c.learning_rate, c.batch_size, c.rank, c.seed)
 
 

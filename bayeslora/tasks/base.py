@@ -251,8 +251,10 @@ def require_room(tokenizer: Any, max_length: int, *, pair: bool) -> None:
     special = tokenizer.num_special_tokens_to_add(pair=pair)
     least = special + (2 if pair else 1)
     if max_length < least:
-        raise InputError(f"max_length is {max_length}, but {special} tokens are the tokenizer's own ([CLS], ...): "
-                         f"nothing would be left of a text; give at least {least}")  # fmt: skip
+        raise InputError(
+            f"max_length is {max_length}, but {special} tokens are the tokenizer's own ([CLS], ...): "
+            f"nothing would be left of a text; give at least {least}"
+        )
 
 
 def given_path(data_dir: str | Path | None) -> str | None:

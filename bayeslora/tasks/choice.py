@@ -24,7 +24,7 @@ References:
 import dataclasses
 import string
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,7 @@ from bayeslora.tasks.base import Task, arrange, given_path
 from bayeslora.tasks.encoding import chat, encode_letters, encode_options
 from bayeslora.tasks.labels import UNLABELLED
 from bayeslora.tasks.network import load_network
+from bayeslora.tasks.prompting import ChoicePrompting, read_prompting
 from bayeslora.tasks.reading import read_hub, read_local
 
 if TYPE_CHECKING:
@@ -127,38 +128,12 @@ _ARC = ("question", "choices")
 CHOICE_TASKS = {
     "piqa": NamedChoice("baber/piqa", None, ("goal", "sol1", "sol2"), _piqa),
     "siqa": NamedChoice("lighteval/siqa", None, ("context", "question", "answerA", "answerB", "answerC"), _siqa),
-    "winogrande": NamedChoice(
-        "allenai/winogrande", "winogrande_xl", ("sentence", "option1", "option2"), _winogrande
-    ),
+    "winogrande": NamedChoice("allenai/winogrande", "winogrande_xl", ("sentence", "option1", "option2"), _winogrande),
     "arc_easy": NamedChoice("allenai/ai2_arc", "ARC-Easy", _ARC, _arc),
     "arc_challenge": NamedChoice("allenai/ai2_arc", "ARC-Challenge", _ARC, _arc),
     "openbookqa": NamedChoice("allenai/openbookqa", "main", ("question_stem", "choices"), _openbookqa),
     "boolq_question_only": NamedChoice("google/boolq", None, ("question",), _boolq),
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class ChoicePrompting:
-    """How a choice is put to a language model.
-
-    Args:
-        style: ``"options"``: every option is read after the prompt, and its text scored; ``"letters"``: the prompt
-            lists the options, and their letters are scored, one forward pass an example.
-        normalization: Of an option's log-likelihood, see :class:`bayeslora.models.ChoiceLikelihood`; letters need
-            none.
-        chat: Put the prompt into the tokenizer's chat template.
-
-    Raises:
-        InputError: for an unknown style.
-    """
-
-    style: str = "options"
-    normalization: str = "tokens"
-    chat: bool = False
-
-    def __post_init__(self) -> None:
-        if self.style not in ("options", "letters"):
-            raise InputError(f"style must be 'options' or 'letters', got {self.style!r}")
+}
 
 
 def load_choice_task(name: str, data_dir: str | Path | None, prompting: Mapping[str, Any] | None) -> "ChoiceTask":
@@ -193,8 +168,10 @@ def _read_split(where: str, known: NamedChoice, data: "Dataset") -> "Dataset":
 
     missing = [column for column in known.columns if column not in data.column_names]
     if missing:
-        raise InputError(f"{where}: no column {missing[0]!r}; expected {', '.join(known.columns)}, and the columns are "
-                         f"{', '.join(data.column_names)}")  # fmt: skip
+        raise InputError(
+            f"{where}: no column {missing[0]!r}; expected {', '.join(known.columns)}, and the columns are "
+            f"{', '.join(data.column_names)}"
+        )
     if not data.num_rows:
         raise InputError(f"{where}: the data set is empty; expected at least one example")
     questions = []
@@ -214,7 +191,7 @@ class ChoiceTask(Task):
     classes are called A, B, ...; an example may have fewer options than there are classes.
     """
 
-    prompting: ChoicePrompting = ChoicePrompting()
+    prompting: ChoicePrompting = field(default_factory=ChoicePrompting)
     takes_texts = False
 
     @property
@@ -253,10 +230,14 @@ class ChoiceTask(Task):
         for start in range(0, data.num_rows, _ROWS_AT_ONCE):
             rows = data.select(range(start, min(start + _ROWS_AT_ONCE, data.num_rows)))
             encoded = [self._encode(tokenizer, row, max_length) for row in rows]
-            parts.append(Dataset.from_list([
-                {**example, "labels": row["label"]} if wanted else example
-                for example, row in zip(encoded, rows, strict=True)
-            ]))  # fmt: skip
+            parts.append(
+                Dataset.from_list(
+                    [
+                        {**example, "labels": row["label"]} if wanted else example
+                        for example, row in zip(encoded, rows, strict=True)
+                    ]
+                )
+            )
         return concatenate_datasets(parts)
 
     def _encode(self, tokenizer: Any, row: Row, max_length: int) -> dict[str, Any]:
@@ -276,14 +257,3 @@ class ChoiceTask(Task):
 
     def with_out_of_scope(self, other: Task, split: str = "test") -> Task:
         raise InputError(f"task {self.name!r} chooses between texts: texts of another task have none to choose from")
-
-
-def read_prompting(kind: type, given: Mapping[str, Any] | None) -> Any:
-    """The options of a task's prompting, from words."""
-    defaults = {f.name: f.default for f in dataclasses.fields(kind)}
-    for word, value in (given or {}).items():
-        if word not in defaults:
-            raise InputError(f"prompting has no {word!r}; there are {', '.join(defaults)}")
-        if type(value) is not type(defaults[word]):
-            raise InputError(f"prompting: {word} must be of the kind of {defaults[word]!r}, got {value!r}")
-    return kind(**(given or {}))

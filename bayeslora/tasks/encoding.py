@@ -63,8 +63,10 @@ def encode_options(tokenizer: Any, prompts: Sequence[str], options: Sequence[str
         if not after:
             raise InputError(f"the option {option!r} has no tokens to score")
         if len(after) >= max_length:
-            raise InputError(f"max_length is {max_length}, but the option {option!r:.80} is {len(after)} tokens "
-                             f"long: nothing would be left before it; give more than {len(after)}")  # fmt: skip
+            raise InputError(
+                f"max_length is {max_length}, but the option {option!r:.80} is {len(after)} tokens "
+                f"long: nothing would be left before it; give more than {len(after)}"
+            )
         before, after = _cut(before or [_start(tokenizer)], after, max_length)
         encoded["input_ids"].append([*before, *after])
         encoded["attention_mask"].append([1] * (len(before) + len(after)))
@@ -150,8 +152,9 @@ def encode_instructions(
     for template in (prompt, target):
         for _, name, _, _ in string.Formatter().parse(template):
             if name is not None and name not in dataset.column_names:
-                raise InputError(f"the template {template!r} names {name!r}; the columns are "
-                                 f"{', '.join(dataset.column_names)}")  # fmt: skip
+                raise InputError(
+                    f"the template {template!r} names {name!r}; the columns are {', '.join(dataset.column_names)}"
+                )
 
     def encode(row: Mapping[str, Any]) -> Encoded:
         read, learnt = prompt.format(**row), target.format(**row)
@@ -222,8 +225,10 @@ def _start(tokenizer: Any) -> int:
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token is not None:
             return token
-    raise InputError("without a prompt the first token needs one before it, and this tokenizer has neither a beginning "
-                     "nor an end of sequence")  # fmt: skip
+    raise InputError(
+        "without a prompt the first token needs one before it, and this tokenizer has neither a beginning "
+        "nor an end of sequence"
+    )
 
 
 def _cut(before: list[int], after: list[int], max_length: int) -> tuple[list[int], list[int]]:

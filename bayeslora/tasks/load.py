@@ -10,6 +10,7 @@ References:
     For ``clinc_oos`` and ``ag_news`` see :mod:`bayeslora.tasks.out_of_scope`.
 """
 
+import dataclasses
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -105,8 +106,8 @@ def load_task(
         label_column: Class indices, class names or floats (regression); "label" unless given.
         label_names: Names of the classes in the order of the integers. Without it a data set of your own
             takes the sorted labels of its training split.
-        prompting: How a language model is asked: words of :class:`bayeslora.tasks.choice.ChoicePrompting` or
-            :class:`bayeslora.tasks.text.TextPrompting`. Choices and texts take no other option.
+        prompting: How a language model is asked: options of :class:`bayeslora.tasks.prompting.ChoicePrompting` or
+            :class:`bayeslora.tasks.prompting.TextPrompting`. Choices and texts take no other option.
 
     Raises:
         InputError: anything amiss with the name, the files, the columns, the labels or the options.
@@ -118,12 +119,14 @@ def load_task(
     """
     if name in LOADERS:
         if text_columns or label_column or label_names:
-            raise InputError(f"task {name!r} has columns and labels of its own: leave text_columns, label_column and "
-                             "label_names out")  # fmt: skip
+            raise InputError(
+                f"task {name!r} has columns and labels of its own: leave text_columns, label_column and label_names out"
+            )
         return LOADERS[name](name, data_dir, prompting)
     if prompting:
-        raise InputError(f"prompting is for tasks of language models, and {name!r} is none; those are "
-                         f"{', '.join(LOADERS)}")  # fmt: skip
+        raise InputError(
+            f"prompting is for tasks of language models, and {name!r} is none; those are {', '.join(LOADERS)}"
+        )
     known = NAMED_TASKS.get(name)
     columns = _text_columns(name, known, data_dir, text_columns)
     official = known is not None and label_column in (None, known.label_column)
@@ -148,6 +151,29 @@ def load_task(
         out_of_scope_splits=tuple(split for split in splits if split.endswith("out_of_scope")) if official else (),
         data_dir=given_path(data_dir),
     )
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """What :func:`bayeslora.load_task` needs to read a task.
+
+    Args:
+        name, data_dir, text_columns, label_column, label_names, prompting: As there.
+
+    Example:
+        >>> TaskSpec("reviews", "reviews", text_columns=("text",)).load().label_names
+        ('bad', 'good')
+    """
+
+    name: str
+    data_dir: str | None = None
+    text_columns: tuple[str, ...] | None = None
+    label_column: str | None = None
+    label_names: tuple[str, ...] | None = None
+    prompting: Mapping[str, Any] | None = None
+
+    def load(self) -> Any:
+        return load_task(**dataclasses.asdict(self))
 
 
 def _text_columns(

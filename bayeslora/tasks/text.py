@@ -15,15 +15,15 @@ References:
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bayeslora.errors import InputError
 from bayeslora.tasks.base import Task, arrange, given_path
-from bayeslora.tasks.choice import read_prompting
 from bayeslora.tasks.encoding import chat, encode_text
 from bayeslora.tasks.network import load_network
+from bayeslora.tasks.prompting import TextPrompting, read_prompting
 from bayeslora.tasks.reading import check_texts, read_hub, read_local
 
 if TYPE_CHECKING:
@@ -48,33 +48,28 @@ class NamedText:
 
 TEXT_TASKS = {
     "gsm8k": NamedText(
-        "openai/gsm8k", "main", ("question", "answer"),
-        lambda row: (f"Question: {row['question']}\nAnswer:", f" {row['answer']}"), ("Question:",),
+        "openai/gsm8k",
+        "main",
+        ("question", "answer"),
+        lambda row: (f"Question: {row['question']}\nAnswer:", f" {row['answer']}"),
+        ("Question:",),
     ),
     "magicoder": NamedText(
-        "ise-uiuc/Magicoder-OSS-Instruct-75K", None, ("problem", "solution"),
-        lambda row: (f"@@ Instruction\n{row['problem']}\n\n@@ Response\n", row["solution"]), ("@@ Instruction",),
+        "ise-uiuc/Magicoder-OSS-Instruct-75K",
+        None,
+        ("problem", "solution"),
+        lambda row: (f"@@ Instruction\n{row['problem']}\n\n@@ Response\n", row["solution"]),
+        ("@@ Instruction",),
     ),
     "humaneval": NamedText(
-        "openai/openai_humaneval", None, ("prompt", "canonical_solution", "test", "entry_point"),
+        "openai/openai_humaneval",
+        None,
+        ("prompt", "canonical_solution", "test", "entry_point"),
         lambda row: (row["prompt"], row["canonical_solution"]),
         ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint", "\n```", "\n@"),
     ),
-}  # fmt: skip
+}
 _FOLDERS = {"magicoder": "magicoder_oss_instruct"}
-
-
-@dataclass(frozen=True)
-class TextPrompting:
-    """How texts are put to a language model.
-
-    Args:
-        chat: Prompt and answer as turns of the tokenizer's chat template.
-        reduction: Of the likelihood, see :class:`bayeslora.models.NextTokenLikelihood`.
-    """
-
-    chat: bool = False
-    reduction: str = "mean"
 
 
 def load_text_task(name: str, data_dir: str | Path | None, prompting: Mapping[str, Any] | None) -> "TextTask":
@@ -116,8 +111,11 @@ def _write(data: "Dataset", known: NamedText) -> "Dataset":
     from datasets import Dataset
 
     written = [known.write(row) for row in data]
-    kept = {column: data[column][:] for column in ("answer", "test", "entry_point", "task_id")
-            if column in data.column_names}  # fmt: skip
+    kept = {
+        column: data[column][:]
+        for column in ("answer", "test", "entry_point", "task_id")
+        if column in data.column_names
+    }
     return Dataset.from_dict({"prompt": [p for p, _ in written], "target": [t for _, t in written], **kept})
 
 
@@ -129,7 +127,7 @@ class TextTask(Task):
     ``entry_point`` (humaneval).
     """
 
-    prompting: TextPrompting = TextPrompting()
+    prompting: TextPrompting = field(default_factory=TextPrompting)
     writes = True
     takes_texts = False
 
@@ -226,5 +224,5 @@ def gsm8k_matches(answers: Sequence[str], solutions: Sequence[str]) -> dict[str,
 def gsm8k_number(text: str, *, flexible: bool = False) -> str | None:
     """The number that a text answers with, as it writes it but for commas, dollar signs and a final full stop; None if
     there is none."""
-    found = re.findall(_NUMBER, text) if flexible else re.findall(r"#### (-?[0-9.,]+)", text)[:1]
-    return re.sub(r"[,$]|\.$", "", found[-1]) if found else None
+    numbers = re.findall(_NUMBER, text) if flexible else re.findall(r"#### (-?[0-9.,]+)", text)[:1]
+    return re.sub(r"[,$]|\.$", "", numbers[-1]) if numbers else None

@@ -117,8 +117,10 @@ def check_evaluated(arguments: TrainingArguments, eval_dataset: Any, best_metric
     if eval_dataset is not None and arguments.dataloader_drop_last:
         smallest = arguments.per_device_eval_batch_size * arguments.world_size
         if len(eval_dataset) < smallest:
-            raise InputError(f"dataloader_drop_last=True drops all {len(eval_dataset)} examples of the eval_dataset: "
-                             "pass a smaller per_device_eval_batch_size")  # fmt: skip
+            raise InputError(
+                f"dataloader_drop_last=True drops all {len(eval_dataset)} examples of the eval_dataset: "
+                "pass a smaller per_device_eval_batch_size"
+            )
     if arguments.prediction_loss_only and best_metric != "loss":
         raise InputError(f"prediction_loss_only=True computes the loss alone, and best_metric is {best_metric!r}")
 
@@ -130,8 +132,9 @@ def _check_reports(arguments: TrainingArguments) -> None:
             for callback in get_reporting_integration_callbacks([name]):
                 callback()
         except (ImportError, RuntimeError) as error:
-            raise InputError(f"report_to={name!r} needs the package {name}: install it, or leave it out "
-                             f"({error})") from error  # fmt: skip
+            raise InputError(
+                f"report_to={name!r} needs the package {name}: install it, or leave it out ({error})"
+            ) from error
         except ValueError as error:
             raise InputError(f"report_to={name!r}: {error}") from error
 
@@ -143,10 +146,13 @@ def _check_optimizer(arguments: TrainingArguments) -> None:
         optimizer, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
         built = optimizer([number], **options)
     except Exception as error:  # each library has its own
-        raise InputError(f"optim={arguments.optim.value!r} with optim_args={arguments.optim_args!r} cannot be used: "
-                         f"{error}") from error  # fmt: skip
+        raise InputError(
+            f"optim={arguments.optim.value!r} with optim_args={arguments.optim_args!r} cannot be used: {error}"
+        ) from error
     try:
         get_scheduler(arguments.lr_scheduler_type, built, 1, 2, scheduler_specific_kwargs=arguments.lr_scheduler_kwargs)
     except Exception as error:
-        raise InputError(f"the schedule {arguments.lr_scheduler_type.value!r} with lr_scheduler_kwargs="
-                         f"{arguments.lr_scheduler_kwargs!r} cannot be used: {error}") from error  # fmt: skip
+        raise InputError(
+            f"the schedule {arguments.lr_scheduler_type.value!r} with lr_scheduler_kwargs="
+            f"{arguments.lr_scheduler_kwargs!r} cannot be used: {error}"
+        ) from error

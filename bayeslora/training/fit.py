@@ -22,8 +22,8 @@ from bayeslora.data.checks import check_to_learn_from
 from bayeslora.distributed import check_parallelism, on_main_process
 from bayeslora.errors import InputError
 from bayeslora.files.writing import write_json
-from bayeslora.module import BayesLoRA
-from bayeslora.storage.checkpoint import load_adapter
+from bayeslora.posterior import Posterior
+from bayeslora.storage.checkpoint import load_adapter, save_pretrained
 from bayeslora.storage.lock import lock_folder
 from bayeslora.storage.run_folder import (
     ADAPTER_FOLDER,
@@ -52,7 +52,7 @@ class FitResult:
 
 
 def fit(
-    bayes: BayesLoRA,
+    bayes: Posterior,
     train_dataset: Any,
     eval_dataset: Any = None,
     *,
@@ -190,7 +190,7 @@ def _open_folder(
 
 
 def _load_finished(
-    bayes: BayesLoRA, record: Mapping[str, Any], output_dir: Path, arguments: TrainingArguments
+    bayes: Posterior, record: Mapping[str, Any], output_dir: Path, arguments: TrainingArguments
 ) -> FitResult:
     load_adapter(bayes, output_dir / ADAPTER_FOLDER)
     bayes.to(arguments.device).eval()
@@ -232,8 +232,8 @@ def _choose_reports(trainer: BayesTrainer, progress: bool, stack: ExitStack) -> 
         stack.callback(board.close)
 
 
-def _close_run(bayes: BayesLoRA, record: dict[str, Any], result: FitResult) -> None:
+def _close_run(bayes: Posterior, record: dict[str, Any], result: FitResult) -> None:
     """The adapter, then the record that says that it is whole."""
-    bayes.save_pretrained(result.output_dir / ADAPTER_FOLDER)
+    save_pretrained(bayes, result.output_dir / ADAPTER_FOLDER)
     record |= {"finished": True, "steps": result.steps, "metrics": result.metrics, "history": result.history}
     write_json(result.output_dir / RUN_FILE, record)

@@ -7,8 +7,7 @@ import numpy as np
 from transformers import EvalPrediction
 
 from bayeslora.errors import InputError
-from bayeslora.models.likelihoods import as_likelihood
-from bayeslora.module import BayesLoRA
+from bayeslora.posterior import Posterior
 
 
 class Metrics:
@@ -18,8 +17,8 @@ class Metrics:
         InputError: where ``best_metric`` is not among them; for the caller's, at the first evaluation.
     """
 
-    def __init__(self, bayes: BayesLoRA, compute_metrics: Callable[..., dict[str, Any]] | None, best_metric: str):
-        self.likelihood = as_likelihood(bayes.model.likelihood)
+    def __init__(self, bayes: Posterior, compute_metrics: Callable[..., dict[str, Any]] | None, best_metric: str):
+        self.likelihood = bayes.model.labelling
         self.compute, self.best = compute_metrics, best_metric
         self.ours = {"loss": False, **self.likelihood.metric_names}
         self.any = bool(self.likelihood.metric_names) or compute_metrics is not None

@@ -9,8 +9,7 @@ from trl import SFTConfig, SFTTrainer
 
 from bayeslora.errors import InputError
 from bayeslora.models import NextTokenLikelihood
-from bayeslora.models.likelihoods import as_likelihood
-from bayeslora.module import BayesLoRA
+from bayeslora.posterior import Posterior
 from bayeslora.training.arguments import REFUSED_BY_SFT, check_arguments
 from bayeslora.training.trainer import BayesTrainer, variational_rate
 
@@ -35,7 +34,7 @@ class BayesSFTTrainer(SFTTrainer):
 
     def __init__(
         self,
-        model: BayesLoRA,
+        model: Posterior,
         args: SFTConfig | TrainingArguments | None = None,
         *more: Any,
         variational_learning_rate: float | None = None,
@@ -52,7 +51,7 @@ class BayesSFTTrainer(SFTTrainer):
         model.num_examples = len(self.train_dataset)
 
     @property
-    def bayes(self) -> BayesLoRA:
+    def bayes(self) -> Posterior:
         return self.accelerator.unwrap_model(self.model)
 
     create_optimizer = BayesTrainer.create_optimizer
@@ -65,12 +64,12 @@ class BayesSFTTrainer(SFTTrainer):
 
 def _check_model(model: Any) -> None:
     """A posterior over texts."""
-    if not isinstance(model, BayesLoRA):
+    if not isinstance(model, Posterior):
         raise InputError(
             f"BayesSFTTrainer fits a BayesLoRA, and model is a {type(model).__name__}: pass "
-            "model=BayesLoRA(network, MonteCLoRAConfig(...)), whose configuration takes the words of a LoraConfig"
+            "model=BayesLoRA(network, MonteCLoRAConfig(...)), whose configuration takes the options of a LoraConfig"
         )
-    if as_likelihood(model.model.likelihood).loss_type != NextTokenLikelihood.loss_type:
+    if model.model.labelling.loss_type != NextTokenLikelihood.loss_type:
         raise InputError(
             f"BayesSFTTrainer learns texts, and the likelihood is a {type(model.model.likelihood).__name__}: pass a "
             "BayesLoRA over a causal language model, without likelihood= or with NextTokenLikelihood()"
@@ -81,13 +80,17 @@ def _check_can_be_done(args: TrainingArguments) -> None:
     """Refuse what would patch or resize the network under the posterior, or cannot be on this machine."""
     template = getattr(args, "chat_template_path", None)
     if template is not None and not Path(template).is_file():
-        raise InputError(f"chat_template_path={template!r} is a model, whose tokens TRL would add to the network: pass "
-                         "a .jinja file, or call trl.clone_chat_template before BayesLoRA")  # fmt: skip
+        raise InputError(
+            f"chat_template_path={template!r} is a model, whose tokens TRL would add to the network: pass "
+            "a .jinja file, or call trl.clone_chat_template before BayesLoRA"
+        )
     if getattr(args, "activation_offloading", False) and not torch.accelerator.is_available():
         raise InputError("activation_offloading=True moves activations to the CPU, and there is no accelerator")
     if (args.gradient_checkpointing_kwargs or {}).get("selective"):
-        raise InputError("gradient_checkpointing_kwargs={'selective': True} patches the network, and is not supported: "
-                         "leave 'selective' out")  # fmt: skip
+        raise InputError(
+            "gradient_checkpointing_kwargs={'selective': True} patches the network, and is not supported: "
+            "leave 'selective' out"
+        )
 
 
 def _check_options(options: dict[str, Any]) -> None:

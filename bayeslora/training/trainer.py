@@ -21,8 +21,8 @@ from bayeslora.data.checks import check_to_learn_from
 from bayeslora.distributed import check_parallelism
 from bayeslora.elbo import ELBOParts
 from bayeslora.errors import InputError, TrainingDivergedError
-from bayeslora.module import BayesLoRA
 from bayeslora.noise_schedules import NoiseScheduleCallback
+from bayeslora.posterior import Posterior
 from bayeslora.storage.checkpoint import load_adapter, write_adapter
 from bayeslora.storage.run_folder import (
     CHECKPOINT_FOLDER,
@@ -75,7 +75,7 @@ class BayesTrainer(Trainer):
 
     def __init__(
         self,
-        model: BayesLoRA,
+        model: Posterior,
         args: TrainingArguments | None = None,
         data_collator: Callable[..., Any] | None = None,
         train_dataset: Any = None,
@@ -85,9 +85,10 @@ class BayesTrainer(Trainer):
         callbacks: Sequence[Any] | None = None,
         **options: Any,
     ):
-        if not isinstance(model, BayesLoRA):
-            raise InputError(f"BayesTrainer fits a BayesLoRA, and model is a {type(model).__name__}: pass "
-                             "model=BayesLoRA(network)")  # fmt: skip
+        if not isinstance(model, Posterior):
+            raise InputError(
+                f"BayesTrainer fits a BayesLoRA, and model is a {type(model).__name__}: pass model=BayesLoRA(network)"
+            )
         args = TrainingArguments() if args is None else copy.copy(args)
         check_fit_arguments(args, model.network.get_base_model(), REFUSED_BY_TRAINER)
         check_parallelism(args)
@@ -113,7 +114,7 @@ class BayesTrainer(Trainer):
         self.label_names = ["labels"]
 
     @property
-    def bayes(self) -> BayesLoRA:
+    def bayes(self) -> Posterior:
         return self.accelerator.unwrap_model(self.model)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor | None:
@@ -204,15 +205,15 @@ class BayesTrainer(Trainer):
             raise self._diverged("the evaluation gave NaN or infinite outputs", self.state.global_step)
         losses = self.bayes.negative_log_likelihood(logits, labels).detach()
         self._losses.append(self.gather_function(losses))
-        self._weights.append(self.gather_function(self.bayes.model.example_weights(logits).to(losses)))
+        self._example_weights.append(self.gather_function(self.bayes.model.example_weights(logits).to(losses)))
         return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """With the mean loss of all examples; Trainer's own counts those twice that fill up the last batches."""
         self._losses: list[Tensor] = []
-        self._weights: list[Tensor] = []
+        self._example_weights: list[Tensor] = []
         output = super().evaluation_loop(*args, **kwargs)
-        losses, weights = torch.cat(self._losses), torch.cat(self._weights)
+        losses, weights = torch.cat(self._losses), torch.cat(self._example_weights)
         output.metrics["eval_loss"] = float((losses * weights).sum() / weights.sum())
         return output
 
@@ -274,17 +275,17 @@ def variational_rate(args: TrainingArguments, given: float | None) -> float:
     return 10 * args.learning_rate if given is None else given
 
 
-def _collator(bayes: BayesLoRA, train: Any, evaluation: Any, batch_size: int) -> Collator:
+def _collator(bayes: Posterior, train: Any, evaluation: Any, batch_size: int) -> Collator:
     """For data sets that are checked first."""
     several = evaluation if isinstance(evaluation, Mapping) else {"eval_dataset": evaluation}
     data = {"train_dataset": train, **several}
     given = {name: part for name, part in data.items() if part is not None}
     if not given:
-        return Collator.for_network(bayes.network, bayes.model.likelihood)
+        return Collator.for_network(bayes.network, bayes.model.labelling)
     return check_to_learn_from(bayes.model, given, batch_size)
 
 
-def parameter_groups(bayes: BayesLoRA) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+def parameter_groups(bayes: Posterior) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """The network's matrices, its vectors, and the posterior's parameters."""
     posterior = [*bayes.guide.parameters(), *bayes.model.parameters()]
     return *trained_parameters(bayes.network), [p for p in posterior if p.requires_grad]

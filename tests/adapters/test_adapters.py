@@ -29,8 +29,9 @@ def test_state_dict_is_pefts_own(kind, targets):
     targets = TARGETS[kind] if targets == "named" else "all-linear"
     ours = adapt(tiny_network(kind), MonteCLoRAConfig(r=2, target_modules=targets))
     options = {"fan_in_fan_out": True} if kind == "gpt2" else {}
-    lora = LoraConfig(r=2, task_type="SEQ_CLS", target_modules=list(targets) if isinstance(targets, tuple) else targets,
-                      **options)  # fmt: skip
+    lora = LoraConfig(
+        r=2, task_type="SEQ_CLS", target_modules=list(targets) if isinstance(targets, tuple) else targets, **options
+    )
     theirs = get_peft_model(tiny_network(kind), lora)
     assert list(ours.state_dict()) == list(theirs.state_dict())
     sampled = sum(isinstance(module, SampledLinear) for module in ours.modules())
@@ -87,8 +88,15 @@ def test_group_mean_holds_the_columns():
     ],
 )
 def test_peft_words_are_passed_through(options, layers):
-    config = MonteCLoRAConfig(r=3, lora_alpha=6, lora_dropout=0.1, use_rslora=True, target_modules=["query"],
-                              modules_to_save=["pooler"], **options)  # fmt: skip
+    config = MonteCLoRAConfig(
+        r=3,
+        lora_alpha=6,
+        lora_dropout=0.1,
+        use_rslora=True,
+        target_modules=["query"],
+        modules_to_save=["pooler"],
+        **options,
+    )
     network = adapt(tiny_network(), config)
     adapters = [adapter for group in find_groups(network) for adapter in group.adapters]
     assert {".".join(adapter.name.split(".")[2:4]) for adapter in adapters} == layers
@@ -99,8 +107,9 @@ def test_peft_words_are_passed_through(options, layers):
 
 
 def test_rank_pattern_makes_groups_of_different_rank():
-    groups = find_groups(adapt(tiny_network(), MonteCLoRAConfig(r=2, target_modules=["query", "key"],
-                                                                rank_pattern={"key": 4})))  # fmt: skip
+    groups = find_groups(
+        adapt(tiny_network(), MonteCLoRAConfig(r=2, target_modules=["query", "key"], rank_pattern={"key": 4}))
+    )
     assert {group.rank: len(group) for group in groups} == {2: 2, 4: 2}
 
 
@@ -146,8 +155,12 @@ class TestRefusals:
         assert "DoRA reads lora_A.weight" in self.refuse(get_peft_model(tiny_network(), lora))
 
     def test_pefts_own_monteclora(self):
-        lora = LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS",
-                          monteclora_config=peft.tuners.lora.MontecloraConfig(buffer_size=2))  # fmt: skip
+        lora = LoraConfig(
+            r=2,
+            target_modules=["query"],
+            task_type="SEQ_CLS",
+            monteclora_config=peft.tuners.lora.MontecloraConfig(buffer_size=2),
+        )
         assert "PEFT's own MonteCLoRA" in self.refuse(get_peft_model(tiny_network(), lora))
 
     def test_convolution(self):

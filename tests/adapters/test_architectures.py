@@ -131,8 +131,11 @@ class TestWhatIsSavedComesBack:
         bayes, base = fitted(name)
         bayes.save_pretrained(tmp_path / "adapter")
         brought = tuple(bayes.network.peft_config["default"].modules_to_save)
-        names = [key for key, value in ARCHITECTURES[name].load(base, seed=1).named_parameters()
-                 if not key.startswith(brought)]  # fmt: skip
+        names = [
+            key
+            for key, value in ARCHITECTURES[name].load(base, seed=1).named_parameters()
+            if not key.startswith(brought)
+        ]
         assert len(names) > 10
         for key in names:
             network = ARCHITECTURES[name].load(base, seed=3)
@@ -210,9 +213,13 @@ class TestWhatIsNewAndNotTrained:
 
     def test_running_statistics(self, tmp_path):
         config = transformers.LevitConfig(
-            image_size=32, hidden_sizes=[16, 16, 16], num_attention_heads=[2, 2, 2], key_dim=[8, 8, 8],
-            depths=[1, 1, 1], num_labels=3,
-        )  # fmt: skip
+            image_size=32,
+            hidden_sizes=[16, 16, 16],
+            num_attention_heads=[2, 2, 2],
+            key_dim=[8, 8, 8],
+            depths=[1, 1, 1],
+            num_labels=3,
+        )
         transformers.LevitForImageClassification(config).save_pretrained(tmp_path / "base")
         networks = [transformers.LevitForImageClassification.from_pretrained(tmp_path / "base") for _ in range(2)]
         architecture = Architecture("LevitConfig", inputs="image", picture_size=32, task="ImageClassification")

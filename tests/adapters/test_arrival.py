@@ -89,8 +89,12 @@ class TestLayersThatDoNotRun:
     def test_layers_left_out_at_random_are_not_an_error(self, name, monkeypatch):
         """LayerDrop: in training a layer may be left out, and the draw is there when it runs."""
         architecture = ARCHITECTURES[name]
-        drop = {"wav2vec2": ["layerdrop"], "whisper": ["encoder_layerdrop"], "opt": ["layerdrop"],
-                "bart": ["encoder_layerdrop", "decoder_layerdrop"]}[name]  # fmt: skip
+        drop = {
+            "wav2vec2": ["layerdrop"],
+            "whisper": ["encoder_layerdrop"],
+            "opt": ["layerdrop"],
+            "bart": ["encoder_layerdrop", "decoder_layerdrop"],
+        }[name]
         bayes = BayesLoRA(architecture.network(**dict.fromkeys(drop, 1.0)), MonteCLoRAConfig(r=2)).train()
         batch = Collator.for_network(bayes.network)(architecture.examples())
         bayes(**batch).loss.backward()

@@ -27,8 +27,18 @@ VALUES: dict[str, list[Any]] = {
     "bias": ["all", "lora_only"],
     "use_rslora": [True],
     "modules_to_save": [["norm"], ["layers.1.input_layernorm"], ["embed_tokens"]],
-    "init_lora_weights": [False, "gaussian", "orthogonal", "pissa", "pissa_niter_2", "olora", "eva", "corda", "loftq",
-                          "lora_ga"],
+    "init_lora_weights": [
+        False,
+        "gaussian",
+        "orthogonal",
+        "pissa",
+        "pissa_niter_2",
+        "olora",
+        "eva",
+        "corda",
+        "loftq",
+        "lora_ga",
+    ],
     "layers_to_transform": [[1], 0],
     "layers_pattern": ["layers"],
     "rank_pattern": [{"q_proj": 3}, {r".*\.1\..*_proj": 4}],
@@ -52,14 +62,37 @@ VALUES: dict[str, list[Any]] = {
     "arrow_config": [{}],
     "kasa_config": [{}],
     "ensure_weight_tying": [True],
-}  # fmt: skip
+}
 # Set by us or by PEFT, or without meaning for what an adapter computes.
-OTHERS = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
-          "inference_mode", "megatron_core", "runtime_config"}  # fmt: skip
-WORKING = {"r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "fan_in_fan_out", "bias",
-           "use_rslora", "modules_to_save", "init_lora_weights", "layers_to_transform", "layers_pattern",
-           "rank_pattern", "alpha_pattern", "lora_bias",
-           "loftq_config"}  # fmt: skip  # which PEFT drops where init_lora_weights is not "loftq"
+OTHERS = {
+    "task_type",
+    "peft_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "megatron_core",
+    "runtime_config",
+}
+WORKING = {
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "target_modules",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "bias",
+    "use_rslora",
+    "modules_to_save",
+    "init_lora_weights",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
+    "alpha_pattern",
+    "lora_bias",
+    "loftq_config",
+}  # which PEFT drops where init_lora_weights is not "loftq"
 
 
 def test_the_table_is_complete():
@@ -101,8 +134,11 @@ def check_comes_back(bayes, base, folder):
 
 
 def all_options():
-    return [pytest.param(name, value, id=f"{name}-{index}") for name, values in VALUES.items()
-            for index, value in enumerate(values)]  # fmt: skip
+    return [
+        pytest.param(name, value, id=f"{name}-{index}")
+        for name, values in VALUES.items()
+        for index, value in enumerate(values)
+    ]
 
 
 def build(network, name, value):
@@ -128,11 +164,14 @@ def test_comes_back_or_is_refused(base, tmp_path, name, value):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:peft")
-@pytest.mark.parametrize("options", [
-    {"alpha_pattern": {r".*\.0.*": 40}, "rank_pattern": {"q_proj": 5}},
-    {"modules_to_save": ["score"], "bias": "all"},
-    {"use_rslora": True, "alpha_pattern": {"v_proj": 3}},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"alpha_pattern": {r".*\.0.*": 40}, "rank_pattern": {"q_proj": 5}},
+        {"modules_to_save": ["score"], "bias": "all"},
+        {"use_rslora": True, "alpha_pattern": {"v_proj": 3}},
+    ],
+)
 def test_of_a_peft_model(base, tmp_path, options):
     lora = LoraConfig(r=2, target_modules=TARGETS, task_type="SEQ_CLS", **options)
     check_comes_back(BayesLoRA(get_peft_model(ARCHITECTURE.load(base, seed=1), lora)), base, tmp_path / "adapter")

@@ -39,8 +39,11 @@ def same_example(size, length=5):
 
 
 @pytest.mark.parametrize("guide", ["amortized", "mean_field"])
-@pytest.mark.parametrize("options", [{}, {"components": "explicit"}, {"mixture": "sparse"}, {"num_particles": 2},
-                                     {"normalization": "elbo"}], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"components": "explicit"}, {"mixture": "sparse"}, {"num_particles": 2}, {"normalization": "elbo"}],
+    ids=str,
+)
 def test_the_direct_run_is_pyros_own(guide, options):
     """Without Pyro's handlers: the same loss and gradients from the same seed."""
     bayes = module(guide=guide, noise="shared", **options)
@@ -142,17 +145,31 @@ def test_gradient_variance_falls_and_its_mean_stays():
 
 def longformer():
     config = transformers.LongformerConfig(
-        vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
-        attention_window=4, pad_token_id=0, max_position_embeddings=40,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=24,
+        attention_window=4,
+        pad_token_id=0,
+        max_position_embeddings=40,
+    )
     return transformers.AutoModelForSequenceClassification.from_config(config)
 
 
 def deberta():
     config = transformers.DebertaV2Config(
-        vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
-        relative_attention=True, position_buckets=4, share_att_key=True, pos_att_type=["p2c", "c2p"], pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=24,
+        relative_attention=True,
+        position_buckets=4,
+        share_att_key=True,
+        pos_att_type=["p2c", "c2p"],
+        pad_token_id=0,
+    )
     return transformers.AutoModelForSequenceClassification.from_config(config)
 
 

@@ -38,9 +38,12 @@ def quantized(kind, storage, folder, *, heads=tuple(HEADS), seed=0):
         config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(heads))
     else:
         config = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=storage == "4bit-double",
-            bnb_4bit_compute_dtype=torch.float32, llm_int8_skip_modules=list(heads),
-        )  # fmt: skip
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=storage == "4bit-double",
+            bnb_4bit_compute_dtype=torch.float32,
+            llm_int8_skip_modules=list(heads),
+        )
     checkpoint = folder / f"{kind}-{seed}"
     tiny_network(kind, layers=1, seed=seed).save_pretrained(checkpoint)
     return AutoModelForSequenceClassification.from_pretrained(checkpoint, quantization_config=config)

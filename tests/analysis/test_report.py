@@ -30,8 +30,9 @@ def split(seed=0, size=60, *, labelled=True, texts=True, certain=2.0):
 
 def run(name="montecarlo", seed=0, **changes):
     adapters = [f"encoder.layer.{i}.attention.self.{kind}" for i in range(2) for kind in ("query", "value")]
-    history = [{"step": i, "loss": 1 / i, "elbo/task": 0.7 / i, "elbo/cooperation": 0.3, "elbo/kl": 9.0}
-               for i in range(1, 30)]  # fmt: skip
+    history = [
+        {"step": i, "loss": 1 / i, "elbo/task": 0.7 / i, "elbo/cooperation": 0.3, "elbo/kl": 9.0} for i in range(1, 30)
+    ]
     verdict = Diagnostic("pareto_k", 0.9, (0.5, 0.7), "bad", "a paper", "trust held-out data")
     given = {
         "facts": {"model": "tiny", "task": "reviews"},
@@ -196,8 +197,9 @@ def page_file(tmp_path_factory):
     texts = split().__dict__ | {"texts": [HOSTILE] * 60}
     hostile = run("hostile", splits={"test": SplitResults(**texts), "tweets": split(1)})
     file = tmp_path_factory.mktemp("report") / "report.html"
-    file.write_text(report_html([run("one"), hostile], title="a report", command="bayeslora report one hostile"),
-                    encoding="utf-8")  # fmt: skip
+    file.write_text(
+        report_html([run("one"), hostile], title="a report", command="bayeslora report one hostile"), encoding="utf-8"
+    )
     return file
 
 

@@ -26,8 +26,11 @@ def data(tmp_path_factory):
     """Two-word reviews, positive where they say good or fine."""
     folder = tmp_path_factory.mktemp("data") / "reviews"
     folder.mkdir()
-    rows = [(f"the {noun} is {word}", int(word in ("good", "fine")))
-            for noun in ("film", "plot") for word in ("good", "fine", "bad", "dull")]  # fmt: skip
+    rows = [
+        (f"the {noun} is {word}", int(word in ("good", "fine")))
+        for noun in ("film", "plot")
+        for word in ("good", "fine", "bad", "dull")
+    ]
     for split, repeats in (("train", 4), ("validation", 1), ("test", 2)):
         lines = ["text,label", *(f"{text},{label}" for text, label in rows * repeats)]
         (folder / f"{split}.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -103,10 +103,14 @@ def test_fit_writes_a_run(run):
 
 @pytest.mark.parametrize(
     ("labels", "words", "schedule", "scale"),
-    [(("0", "1"), [], "entropy", 0.25), (("0", "1"), ["--preset", "constant"], "constant", 0.1),
-     (("0", "1"), ["--sample-scaler", "0.5"], "entropy", 0.5), (("0.25", "1.75"), [], "constant", 0.1)],
+    [
+        (("0", "1"), [], "entropy", 0.25),
+        (("0", "1"), ["--preset", "constant"], "constant", 0.1),
+        (("0", "1"), ["--sample-scaler", "0.5"], "entropy", 0.5),
+        (("0.25", "1.75"), [], "constant", 0.1),
+    ],
     ids=["classes", "classes_constant", "classes_scaled", "numbers"],
-)  # fmt: skip
+)
 def test_the_default_preset_is_the_one_for_the_labels(model, tmp_path, labels, words, schedule, scale):
     if "." in labels[0]:
         model = shutil.copytree(model, tmp_path / "one_output")
@@ -184,8 +188,18 @@ def test_diagnose_for_people_and_programs(run, capsys):
 
 
 def test_compare_continues_and_refuses_other_settings(model, data, tmp_path, capsys):
-    command = ["compare", *data_options(model, data), "--output", str(tmp_path / "c"), "--in-process",
-               "--num-samples", "2", "--max-steps", "3", *SMALL]  # fmt: skip
+    command = [
+        "compare",
+        *data_options(model, data),
+        "--output",
+        str(tmp_path / "c"),
+        "--in-process",
+        "--num-samples",
+        "2",
+        "--max-steps",
+        "3",
+        *SMALL,
+    ]
     assert main([*command, "--seeds", "0"]) == 0
     capsys.readouterr()
     runs = tmp_path / "c" / "reviews-lr0.001-batch8-rank2"
@@ -266,10 +280,16 @@ class TestMistakes:
 
     @pytest.mark.parametrize(
         ("option", "value", "named"),
-        [("--rank", 0, "r (the rank"), ("--num-components", 0, "num_components"),
-         ("--sample-scaler", -1, "sample_scaler"), ("--kl-weight", -1, "kl_weight"), ("--guide", "x", "guide"),
-         ("--batch-size", 0, "batch_size"), ("--label-column", "stars", "stars")],
-    )  # fmt: skip
+        [
+            ("--rank", 0, "r (the rank"),
+            ("--num-components", 0, "num_components"),
+            ("--sample-scaler", -1, "sample_scaler"),
+            ("--kl-weight", -1, "kl_weight"),
+            ("--guide", "x", "guide"),
+            ("--batch-size", 0, "batch_size"),
+            ("--label-column", "stars", "stars"),
+        ],
+    )
     def test_values(self, capsys, model, data, tmp_path, option, value, named):
         assert named in self.fails(capsys, *self.fit(model, data, tmp_path / "o", option, value))
 

@@ -48,8 +48,12 @@ def is_number(action):
 
 
 NUMBERS = [(command, action) for command in COMMANDS for action in options(command) if is_number(action)]
-WORDS = [(command, action) for command in COMMANDS for action in options(command)
-         if action.option_strings and not is_number(action)]  # fmt: skip
+WORDS = [
+    (command, action)
+    for command in COMMANDS
+    for action in options(command)
+    if action.option_strings and not is_number(action)
+]
 
 
 def one_line(capsys):
@@ -63,8 +67,20 @@ def one_line(capsys):
 
 def test_the_walk_finds_every_number():
     found = {action.option_strings[0] for _, action in NUMBERS}
-    assert {"--seed", "--seeds", "--rank", "--epochs", "--batch-size", "--num-samples", "--max-length", "--steps",
-            "--learning-rate", "--top-p", "--warmup", "--max-examples"} <= found  # fmt: skip
+    assert {
+        "--seed",
+        "--seeds",
+        "--rank",
+        "--epochs",
+        "--batch-size",
+        "--num-samples",
+        "--max-length",
+        "--steps",
+        "--learning-rate",
+        "--top-p",
+        "--warmup",
+        "--max-examples",
+    } <= found
     assert len(NUMBERS) > 60
     assert not [action for _, action in WORDS if action.type is None and action.choices is None]
 
@@ -93,13 +109,28 @@ def _accepts(action, text):
 
 @pytest.mark.parametrize(
     ("command", "option", "value"),
-    [("fit", "--epochs", "0"), ("fit", "--learning-rate", "0"), ("fit", "--batch-size", "0"), ("fit", "--rank", "0"),
-     ("fit", "--rank", "65537"), ("fit", "--num-components", "1025"), ("fit", "--lora-alpha", "0"),
-     ("fit", "--warmup", "1"), ("fit", "--max-length", "1"), ("fit", "--seed", str(2**32)),
-     ("evaluate", "--top-p", "0"), ("evaluate", "--top-p", "1.5"), ("evaluate", "--max-new-tokens", "0"),
-     ("evaluate", "--max-examples", "0"), ("diagnose", "--num-samples", "24"), ("diagnose", "--steps", "0"),
-     ("compare", "--num-samples", "0"), ("demo", "--num-samples", "0"), ("demo", "--train-examples", "0")],
-)  # fmt: skip
+    [
+        ("fit", "--epochs", "0"),
+        ("fit", "--learning-rate", "0"),
+        ("fit", "--batch-size", "0"),
+        ("fit", "--rank", "0"),
+        ("fit", "--rank", "65537"),
+        ("fit", "--num-components", "1025"),
+        ("fit", "--lora-alpha", "0"),
+        ("fit", "--warmup", "1"),
+        ("fit", "--max-length", "1"),
+        ("fit", "--seed", str(2**32)),
+        ("evaluate", "--top-p", "0"),
+        ("evaluate", "--top-p", "1.5"),
+        ("evaluate", "--max-new-tokens", "0"),
+        ("evaluate", "--max-examples", "0"),
+        ("diagnose", "--num-samples", "24"),
+        ("diagnose", "--steps", "0"),
+        ("compare", "--num-samples", "0"),
+        ("demo", "--num-samples", "0"),
+        ("demo", "--train-examples", "0"),
+    ],
+)
 def test_the_ends_of_ranges(command, option, value, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main([command, *COMMANDS[command], option, value]) == 2
@@ -108,10 +139,19 @@ def test_the_ends_of_ranges(command, option, value, capsys, tmp_path, monkeypatc
 
 @pytest.mark.parametrize(
     ("command", "option", "value"),
-    [("fit", "--kl-weight", "0"), ("fit", "--max-grad-norm", "0"), ("fit", "--warmup", "0"), ("fit", "--seed", "0"),
-     ("fit", "--learning-rate", "1e-3"), ("evaluate", "--num-samples", "0"), ("evaluate", "--temperature", "0"),
-     ("evaluate", "--top-p", "1"), ("diagnose", "--num-samples", "25"), ("fit", "--epochs", "0.5")],
-)  # fmt: skip
+    [
+        ("fit", "--kl-weight", "0"),
+        ("fit", "--max-grad-norm", "0"),
+        ("fit", "--warmup", "0"),
+        ("fit", "--seed", "0"),
+        ("fit", "--learning-rate", "1e-3"),
+        ("evaluate", "--num-samples", "0"),
+        ("evaluate", "--temperature", "0"),
+        ("evaluate", "--top-p", "1"),
+        ("diagnose", "--num-samples", "25"),
+        ("fit", "--epochs", "0.5"),
+    ],
+)
 def test_what_is_in_range_stays(command, option, value):
     parsed = build_parser().parse_args([command, *COMMANDS[command], option, value])
     assert vars(parsed)[option[2:].replace("-", "_")] == float(value)
@@ -130,12 +170,18 @@ def test_an_empty_word_is_refused(command, action, capsys, tmp_path, monkeypatch
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
-    [([], "COMMAND"), (["fitt"], "invalid choice: 'fitt'"), (["fit"], "--model"), (["evaluate", "x", "--jsn"], "--jsn"),
-     (["predict", "x"], "--text"), (["predict", "x", "--split", "test", "--text-pair", "b"], "--text-pair"),
-     (["predict", "x", "--text", "a", "--max-examples", "3"], "--max-examples"),
-     (["predict", "x", "--text", "a", "--split", "test"], "not allowed with"),
-     (["predict", "x", "--text", "caf\udce9"], "not valid Unicode")],
-)  # fmt: skip
+    [
+        ([], "COMMAND"),
+        (["fitt"], "invalid choice: 'fitt'"),
+        (["fit"], "--model"),
+        (["evaluate", "x", "--jsn"], "--jsn"),
+        (["predict", "x"], "--text"),
+        (["predict", "x", "--split", "test", "--text-pair", "b"], "--text-pair"),
+        (["predict", "x", "--text", "a", "--max-examples", "3"], "--max-examples"),
+        (["predict", "x", "--text", "a", "--split", "test"], "not allowed with"),
+        (["predict", "x", "--text", "caf\udce9"], "not valid Unicode"),
+    ],
+)
 def test_usage_is_one_line_too(arguments, says, capsys):
     assert main(arguments) == 2
     assert says in one_line(capsys)
@@ -147,8 +193,9 @@ def test_usage_is_one_line_too(arguments, says, capsys):
 def shell(*arguments, encoding="utf-8", stdout=subprocess.PIPE, **options):
     environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
     environment.pop("PYTHONUNBUFFERED", None)
-    return subprocess.run([sys.executable, *arguments], stdout=stdout, stderr=subprocess.PIPE, env=environment,
-                          check=False, **options)  # fmt: skip
+    return subprocess.run(
+        [sys.executable, *arguments], stdout=stdout, stderr=subprocess.PIPE, env=environment, check=False, **options
+    )
 
 
 ALL_HELP = """
@@ -179,8 +226,13 @@ def test_every_help_can_be_shown(encoding):
 def test_a_terminal_of_the_c_locale():
     plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONIOENCODING"} | plain
-    done = subprocess.run([sys.executable, "-m", "bayeslora", "fit", "--help"], capture_output=True, cwd=ROOT,
-                          env=environment, check=False)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "bayeslora", "fit", "--help"],
+        capture_output=True,
+        cwd=ROOT,
+        env=environment,
+        check=False,
+    )
     assert (done.returncode, done.stderr) == (0, b"")
     assert b"epsilon" in done.stdout
 
@@ -254,8 +306,24 @@ def data(tmp_path_factory):
 
 
 def fit_words(model, data, columns, *more):
-    return ["fit", "--model", str(model), "--task", "pairs", "--data-dir", str(data), "--text-columns", *columns,
-            "--rank", "2", "--target-modules", "query", "--max-steps", "1", *more]  # fmt: skip
+    return [
+        "fit",
+        "--model",
+        str(model),
+        "--task",
+        "pairs",
+        "--data-dir",
+        str(data),
+        "--text-columns",
+        *columns,
+        "--rank",
+        "2",
+        "--target-modules",
+        "query",
+        "--max-steps",
+        "1",
+        *more,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -269,11 +337,16 @@ def runs(model, data, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("columns", "words", "says"),
-    [(1, ["--text", "a", "--text-pair", "b"], "leave --text-pair out"), (2, ["--text", "a"], "give --text-pair too"),
-     (2, ["--text", "a", "b", "--text-pair", "c"], "as many of each"), (3, ["--text", "a"], "3 text columns"),
-     (3, ["--text", "a", "--text-pair", "b"], "3 text columns"), (1, ["--text", "a", ""], "--text"),
-     (2, ["--text", "a", "--text-pair", " "], "--text-pair")],
-)  # fmt: skip
+    [
+        (1, ["--text", "a", "--text-pair", "b"], "leave --text-pair out"),
+        (2, ["--text", "a"], "give --text-pair too"),
+        (2, ["--text", "a", "b", "--text-pair", "c"], "as many of each"),
+        (3, ["--text", "a"], "3 text columns"),
+        (3, ["--text", "a", "--text-pair", "b"], "3 text columns"),
+        (1, ["--text", "a", ""], "--text"),
+        (2, ["--text", "a", "--text-pair", " "], "--text-pair"),
+    ],
+)
 def test_texts_that_are_not_the_tasks(runs, columns, words, says, capsys):
     assert main(["predict", str(runs / str(columns)), *words]) == 2
     assert says in one_line(capsys)

@@ -22,14 +22,26 @@ OPTIONS = {"distilbert": {"target_modules": ("q_lin", "v_lin")}}
 LAYER_NORM = {"feat_extract_norm": "layer", "do_stable_layer_norm": True}
 FURTHER = {
     "fnet": Architecture("FNetConfig", {**ENCODER, "max_position_embeddings": 40}),  # takes no mask
-    "convbert": Architecture("ConvBertConfig", {**ENCODER, "embedding_size": 16, "max_position_embeddings": 40,
-                                                "conv_kernel_size": 3}),
-    "bloom": Architecture("BloomConfig", {"vocab_size": VOCABULARY, "hidden_size": 16, "n_layer": 2, "n_head": 2,
-                                          "pad_token_id": PAD}),
-    "funnel": Architecture("FunnelConfig", {"vocab_size": VOCABULARY, "d_model": 16, "n_head": 2, "d_head": 8,
-                                            "d_inner": 24, "block_sizes": [1, 1], "num_decoder_layers": 1,
-                                            "pad_token_id": PAD}),
-}  # fmt: skip
+    "convbert": Architecture(
+        "ConvBertConfig", {**ENCODER, "embedding_size": 16, "max_position_embeddings": 40, "conv_kernel_size": 3}
+    ),
+    "bloom": Architecture(
+        "BloomConfig", {"vocab_size": VOCABULARY, "hidden_size": 16, "n_layer": 2, "n_head": 2, "pad_token_id": PAD}
+    ),
+    "funnel": Architecture(
+        "FunnelConfig",
+        {
+            "vocab_size": VOCABULARY,
+            "d_model": 16,
+            "n_head": 2,
+            "d_head": 8,
+            "d_inner": 24,
+            "block_sizes": [1, 1],
+            "num_decoder_layers": 1,
+            "pad_token_id": PAD,
+        },
+    ),
+}
 
 
 @functools.cache
@@ -92,8 +104,21 @@ def test_without_a_padding_token(name):
         check(bayes, data_of(name, masked))
 
 
-KINDS = ["bert", "roberta", "mpnet", "deberta_v2", "xlnet", "longformer", "t5", "bart", "gpt2", "gpt_neox", "llama",
-         "opt", "falcon"]  # fmt: skip
+KINDS = [
+    "bert",
+    "roberta",
+    "mpnet",
+    "deberta_v2",
+    "xlnet",
+    "longformer",
+    "t5",
+    "bart",
+    "gpt2",
+    "gpt_neox",
+    "llama",
+    "opt",
+    "falcon",
+]
 CHANGED = [*((name, VOCABULARY) for name in KINDS), ("llama", -1), ("gpt2", -1), ("roberta", None)]
 
 
@@ -116,14 +141,16 @@ def test_the_end_of_a_text_is_its_padding(name):
     check(adapted(name, pad_token_id=EOS), data_of(name))
 
 
-@pytest.mark.parametrize(("name", "changes"), [*((name, {}) for name in FURTHER), ("falcon", {"alibi": True}),
-                                               ("wav2vec2", LAYER_NORM)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "changes"), [*((name, {}) for name in FURTHER), ("falcon", {"alibi": True}), ("wav2vec2", LAYER_NORM)]
+)
 def test_networks_that_pool_mix_or_normalise(name, changes):
     check(adapted(name, **changes), data_of(name, masked=name != "fnet"))
 
 
-@pytest.mark.parametrize(("name", "expected"), [("bert", "right"), ("xlnet", "left"), ("wav2vec2", "none"),
-                                                ("fnet", "none")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "expected"), [("bert", "right"), ("xlnet", "left"), ("wav2vec2", "none"), ("fnet", "none")]
+)
 def test_padding_only_where_it_changes_nothing(name, expected):
     assert read_examples(adapted(name).model, data_of(name, masked=False)).collate.padding == expected
     assert read_examples(adapted(name).model, data_of(name, masked=False)[:1]).collate.padding == "right"
@@ -165,8 +192,9 @@ class TestTraining:
     @pytest.mark.parametrize("name", ["bert", "llama", "xlnet", "t5"])
     def test_evaluation_while_training(self, name, tmp_path):
         bayes, data = adapted(name), data_of(name, masked=False)
-        result = fit(bayes, data, data, output_dir=tmp_path, max_steps=1, batch_size=4, learning_rate=1e-12,
-                     progress=False)  # fmt: skip
+        result = fit(
+            bayes, data, data, output_dir=tmp_path, max_steps=1, batch_size=4, learning_rate=1e-12, progress=False
+        )
         probs = np.concatenate([bayes.predict([row], num_samples=0).probs for row in data])
         labels = [row["labels"] for row in data]
         expected = -np.log(probs[np.arange(len(data)), labels]).mean()
@@ -174,10 +202,13 @@ class TestTraining:
 
     @pytest.mark.parametrize(
         ("name", "token", "message"),
-        [("llama", None, "set network.config.pad_token_id"),
-         ("gpt2", VOCABULARY, "its padding token 64 is outside its 64 tokens.*resize_token_embeddings"),
-         ("fnet", PAD, "pad all examples to one length"), ("wav2vec2", PAD, "pad all examples to one length")],
-    )  # fmt: skip
+        [
+            ("llama", None, "set network.config.pad_token_id"),
+            ("gpt2", VOCABULARY, "its padding token 64 is outside its 64 tokens.*resize_token_embeddings"),
+            ("fnet", PAD, "pad all examples to one length"),
+            ("wav2vec2", PAD, "pad all examples to one length"),
+        ],
+    )
     def test_refused_where_examples_cannot_share_a_batch(self, name, token, message, tmp_path):
         bayes, data = adapted(name), data_of(name, masked=False)
         bayes.config.pad_token_id = token

@@ -11,7 +11,8 @@ from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset,
 from bayeslora import BayesLoRA, InputError, MonteCLoRAConfig, diagnose, fit
 from bayeslora.analysis import to_arviz
 from bayeslora.data.batches import Collator
-from bayeslora.data.checks import check_to_learn_from, position_limit
+from bayeslora.data.checks import check_to_learn_from
+from bayeslora.data.limits import position_limit
 from bayeslora.inference.attribution import attribute_variance
 from bayeslora.inference.diagnostics import log_importance_weights
 from bayeslora.inference.generation import token_uncertainty
@@ -70,7 +71,7 @@ DOORS = {
     "diagnose": lambda bayes, data, tmp_path: diagnose(bayes, data, num_samples=25, steps=1, progress=False),
     "importance": lambda bayes, data, tmp_path: log_importance_weights(bayes, data, num_samples=2),
     "attribution": lambda bayes, data, tmp_path: attribute_variance(bayes, data, num_samples=2, progress=False),
-}  # fmt: skip
+}
 
 TAKEN = {
     "list": list,
@@ -94,7 +95,7 @@ TAKEN = {
     "texts and indices": lambda rows: [row | {"text": "so", "idx": i, "tags": ["a"]} for i, row in enumerate(rows)],
     "a column of None": lambda rows: [row | {"token_type_ids": None} for row in rows],
     "without masks": lambda rows: [{n: v for n, v in row.items() if n != "attention_mask"} for row in rows],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", TAKEN)
@@ -142,7 +143,7 @@ REFUSED = {
     "as pandas": (lambda rows: datasets.Dataset.from_list(rows).with_format("pandas"), "row 0 is a DataFrame"),
     "as arrow": (lambda rows: datasets.Dataset.from_list(rows).with_format("arrow"), "row 0 is a Table"),
     "empty": (lambda rows: [], "is empty: nothing to"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("door", DOORS)
@@ -164,10 +165,14 @@ ROWS = {
     "None": (lambda row: row | {"attention_mask": None}, "the same columns"),
     "no tokens": (without("input_ids"), r"reads 'input_ids', and there is no such column \(there are attention_mask"),
     "empty": (lambda row: row | {"input_ids": [], "attention_mask": []}, "the text is empty"),
-    "too long": (lambda row: row | {"input_ids": [3] * 41, "attention_mask": [1] * 41},
-                 r"it has 41 tokens, and the network has 40 positions: encode with truncation to max_length=40"),
-    "unknown token": (lambda row: row | {"input_ids": [VOCABULARY] * len(row["input_ids"])},
-                      r"token 64 is outside the network's 64 tokens"),
+    "too long": (
+        lambda row: row | {"input_ids": [3] * 41, "attention_mask": [1] * 41},
+        r"it has 41 tokens, and the network has 40 positions: encode with truncation to max_length=40",
+    ),
+    "unknown token": (
+        lambda row: row | {"input_ids": [VOCABULARY] * len(row["input_ids"])},
+        r"token 64 is outside the network's 64 tokens",
+    ),
     "negative token": (lambda row: row | {"input_ids": [-1] * len(row["input_ids"])}, "token -1 is outside"),
     "half a token": (lambda row: row | {"input_ids": [3.5] * len(row["input_ids"])}, "whole numbers, got 3.5"),
     "not a list": (lambda row: row | {"input_ids": 3}, "one list of tokens, got 0 dimensions"),
@@ -175,10 +180,14 @@ ROWS = {
     "words": (lambda row: row | {"input_ids": ["a"] * len(row["input_ids"])}, r"input_ids must be numbers, got .\['a'"),
     "short mask": (lambda row: row | {"attention_mask": [1]}, "attention_mask has .1. entries, and the example .6."),
     "nothing to read": (lambda row: row | {"attention_mask": [0] * len(row["input_ids"])}, "mask is 0 everywhere"),
-    "token type": (lambda row: row | {"token_type_ids": [2] * len(row["input_ids"])},
-                   "token_type_ids go from 0 to 1 in this network, got 2 to 2"),
-    "position": (lambda row: row | {"position_ids": [40] * len(row["input_ids"])},
-                 "position_ids go from 0 to 39 in this network, got 40 to 40"),
+    "token type": (
+        lambda row: row | {"token_type_ids": [2] * len(row["input_ids"])},
+        "token_type_ids go from 0 to 1 in this network, got 2 to 2",
+    ),
+    "position": (
+        lambda row: row | {"position_ids": [40] * len(row["input_ids"])},
+        "position_ids go from 0 to 39 in this network, got 40 to 40",
+    ),
     "no label": (without("labels"), "every label must be a finite number, got None"),
     "label None": (lambda row: row | {"labels": None}, "every label must be a finite number, got None"),
     "label NaN": (lambda row: row | {"labels": float("nan")}, "every label must be a finite number, got nan"),
@@ -188,7 +197,7 @@ ROWS = {
     "label unknown": (lambda row: row | {"labels": -1}, "label -1 is outside the network's 2 classes"),
     "label of others": (lambda row: row | {"labels": 2}, "label 2 is outside the network's 2 classes"),
     "two labels": (lambda row: row | {"labels": [0, 1]}, r"an example has one label, got labels of shape \(2,\)"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", ROWS)
@@ -239,8 +248,10 @@ def test_as_many_tokens_as_there_are_positions(name):
 @pytest.mark.parametrize("door", ["fit", "predict"])
 def test_end_of_text_where_it_is_read(name, door, tmp_path):
     data = ARCHITECTURES[name].examples(6)
-    for ends, row in ((0, {"input_ids": [5, 6], "attention_mask": [1, 1]}),
-                      (2, {"input_ids": [5, 2, 2], "attention_mask": [1, 1, 1]})):  # fmt: skip
+    for ends, row in (
+        (0, {"input_ids": [5, 6], "attention_mask": [1, 1]}),
+        (2, {"input_ids": [5, 2, 2], "attention_mask": [1, 1, 1]}),
+    ):
         bayes = BayesLoRA(ARCHITECTURES[name].network(), MonteCLoRAConfig(r=2))
         with pytest.raises(InputError, match=rf"row 3: .*end-of-text token 2: .* \(1\), and this one has {ends}"):
             DOORS[door](bayes, [*data[:3], row | {"labels": 0}, *data[3:]], tmp_path)
@@ -375,10 +386,13 @@ class TestTexts:
 
     @pytest.mark.parametrize(
         ("prompt", "message"),
-        [([3, 96], "prompt 1 is not a list of tokens of the network, whole numbers below 96"),
-         ([3.5], "prompt 1 is not"), ([[3, 4]], "prompt 1 is not"),
-         ([3] * 254, "prompt 1 has 254 tokens, and the network has 256 positions")],
-    )  # fmt: skip
+        [
+            ([3, 96], "prompt 1 is not a list of tokens of the network, whole numbers below 96"),
+            ([3.5], "prompt 1 is not"),
+            ([[3, 4]], "prompt 1 is not"),
+            ([3] * 254, "prompt 1 has 254 tokens, and the network has 256 positions"),
+        ],
+    )
     def test_prompts(self, prompt, message):
         bayes = BayesLoRA(tiny_language_model("gpt2"), MonteCLoRAConfig(r=2))
         with pytest.raises(InputError, match=message):

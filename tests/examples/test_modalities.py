@@ -1,7 +1,5 @@
 """Images and audio go through the same module: nothing of a modality is in the core."""
 
-import struct
-
 import numpy as np
 import pytest
 import torch
@@ -9,7 +7,6 @@ import transformers
 from transformers import WhisperForAudioClassification
 
 from bayeslora import BayesLoRA, InputError, MonteCLoRAConfig, fit
-from bayeslora.assets.ctranslate2 import read, unpack
 from bayeslora.models import CategoricalLikelihood
 from tests.scripts import script
 
@@ -23,10 +20,23 @@ def network(kind):
         config = transformers.ViTConfig(**SMALL, image_size=4, patch_size=2, num_channels=1, num_labels=2)
         return transformers.ViTForImageClassification(config)
     config = transformers.WhisperConfig(
-        d_model=16, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=24, num_mel_bins=6, num_labels=2,
-        max_source_positions=5, vocab_size=8, pad_token_id=0, bos_token_id=0, eos_token_id=0, decoder_start_token_id=0,
-        decoder_layers=1, decoder_attention_heads=2, classifier_proj_size=8, init_std=0.3,
-    )  # fmt: skip
+        d_model=16,
+        encoder_layers=2,
+        encoder_attention_heads=2,
+        encoder_ffn_dim=24,
+        num_mel_bins=6,
+        num_labels=2,
+        max_source_positions=5,
+        vocab_size=8,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=0,
+        decoder_start_token_id=0,
+        decoder_layers=1,
+        decoder_attention_heads=2,
+        classifier_proj_size=8,
+        init_std=0.3,
+    )
     return WhisperForAudioClassification(config)
 
 
@@ -99,65 +109,3 @@ def test_the_speech_example(tmp_path):
     rows = script("examples/speech").main(str(tmp_path), training=20, testing=10, epochs=1, seeds=(0,))
     assert len(rows) == 4
     assert all(np.isfinite(row["nll"]) for row in rows)
-
-
-class TestCTranslate2:
-    def write(self, file, variables):
-        """The format's own layout: versions, then each variable's name, shape, type and bytes."""
-
-        def text(word):
-            return struct.pack("<H", len(word) + 1) + word.encode() + b"\0"
-
-        data = struct.pack("<I", 6) + text("WhisperSpec") + struct.pack("<II", 3, len(variables))
-        for name, value in variables.items():
-            code = {"float32": 0, "int16": 2, "float16": 4}[str(value.dtype)]
-            data += text(name) + struct.pack("<B", value.ndim) + struct.pack(f"<{value.ndim}I", *value.shape)
-            data += struct.pack("<BI", code, value.nbytes) + value.tobytes()
-        file.write_bytes(data)
-
-    def whisper(self, encoder):
-        """A network's encoder under CTranslate2's names."""
-        found = {"encoder/num_heads": np.array(2, np.int16), "decoder/embeddings/weight": np.zeros((8, 16), np.float16)}
-        state = {name: value.numpy() for name, value in encoder.state_dict().items()}
-        found["encoder/position_encodings/encodings"] = state.pop("embed_positions.weight")
-        for conv in ("conv1", "conv2"):
-            for word in ("weight", "bias"):
-                found[f"encoder/{conv}/{word}"] = state.pop(f"{conv}.{word}")
-        for word, ours in (("gamma", "weight"), ("beta", "bias")):
-            found[f"encoder/layer_norm/{word}"] = state.pop(f"layer_norm.{ours}")
-        for block in range(2):
-            here, there = f"layers.{block}", f"encoder/layer_{block}"
-            state[f"{here}.self_attn.k_proj.bias"] = np.zeros(16, np.float32)
-            for word in ("weight", "bias"):
-                parts = [state.pop(f"{here}.self_attn.{letter}_proj.{word}") for letter in "qkv"]
-                found[f"{there}/self_attention/linear_0/{word}"] = np.concatenate(parts)
-                found[f"{there}/self_attention/linear_1/{word}"] = state.pop(f"{here}.self_attn.out_proj.{word}")
-                for index in range(2):
-                    found[f"{there}/ffn/linear_{index}/{word}"] = state.pop(f"{here}.fc{index + 1}.{word}")
-            for norm, ours in (("self_attention", "self_attn_layer_norm"), ("ffn", "final_layer_norm")):
-                for word, name in (("gamma", "weight"), ("beta", "bias")):
-                    found[f"{there}/{norm}/layer_norm/{word}"] = state.pop(f"{here}.{ours}.{name}")
-        assert not state
-        return found
-
-    def test_an_encoder_comes_through(self, tmp_path):
-        encoder = network("speech").encoder.eval()
-        self.write(tmp_path / "model.bin", self.whisper(encoder))
-        unpack(tmp_path / "model.bin", tmp_path / "out")
-        again = WhisperForAudioClassification.from_pretrained(tmp_path / "out", num_labels=2).encoder.eval()
-        features = torch.randn(3, 6, 10)
-        with torch.no_grad():
-            expected, found = (one(features).last_hidden_state for one in (encoder, again))
-        assert torch.equal(found, expected)
-
-    @pytest.mark.parametrize("size", [0, 3, 40, 2000])
-    def test_cut_off(self, size, tmp_path):
-        self.write(tmp_path / "whole.bin", self.whisper(network("speech").encoder))
-        (tmp_path / "model.bin").write_bytes((tmp_path / "whole.bin").read_bytes()[:size])
-        with pytest.raises(InputError, match=r"model\.bin is not a model of CTranslate2, or is damaged"):
-            read(tmp_path / "model.bin")
-
-    def test_something_else(self, tmp_path):
-        self.write(tmp_path / "model.bin", {"encoder/num_heads": np.array(2, np.int16)})
-        with pytest.raises(InputError, match="not a Whisper"):
-            unpack(tmp_path / "model.bin", tmp_path / "out")

@@ -174,8 +174,15 @@ class TestImportanceWeights:
 
 
 def bayes_with(guide="mean_field", **options):
-    options = {"r": 2, "num_components": 3, "target_modules": ["query", "value"], "alpha_init": "ones",
-               "sample_scaler": 0.3, "cooperation": 0.0, "guide": guide} | options  # fmt: skip
+    options = {
+        "r": 2,
+        "num_components": 3,
+        "target_modules": ["query", "value"],
+        "alpha_init": "ones",
+        "sample_scaler": 0.3,
+        "cooperation": 0.0,
+        "guide": guide,
+    } | options
     return BayesLoRA(tiny_network(layers=1), MonteCLoRAConfig(**options)).eval()
 
 
@@ -205,8 +212,14 @@ class TestDiagnose:
         own, state = bayes.guide, torch.get_rng_state()
         history = [{"loss": 1.0, "elbo/task": 0.9, "elbo/kl": 2.0}] * 8
         found = answers(bayes, restarts=[randomize_b(bayes_with(guide))], history=history)
-        names = {"pareto_k", "restart_r_hat", "convergence_loss", "convergence_task", "convergence_kl",
-                 "data_drivenness"}  # fmt: skip
+        names = {
+            "pareto_k",
+            "restart_r_hat",
+            "convergence_loss",
+            "convergence_task",
+            "convergence_kl",
+            "data_drivenness",
+        }
         assert set(found) == names | ({"amortization_gap"} if guide != "gaussian" else set())
         assert bayes.guide is own
         assert torch.equal(torch.get_rng_state(), state)

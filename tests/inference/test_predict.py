@@ -306,8 +306,9 @@ class TestUncertainty:
     def test_log_likelihood_of_the_labels(self):
         data = tiny_dataset(5)
         prediction = fitted().predict(data, num_samples=3)
-        expected = [[np.log(p[e["labels"]]) for p, e in zip(draw, data, strict=True)]
-                    for draw in prediction.sample_probs]  # fmt: skip
+        expected = [
+            [np.log(p[e["labels"]]) for p, e in zip(draw, data, strict=True)] for draw in prediction.sample_probs
+        ]
         np.testing.assert_allclose(prediction.sample_log_likelihood, expected, atol=1e-12)
 
     def test_draws_need_not_be_kept(self):

@@ -13,9 +13,13 @@ from bayeslora.prediction import ClassPrediction, NumberPrediction, Prediction, 
 
 SAMPLE_PROBS = np.array([[[0.9, 0.1], [0.2, 0.8]], [[0.5, 0.5], [0.4, 0.6]]])
 CLASSES = ClassPrediction(
-    np.array([0, 0]), ("no", "yes"), np.array([[0.7, 0.3], [0.3, 0.7]]), np.array([0.61086430, 0.61086430]),
-    np.array([0.1, 0.2]), np.log(SAMPLE_PROBS),
-)  # fmt: skip
+    np.array([0, 0]),
+    ("no", "yes"),
+    np.array([[0.7, 0.3], [0.3, 0.7]]),
+    np.array([0.61086430, 0.61086430]),
+    np.array([0.1, 0.2]),
+    np.log(SAMPLE_PROBS),
+)
 NUMBERS = NumberPrediction(
     np.array([1.0, 4.0]), np.array([1.0, 2.0]), np.array([0.5, 0.6]), 0.5, np.array([[0.5, 2.0]])
 )

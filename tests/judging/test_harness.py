@@ -23,8 +23,14 @@ def questions(count):
         answer = "ABCD"[random.integers(len(texts))]
         choices = {"text": texts, "label": list("ABCD"[: len(texts)])}
         animal = ["cat", "dog", "ball"][number % 3]
-        rows.append({"id": str(number), "question": f"where is the {animal} {number % 10}?", "choices": choices,
-                     "answerKey": answer})  # fmt: skip
+        rows.append(
+            {
+                "id": str(number),
+                "question": f"where is the {animal} {number % 10}?",
+                "choices": choices,
+                "answerKey": answer,
+            }
+        )
     return rows
 
 

@@ -34,10 +34,16 @@ def test_gsm8k_by_draw_by_vote_and_by_weighted_vote():
     sizes = np.ones((2, 3))
     log_likelihood = np.log([[0.8, 0.1, 0.1], [0.9, 0.05, 0.05]])
     written = Generation([], texts, log_likelihood, sizes, [])
-    assert judge_gsm8k(written, ["#### 2", "#### 5"]) == pytest.approx({
-        "strict": 2 / 6, "strict_vote": 0.0, "strict_weighted_vote": 0.5,
-        "flexible": 3 / 6, "flexible_vote": 0.5, "flexible_weighted_vote": 0.5,
-    })  # fmt: skip
+    assert judge_gsm8k(written, ["#### 2", "#### 5"]) == pytest.approx(
+        {
+            "strict": 2 / 6,
+            "strict_vote": 0.0,
+            "strict_weighted_vote": 0.5,
+            "flexible": 3 / 6,
+            "flexible_vote": 0.5,
+            "flexible_weighted_vote": 0.5,
+        }
+    )
 
 
 @pytest.fixture
@@ -53,8 +59,13 @@ def test_gsm8k_is_written_and_judged(tmp_path, model):
 
 
 def test_humaneval_runs_with_the_switch_only(tmp_path, model, monkeypatch):
-    row = {"task_id": "HumanEval/0", "prompt": "def one(): return 1\n#", "canonical_solution": "", "entry_point": "one",
-           "test": "def check(candidate):\n    assert candidate() == 1"}  # fmt: skip
+    row = {
+        "task_id": "HumanEval/0",
+        "prompt": "def one(): return 1\n#",
+        "canonical_solution": "",
+        "entry_point": "one",
+        "test": "def check(candidate):\n    assert candidate() == 1",
+    }
     write(tmp_path, "humaneval", "test", [row, {**row, "test": "def check(candidate):\n    assert candidate() == 2"}])
     task, (bayes, tokenizer) = load_task("humaneval", tmp_path), model
     options = {"num_samples": 2, "max_new_tokens": 3, "progress": False}

@@ -131,8 +131,9 @@ def test_counts_are_learnt_predicted_scored_and_stored(tmp_path):
     many = np.array([row["input_ids"][0] == WORDS[1] for row in data])
     assert prediction.rate[many].mean() == pytest.approx(6, abs=1.5)
     assert prediction.rate[~many].mean() == pytest.approx(1, abs=0.5)
-    assert result.metrics["eval_distance"] == pytest.approx(min(
-        entry["eval_distance"] for entry in result.history if "eval_distance" in entry), abs=1e-6)  # fmt: skip
+    assert result.metrics["eval_distance"] == pytest.approx(
+        min(entry["eval_distance"] for entry in result.history if "eval_distance" in entry), abs=1e-6
+    )
 
     opened = BayesLoRA.from_pretrained(tmp_path / "run" / "adapter", network())
     assert type(opened.model.likelihood) is PoissonLikelihood

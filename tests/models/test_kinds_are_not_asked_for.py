@@ -40,16 +40,26 @@ def is_kind(node):
 
 
 def test_no_file_asks_which_kind_of_task_it_is():
-    found = {f"{name}:{line}" for file, name in sources() for line in questions(ast.parse(file.read_text("utf-8")))
-             if name not in MAY_ASK}  # fmt: skip
+    found = {
+        f"{name}:{line}"
+        for file, name in sources()
+        for line in questions(ast.parse(file.read_text("utf-8")))
+        if name not in MAY_ASK
+    }
     assert not found
 
 
 @pytest.mark.parametrize(
-    "code", ["isinstance(x, NextTokenLikelihood)", "isinstance(x.likelihood, (int, models.ChoiceLikelihood))",
-             "isinstance(x, Likelihood | None)", "task.kind == 'text'", "'text' != self.task.kind",
-             "task.kind not in ('choice', 'text')"]
-)  # fmt: skip
+    "code",
+    [
+        "isinstance(x, NextTokenLikelihood)",
+        "isinstance(x.likelihood, (int, models.ChoiceLikelihood))",
+        "isinstance(x, Likelihood | None)",
+        "task.kind == 'text'",
+        "'text' != self.task.kind",
+        "task.kind not in ('choice', 'text')",
+    ],
+)
 def test_such_questions_are_found(code):
     assert list(questions(ast.parse(code))) == [1]
 

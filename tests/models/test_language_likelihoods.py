@@ -232,10 +232,18 @@ def test_the_likelihood_is_stored_with_the_adapter(tmp_path, likelihood):
 
 
 @pytest.mark.parametrize(
-    "record", [None, [], {"kind": "gaussian"}, {"kind": "choice", "label_names": [1, 2]}, {"kind": "choice", "x": 1},
-               {"kind": []}, {"kind": "next_token", "reduction": "max"}]
-)  # fmt: skip
-def test_a_stranger_s_likelihood_is_refused(record):
+    "record",
+    [
+        None,
+        [],
+        {"kind": "gaussian"},
+        {"kind": "choice", "label_names": [1, 2]},
+        {"kind": "choice", "x": 1},
+        {"kind": []},
+        {"kind": "next_token", "reduction": "max"},
+    ],
+)
+def test_an_unknown_likelihood_is_refused(record):
     from bayeslora.models.selection import described_likelihood
 
     with pytest.raises(InputError):

@@ -53,9 +53,9 @@ def log_joint(problem, pi):
 
 def dense_posterior(problem, pi):
     mean, covariance, design, target = dense(problem, pi)
-    gain = covariance @ design.T @ np.linalg.inv(
-        design @ covariance @ design.T + problem.noise**2 * np.eye(len(target))
-    )  # fmt: skip
+    gain = (
+        covariance @ design.T @ np.linalg.inv(design @ covariance @ design.T + problem.noise**2 * np.eye(len(target)))
+    )
     return mean + gain @ (target - design @ mean), covariance - gain @ design @ covariance
 
 

@@ -36,8 +36,17 @@ def test_a_constant_one_adds_nothing():
     assert not [name for name in module("constant").state_dict() if "noise_factor" in name]
 
 
-@pytest.mark.parametrize("options", [{"guide": "amortized"}, {"guide": "mean_field"}, {"guide": "gaussian"},
-                                     {"components": "explicit"}, {"mixture": "sparse"}], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"guide": "amortized"},
+        {"guide": "mean_field"},
+        {"guide": "gaussian"},
+        {"components": "explicit"},
+        {"mixture": "sparse"},
+    ],
+    ids=str,
+)
 def test_factors_multiply_every_adapters_noise(options):
     bayes = module("per_layer", **options)
     before, logged = spread(bayes), logged_variance(bayes)

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from bayeslora import BayesLoRA, MonteCLoRAConfig
+from bayeslora.command.main import main
 from tests.conftest import VOCABULARY, tiny_batch, tiny_dataset, tiny_network
 from tests.modules import randomize_b
 
@@ -79,3 +80,10 @@ def write_files(folder: Path):
             writer = csv.writer(file)
             writer.writerow(["text", "label"])
             writer.writerows([f"a {word} film word{n}", word] for n in range(size // 2) for word in ("bad", "good"))
+
+
+def write_run(folder: Path):
+    """A run ``runs/reviews`` on those files, of one step."""
+    data = ["--task", "reviews", "--data-dir", str(folder / "reviews"), "--text-columns", "text"]
+    places = ["--model", str(folder / "base"), "--output", str(folder / "runs" / "reviews")]
+    assert main(["fit", *places, *data, "--max-steps", "1"]) == 0

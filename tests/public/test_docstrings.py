@@ -5,15 +5,24 @@ import importlib
 import inspect
 import re
 
+import matplotlib.pyplot as plt
 import pytest
+from matplotlib import pyplot
 
-from tests.public.namespace import PACKAGES, namespace, public, write_files
+from tests.public.namespace import PACKAGES, namespace, public, write_files, write_run
 
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 MOST_LINES = 8
 NAMES = [f"{package}.{name}" for package in PACKAGES for name in public(package)]
 CONSTANTS = ["bayeslora.__version__", "bayeslora.guides.GUIDES"]  # cannot have a docstring of their own
 DOCUMENTED = [name for name in NAMES if name not in CONSTANTS]
+
+
+@pytest.fixture(autouse=True)
+def _figures_are_closed():
+    """An example leaves its figure open, and matplotlib warns at more than twenty in one process."""
+    yield
+    pyplot.close("all")
 
 
 def found(name):
@@ -34,6 +43,13 @@ def arguments(value):
     if not getattr(called, "__module__", "").startswith("bayeslora"):
         return []
     return [name for name in inspect.signature(value).parameters if name not in ("args", "kwargs")]
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures_left():
+    """Examples of pictures do not close them; the twenty-first that is open warns, in another test."""
+    yield
+    plt.close("all")
 
 
 @pytest.mark.parametrize("name", DOCUMENTED)
@@ -60,8 +76,10 @@ def run(tests, folder):
         report = []
         source = "".join(example.source for example in test.examples)
         test.globs = namespace(source)
-        if '"reviews"' in source:
+        if '"reviews"' in source or "runs/reviews" in source:
             write_files(folder)
+        if "runs/reviews" in source:
+            write_run(folder)
         result = doctest.DocTestRunner(optionflags=OPTIONS).run(test, out=report.append, clear_globs=False)
         assert result.failed == 0, "".join(report)
         assert sum(example.source.count("\n") for example in test.examples) <= MOST_LINES, f"{test.name} is long"
@@ -78,6 +96,9 @@ def test_every_argument_is_described(name):
 def test_every_error_is_announced():
     """A public function that raises InputError itself says so."""
     functions = {name: found(name) for name in DOCUMENTED if inspect.isfunction(found(name))}
-    silent = [name for name, value in functions.items() if "raise InputError" in inspect.getsource(value)
-              and not re.search(r"Raises:\n +InputError: \S", value.__doc__)]  # fmt: skip
+    silent = [
+        name
+        for name, value in functions.items()
+        if "raise InputError" in inspect.getsource(value) and not re.search(r"Raises:\n +InputError: \S", value.__doc__)
+    ]
     assert silent == []

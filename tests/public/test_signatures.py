@@ -5,7 +5,6 @@ import inspect
 import pytest
 
 from bayeslora import BayesLoRA, module
-from bayeslora.storage import checkpoint
 from tests.modules import module as posterior
 
 # method to where the function is looked up, under which name
@@ -15,7 +14,7 @@ FACADE = {
     "posterior_draws": (module, "draws_per_adapter"),
     "prior_draws": (module, "draws_from_prior"),
     "export_draws": (module, "write_draws"),
-    "from_pretrained": (checkpoint, "from_pretrained"),
+    "from_pretrained": (module, "open_pretrained"),
 }
 
 
@@ -57,6 +56,9 @@ def test_every_method_that_hands_options_on_is_compared():
     """None takes ``**options`` unseen: help() shows what each of them understands."""
     own = {name: value for name, value in vars(BayesLoRA).items() if not name.startswith("_")}
     signatures = {name: inspect.signature(getattr(BayesLoRA, name)) for name in own}
-    hiding = [name for name, signature in signatures.items()
-              if any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())]  # fmt: skip
+    hiding = [
+        name
+        for name, signature in signatures.items()
+        if any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    ]
     assert hiding == []

@@ -13,6 +13,7 @@ import bayeslora
 from bayeslora import BayesLoRA, BayesTrainer, MonteCLoRAConfig
 from bayeslora.analysis import accuracy, expected_calibration_error
 from bayeslora.inference.predict import Prediction
+from bayeslora.posterior import Posterior
 from bayeslora.training.fit import FitResult
 
 
@@ -25,7 +26,7 @@ def use(network: nn.Module) -> None:
     assert_type(prediction, Prediction)
     assert_type(accuracy(prediction.probs, np.array([0])), float)
     assert_type(bayeslora.BayesLoRA.from_pretrained("run/adapter", network), BayesLoRA)
-    assert_type(BayesTrainer(bayes).bayes, BayesLoRA)
+    assert_type(BayesTrainer(bayes).bayes, Posterior)
 
 
 def misuse(network: nn.Module) -> None:

@@ -88,8 +88,11 @@ class TestRoundTrip:
         root = Path(checkpoint.__file__).parents[1]
         subprocess.run(
             [sys.executable, "-c", REOPEN, tmp_path / "base", *(tmp_path / guide for guide in expected)],
-            cwd=root, env=os.environ | {"HF_HUB_OFFLINE": "1"}, check=True, capture_output=True,
-        )  # fmt: skip
+            cwd=root,
+            env=os.environ | {"HF_HUB_OFFLINE": "1"},
+            check=True,
+            capture_output=True,
+        )
         for guide, arrays in expected.items():
             with np.load(tmp_path / f"{guide}.npz") as found:
                 assert set(found) == set(arrays)
@@ -151,8 +154,12 @@ class TestRoundTrip:
 class TestFolder:
     def test_tensors_and_json_only(self, saved):
         """Nothing in it can be unpickled into code."""
-        assert names(saved) == {"adapter_config.json", "adapter_model.safetensors", "posterior.safetensors",
-                                "bayeslora.json"}  # fmt: skip
+        assert names(saved) == {
+            "adapter_config.json",
+            "adapter_model.safetensors",
+            "posterior.safetensors",
+            "bayeslora.json",
+        }
         for path in saved.iterdir():
             if path.suffix == ".json":
                 assert isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
@@ -184,8 +191,11 @@ class TestFolder:
         def fail_for_target(path, destination):
             return fail() if destination == target and path.name == "new" else rename(path, destination)
 
-        patch = {"writing": (checkpoint, "save_file", fail), "syncing": (os, "fsync", fail),
-                 "renaming": (Path, "rename", fail_for_target)}[moment]  # fmt: skip
+        patch = {
+            "writing": (checkpoint, "save_file", fail),
+            "syncing": (os, "fsync", fail),
+            "renaming": (Path, "rename", fail_for_target),
+        }[moment]
         monkeypatch.setattr(*patch)
         with pytest.raises(OSError, match="No space left"):
             other.save_pretrained(target)
@@ -303,8 +313,14 @@ class TestWrongPlace:
         assert BayesLoRA(opened, MonteCLoRAConfig()).sample(1)
 
     def test_other_base_model(self, saved):
-        wide = transformers.BertConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-                                       intermediate_size=24, num_labels=2)  # fmt: skip
+        wide = transformers.BertConfig(
+            vocab_size=64,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=24,
+            num_labels=2,
+        )
         wide = transformers.AutoModelForSequenceClassification.from_config(wide)
         for network, reason in [
             (wide, "has 32 inputs, not 16"),
@@ -363,8 +379,15 @@ class TestEarlierAdapters:
         config = MonteCLoRAConfig(r=2, target_modules=["query", "value"], num_components=2)
         bayes = BayesLoRA(self.base(), config)
         options = {"max_steps": 4, "batch_size": 8, "progress": False, "save_strategy": "no", "report_to": []}
-        result = fit(bayes, tiny_dataset(16), tiny_dataset(8, seed=1), output_dir=tmp_path / "run", resume=True,
-                     load_best_model_at_end=False, **options)  # fmt: skip
+        result = fit(
+            bayes,
+            tiny_dataset(16),
+            tiny_dataset(8, seed=1),
+            output_dir=tmp_path / "run",
+            resume=True,
+            load_best_model_at_end=False,
+            **options,
+        )
         assert result.steps == 4
         found = bayes.predict(tiny_dataset(4), num_samples=2, progress=False).sample_probs
         np.testing.assert_allclose(found, json.loads((self.FOLDER / "probs.json").read_text()), atol=1e-6)

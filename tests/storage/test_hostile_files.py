@@ -1,4 +1,4 @@
-"""Adapter folders from strangers: a working adapter or exactly one InputError, whatever is in the files.
+"""Adapter folders from others: a working adapter or exactly one InputError, whatever is in the files.
 
 Whoever edits a file can compute its hashes again, so every case here is sealed after the damage.
 """
@@ -105,10 +105,30 @@ def edit_tensors(folder, name, change):
 
 # ---- any damage at all ----
 
-numbers = st.sampled_from([0, 1, -1, 2, 2**40, 2**63, 10**12, 10**400, 0.0, -0.5, 1e-300, 1e300,
-                           float("nan"), float("inf"), -float("inf")])  # fmt: skip
-texts = st.sampled_from(["", "LORA", "SEQ_CLS", "../../x", "/etc/passwd", "~nobody-at-all/x", "(a+)+$", ".*", "[", "\0",
-                         "\ud800", "all-linear", "query", "lora_A", "default", "none", "A" * 10_000])  # fmt: skip
+numbers = st.sampled_from(
+    [0, 1, -1, 2, 2**40, 2**63, 10**12, 10**400, 0.0, -0.5, 1e-300, 1e300, float("nan"), float("inf"), -float("inf")]
+)
+texts = st.sampled_from(
+    [
+        "",
+        "LORA",
+        "SEQ_CLS",
+        "../../x",
+        "/etc/passwd",
+        "~nobody-at-all/x",
+        "(a+)+$",
+        ".*",
+        "[",
+        "\0",
+        "\ud800",
+        "all-linear",
+        "query",
+        "lora_A",
+        "default",
+        "none",
+        "A" * 10_000,
+    ]
+)
 values = st.recursive(
     st.none() | st.booleans() | numbers | texts,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
@@ -182,9 +202,11 @@ class TestAnyDamage:
         start = struct.unpack("<Q", content[:8])[0] if name != ADAPTER_CONFIG else len(content)
 
         @SEVERAL
-        @given(st.integers(0, len(content) - 1) | st.integers(0, min(start, len(content) - 1)),
-               st.sampled_from(["cut", "flip", "lose", "double", "overwrite"]),
-               st.binary(min_size=1, max_size=9))  # fmt: skip
+        @given(
+            st.integers(0, len(content) - 1) | st.integers(0, min(start, len(content) - 1)),
+            st.sampled_from(["cut", "flip", "lose", "double", "overwrite"]),
+            st.binary(min_size=1, max_size=9),
+        )
         def check(place, how, noise):
             changed = {
                 "cut": content[:place],
@@ -210,9 +232,19 @@ class TestAnyDamage:
                 assert f"{POSTERIOR} is not a readable safetensors file" in opens(folder)
 
     def test_run_record(self, tmp_path):
-        record = {"model": "demo", "max_length": 64, "finished": True, "metrics": {"eval_loss": float("nan")},
-                  "task": {"name": "reviews", "data_dir": "/data", "text_columns": ["text"], "label_column": "stars",
-                           "label_names": ["bad", "good"]}}  # fmt: skip
+        record = {
+            "model": "demo",
+            "max_length": 64,
+            "finished": True,
+            "metrics": {"eval_loss": float("nan")},
+            "task": {
+                "name": "reviews",
+                "data_dir": "/data",
+                "text_columns": ["text"],
+                "label_column": "stars",
+                "label_names": ["bad", "good"],
+            },
+        }
         path = tmp_path / "run.json"
         path.write_text(json.dumps(record))
         assert complaint(read_run, path) is None
@@ -247,7 +279,7 @@ RUN = {"model": "../../somewhere", "max_length": 64, "task": {"name": "reviews"}
         (json.dumps(RUN), "unknown task 'reviews'"),
     ],
 )
-def test_evaluate_a_run_from_a_stranger(text, reason, tmp_path, capsys):
+def test_evaluate_an_untrusted_run(text, reason, tmp_path, capsys):
     """One line on standard error and exit code 2."""
     (tmp_path / "adapter").mkdir()
     (tmp_path / "run.json").write_text(text)
@@ -461,12 +493,15 @@ class TestTensors:
             (ADAPTER_WEIGHTS, lambda t: t.update({QUERY_A: torch.zeros(())}), "has rank 0"),
             (ADAPTER_WEIGHTS, lambda t: t.update({QUERY_A: torch.zeros(0, 16)}), "has rank 0"),
             (ADAPTER_WEIGHTS, lambda t: t.update({f"../{QUERY_A}": torch.zeros(2, 16)}), "no linear layer '../base"),
-            (ADAPTER_WEIGHTS, lambda t: t.update({"base_model.model.bert.lora_A.weight": torch.zeros(2, 16)}),
-             "no linear layer 'bert'"),
+            (
+                ADAPTER_WEIGHTS,
+                lambda t: t.update({"base_model.model.bert.lora_A.weight": torch.zeros(2, 16)}),
+                "no linear layer 'bert'",
+            ),
             (POSTERIOR, lambda t: t.update({"guide.extra": torch.zeros(1)}), "'guide.extra' has shape None here"),
             (POSTERIOR, lambda t: t.pop("guide.log_v_r2_in16"), "'guide.log_v_r2_in16' has shape .* None in"),
         ],
-    )  # fmt: skip
+    )
     def test_missing_extra_and_misshapen(self, name, change, reason, folder):
         edit_tensors(folder, name, change)
         with pytest.raises(InputError, match=reason):
@@ -570,10 +605,15 @@ class TestMemory:
         with another(folder) as attacked:
             edit_json(attacked, r=rank, rank_pattern={"query": 2})
             edit_tensors(
-                attacked, ADAPTER_WEIGHTS,
-                lambda t: t.update({"base_model.model.wide.lora_A.weight": torch.zeros(rank, 1),
-                                    "base_model.model.wide.lora_B.weight": torch.zeros(1, rank)}),
-            )  # fmt: skip
+                attacked,
+                ADAPTER_WEIGHTS,
+                lambda t: t.update(
+                    {
+                        "base_model.model.wide.lora_A.weight": torch.zeros(rank, 1),
+                        "base_model.model.wide.lora_B.weight": torch.zeros(1, rank),
+                    }
+                ),
+            )
             with little_memory(), pytest.raises(InputError, match=rf"lora_B.weight' has shape \({2**20}, {rank}\)"):
                 BayesLoRA.from_pretrained(attacked, network)
 

@@ -334,8 +334,10 @@ def _write_often(path):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_two_processes_write_one_file(tmp_path):
-    writers = [multiprocessing.get_context("fork").Process(target=_write_often, args=(tmp_path / "one.json",))
-               for _ in range(2)]  # fmt: skip
+    writers = [
+        multiprocessing.get_context("fork").Process(target=_write_often, args=(tmp_path / "one.json",))
+        for _ in range(2)
+    ]
     for writer in writers:
         writer.start()
     for writer in writers:

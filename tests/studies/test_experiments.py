@@ -119,8 +119,16 @@ def test_more_draws(model, capsys):
 
 def test_findings(model, tmp_path, capsys):
     sizes = {"train_examples": 16, "validation_examples": 12, "test_examples": 12}
-    study = Study(model=model, tasks=("sentiment",), methods=("lora", "temperature"), seeds=(0, 1), **sizes,
-                  learning_rates=(1e-3, 3e-3), max_length=64, training={"max_steps": 2})  # fmt: skip
+    study = Study(
+        model=model,
+        tasks=("sentiment",),
+        methods=("lora", "temperature"),
+        seeds=(0, 1),
+        **sizes,
+        learning_rates=(1e-3, 3e-3),
+        max_length=64,
+        training={"max_steps": 2},
+    )
     rows = run_study(study, tmp_path).results
     capsys.readouterr()
     findings = script("studies/findings")

@@ -52,7 +52,7 @@ def coin(tmp_path, monkeypatch):
 
 def test_a_method_is_one_file(coin):
     study = Study(model="demo", tasks=("sst2",), methods=({"name": "coin", "sides": 3},))
-    assert list(Lineup.of(study).trained) == ["a coin (sides=3)"]
+    assert list(Lineup.of(study.methods).trained) == ["a coin (sides=3)"]
     assert "bayeslora.study.methods.coin" in cell_modules()
     with pytest.raises(InputError, match="did you mean 'coin'"):
         make_method(MethodSpec("coins"))
@@ -81,7 +81,7 @@ class Odd(InputError):
     ],
 )
 def test_errors_come_back_from_a_process_as_what_they_were(error, kind):
-    sent = pickle.loads(pickle.dumps(isolation.Outcome(error=isolation._portable(error)))).error
+    sent = pickle.loads(pickle.dumps(isolation.Reply(error=isolation._portable(error)))).error
     assert type(sent) is kind
     assert str(error) in str(sent)
 

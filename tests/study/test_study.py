@@ -46,8 +46,11 @@ def place(tmp_path_factory):
     BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder / "model")
     tiny_network(hidden_dropout_prob=0.1, initializer_range=0.1).save_pretrained(folder / "model")
     (folder / "reviews").mkdir()
-    rows = [(f"the {noun} is {word}", int(word in ("good", "fine")))
-            for noun in ("film", "plot") for word in ("good", "fine", "bad", "dull")]  # fmt: skip
+    rows = [
+        (f"the {noun} is {word}", int(word in ("good", "fine")))
+        for noun in ("film", "plot")
+        for word in ("good", "fine", "bad", "dull")
+    ]
     for split, repeats in (("train", 4), ("validation", 2), ("test", 3)):
         labelled = rows * repeats
         if split == "validation":
@@ -62,18 +65,27 @@ def study(place):
     """Makes studies of given methods on the reviews."""
 
     def make(*methods, **changes) -> Study:
-        return Study.from_dict({
-            "model": str(place / "model"),
-            "tasks": [{"name": "reviews", "data_dir": str(place / "reviews"), "text_columns": "text"}],
-            "methods": list(methods), "learning_rates": [0.01], "batch_sizes": [8], "ranks": [2], "max_length": 12,
-            "num_samples": 3, "training": {"max_steps": 6}, "lora": {"target_modules": ["query", "value"]}, **changes,
-        })  # fmt: skip
+        return Study.from_dict(
+            {
+                "model": str(place / "model"),
+                "tasks": [{"name": "reviews", "data_dir": str(place / "reviews"), "text_columns": "text"}],
+                "methods": list(methods),
+                "learning_rates": [0.01],
+                "batch_sizes": [8],
+                "ranks": [2],
+                "max_length": 12,
+                "num_samples": 3,
+                "training": {"max_steps": 6},
+                "lora": {"target_modules": ["query", "value"]},
+                **changes,
+            }
+        )
 
     return make
 
 
 def only(study: Study, label: str | None = None, **changes) -> Cell:
-    found = [cell for cell in cells(study, list(Lineup.of(study).trained)) if label in (None, cell.method)]
+    found = [cell for cell in cells(study, list(Lineup.of(study.methods).trained)) if label in (None, cell.method)]
     return Cell(**{**found[0].__dict__, **changes})
 
 
@@ -98,40 +110,61 @@ class TestSpec:
 
     def test_a_sweep_is_one_method_for_each_combination(self, study):
         made = study({"name": "monteclora", "sweep": {"num_components": [2, 4], "sample_scaler": [0.01, 0.1]}})
-        labels = list(Lineup.of(made).trained)
+        labels = list(Lineup.of(made.methods).trained)
         assert len(labels) == 4
         assert labels[1] == "MonteCLoRA (num_components=2, sample_scaler=0.1)"
 
     @pytest.mark.parametrize(
         ("changes", "says"),
-        [({"learningrates": [1]}, "did you mean 'learning_rates'"), ({"seeds": []}, "seeds is empty"),
-         ({"learning_rates": ["fast"]}, "learning_rates takes a positive number, got 'fast'"),
-         ({"seeds": [1, 1]}, "seeds names 1 twice"), ({"training": {"epoch": 2}}, "did you mean 'epochs'"),
-         ({"model": ""}, "'model' is missing"), ({"tasks": [{"nme": "x"}]}, "did you mean 'name'")],
-    )  # fmt: skip
+        [
+            ({"learningrates": [1]}, "did you mean 'learning_rates'"),
+            ({"seeds": []}, "seeds is empty"),
+            ({"learning_rates": ["fast"]}, "learning_rates takes a positive number, got 'fast'"),
+            ({"seeds": [1, 1]}, "seeds names 1 twice"),
+            ({"training": {"epoch": 2}}, "did you mean 'epochs'"),
+            ({"model": ""}, "'model' is missing"),
+            ({"tasks": [{"nme": "x"}]}, "did you mean 'name'"),
+        ],
+    )
     def test_mistakes_are_named(self, study, changes, says):
         with pytest.raises(InputError, match=says):
             Study.from_dict({**study("lora").to_dict(), **changes})
 
     @pytest.mark.parametrize(
         ("methods", "says"),
-        [(["lorra"], "no method 'lorra'; did you mean 'lora'"), ([{"name": "lora", "ratio": 2}], "no option 'ratio'"),
-         ([{"name": "monteclora", "sample_scalar": 1}], "did you mean 'sample_scaler'"),
-         (["monteclora", "temperature"], "builds on 'lora', which the study does not train"),
-         (["lora", {"name": "lora", "label": "LoRA"}], "two methods are called 'LoRA'"),
-         (["temperature"], "builds on 'lora'"), (["nowhere:Method"], "cannot import nowhere"),
-         (["tests.workers.study_methods:Prier"], "did you mean 'Prior'")],
-    )  # fmt: skip
+        [
+            (["lorra"], "no method 'lorra'; did you mean 'lora'"),
+            ([{"name": "lora", "ratio": 2}], "no option 'ratio'"),
+            ([{"name": "monteclora", "sample_scalar": 1}], "did you mean 'sample_scaler'"),
+            (["monteclora", "temperature"], "builds on 'lora', which the study does not train"),
+            (["lora", {"name": "lora", "label": "LoRA"}], "two methods are called 'LoRA'"),
+            (["temperature"], "builds on 'lora'"),
+            (["nowhere:Method"], "cannot import nowhere"),
+            (["tests.workers.study_methods:Prier"], "did you mean 'Prior'"),
+        ],
+    )
     def test_methods_that_cannot_be(self, study, methods, says):
         with pytest.raises(InputError, match=says):
-            Lineup.of(study(*methods))
+            Lineup.of(study(*methods).methods)
 
     def test_every_method_of_the_package_is_registered(self):
         assert set(all_methods()) == {
-            "full", "lora", "lora_plus", "rslora", "dora", "adalora", "peft_monteclora", "monteclora",
-            "monteclora_post_hoc", "gaussian", "temperature", "mc_dropout", "checkpoint_ensemble", "deep_ensemble",
+            "full",
+            "lora",
+            "lora_plus",
+            "rslora",
+            "dora",
+            "adalora",
+            "peft_monteclora",
+            "monteclora",
+            "monteclora_post_hoc",
+            "gaussian",
+            "temperature",
+            "mc_dropout",
+            "checkpoint_ensemble",
+            "deep_ensemble",
             "laplace",
-        }  # fmt: skip
+        }
         for name, method in all_methods().items():
             assert make_method(MethodSpec(name)).label
             assert method.__doc__
@@ -142,21 +175,37 @@ def test_the_studies_of_the_repository_can_be_read():
     assert "nlu_grid.yaml" in [file.name for file in files]
     for file in files:
         read = Study.from_yaml(file)
-        assert len(list(cells(read, list(Lineup.of(read).trained)))) >= 1
+        assert len(list(cells(read, list(Lineup.of(read.methods).trained)))) >= 1
 
 
-POINTS = {"full": {"learning_rate_scale": 0.3}, "lora": {}, "lora_plus": {"ratio": 2}, "rslora": {}, "dora": {},
-          "adalora": {"learning_rate_scale": 2.0}, "peft_monteclora": {"buffer_size": 4}}  # fmt: skip
-OURS = ({}, {"preset": "paper"}, {"preset": "constant"}, {"mixture": "sparse"}, {"guide": "mean_field"},
-        {"guide": "gaussian"})  # fmt: skip
+POINTS = {
+    "full": {"learning_rate_scale": 0.3},
+    "lora": {},
+    "lora_plus": {"ratio": 2},
+    "rslora": {},
+    "dora": {},
+    "adalora": {"learning_rate_scale": 2.0},
+    "peft_monteclora": {"buffer_size": 4},
+}
+OURS = (
+    {},
+    {"preset": "paper"},
+    {"preset": "constant"},
+    {"mixture": "sparse"},
+    {"guide": "mean_field"},
+    {"guide": "gaussian"},
+)
 
 
 @pytest.mark.parametrize(
     "method",
-    [*({"name": name, **options} for name, options in POINTS.items()), {"name": "gaussian"},
-     *({"name": "monteclora", **options} for options in OURS)],
+    [
+        *({"name": name, **options} for name, options in POINTS.items()),
+        {"name": "gaussian"},
+        *({"name": "monteclora", **options} for options in OURS),
+    ],
     ids=lambda method: "-".join(map(str, method.values())),
-)  # fmt: skip
+)
 def test_each_method_learns_an_easy_task_and_gives_probabilities(study, tmp_path, method):
     slow = bool({"adalora", "sparse"} & set(method.values()))
     training = {"max_steps": 60 if slow else 30, "warmup": 0.0}
@@ -173,8 +222,13 @@ def test_each_method_learns_an_easy_task_and_gives_probabilities(study, tmp_path
 
 def test_lora_is_our_posterior_without_noise(study, tmp_path):
     """PEFT's LoRA through the plain helper, and fit() with ε = 0: same start, same data, same schedule."""
-    made = study("lora", {"name": "monteclora", "sample_scaler": 0.0, "label": "ours"}, training={"epochs": 3},
-                 curve_points=3, learning_rates=[0.03])  # fmt: skip
+    made = study(
+        "lora",
+        {"name": "monteclora", "sample_scaler": 0.0, "label": "ours"},
+        training={"epochs": 3},
+        curve_points=3,
+        learning_rates=[0.03],
+    )
     for cell in cells(made, ["LoRA", "ours"]):
         run_cell(made, cell, tmp_path)
     ours, lora = (read_predictions(tmp_path / only(made, m).folder, "test")[m][0] for m in ("ours", "LoRA"))
@@ -191,17 +245,29 @@ def test_one_training_serves_all_that_builds_on_it(study, tmp_path, monkeypatch)
     trained = []
     train = LoRA.train
     monkeypatch.setattr(LoRA, "train", lambda self, given: trained.append(given.cell) or train(self, given))
-    made = study("lora", "temperature", "mc_dropout", "checkpoint_ensemble", "deep_ensemble",
-                 {"name": "monteclora", "mode": "post_hoc"}, seeds=[0, 1])  # fmt: skip
+    made = study(
+        "lora",
+        "temperature",
+        "mc_dropout",
+        "checkpoint_ensemble",
+        "deep_ensemble",
+        {"name": "monteclora", "mode": "post_hoc"},
+        seeds=[0, 1],
+    )
     result = run_study(made, tmp_path / "out", progress=False)
     assert sorted(cell.seed for cell in trained) == [0, 1]
     assert not len(result.failures)
     rows = scored_on_test(result)
     assert set(rows["method"]) == {
-        "LoRA", "LoRA + temperature*", "LoRA + MC dropout", "LoRA + checkpoint ensemble", "LoRA deep ensemble",
-        "MonteCLoRA post-hoc, 3 draws", "MonteCLoRA post-hoc, 3 draws + temperature*",
+        "LoRA",
+        "LoRA + temperature*",
+        "LoRA + MC dropout",
+        "LoRA + checkpoint ensemble",
+        "LoRA deep ensemble",
+        "MonteCLoRA post-hoc, 3 draws",
+        "MonteCLoRA post-hoc, 3 draws + temperature*",
         "MonteCLoRA post-hoc, 3 draws, scale tuned*",
-    }  # fmt: skip
+    }
     members = [read_predictions(tmp_path / "out" / only(made, seed=s).folder, "test")["LoRA"] for s in (0, 1)]
     mean, labels = (members[0][0] + members[1][0]) / 2, members[0][1]
     ensemble = rows[rows["method"] == "LoRA deep ensemble"].iloc[0]
@@ -224,8 +290,16 @@ def test_draws_in_mirrored_pairs(study, tmp_path):
     """One training, two ways to average: the first draw is common, and the second is its image or another draw."""
     found = []
     for antithetic in (False, True):
-        made = study({"name": "monteclora", "preset": "constant", "sample_scaler": 0.5, "antithetic": antithetic,
-                      "num_samples": 2, "predictions": ["mean", "draws"]})  # fmt: skip
+        made = study(
+            {
+                "name": "monteclora",
+                "preset": "constant",
+                "sample_scaler": 0.5,
+                "antithetic": antithetic,
+                "num_samples": 2,
+                "predictions": ["mean", "draws"],
+            }
+        )
         folder = tmp_path / str(antithetic)
         run_cell(made, only(made), folder)
         found.append(read_predictions(folder / only(made).folder, "test"))
@@ -250,7 +324,7 @@ def test_the_temperature_sees_validation_only(study, tmp_path):
 def test_post_hoc_methods_leave_the_network_as_it_was(study, tmp_path):
     post_hoc = {"name": "monteclora", "preset": "constant", "mode": "post_hoc"}
     made = study("lora", "mc_dropout", "checkpoint_ensemble", post_hoc)
-    lineup = Lineup.of(made)
+    lineup = Lineup.of(made.methods)
     experiment = Experiment(made, only(made), tmp_path, checkpoints=5)
     trained = lineup.trained["LoRA"].train(experiment)
     before = {name: value.clone() for name, value in trained.network.state_dict().items()}
@@ -318,8 +392,9 @@ class TestGrid:
         assert self.trainings(tmp_path) == ["0", "1", "2"]
 
     def test_differences_over_the_grid_are_those_of_its_table(self, study, tmp_path):
-        made = study("lora", {"name": PRIOR, "label": "prior"}, "deep_ensemble", seeds=[0, 1],
-                     learning_rates=[0.01, 0.03])  # fmt: skip
+        made = study(
+            "lora", {"name": PRIOR, "label": "prior"}, "deep_ensemble", seeds=[0, 1], learning_rates=[0.01, 0.03]
+        )
         result = run_study(made, tmp_path / "out", progress=False)
         table = robustness_table(result.results).loc["reviews"]
         for statistic in ("median", "spread"):
@@ -401,8 +476,13 @@ class TestGrid:
         made = study({"name": PRIOR, "sleep_and_say_in": str(said)})
         file.write_text(json.dumps(made.to_dict()))
         command = [sys.executable, "-m", "bayeslora", "compare", str(file), "--output", str(tmp_path / "out")]
-        parent = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
-                                  stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)  # fmt: skip
+        parent = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
         while not (said.is_file() and said.read_text()):
             assert parent.poll() is None
             time.sleep(0.1)
@@ -418,10 +498,28 @@ class TestGrid:
         file = tmp_path / "study.json"
         file.write_text(json.dumps(made.to_dict()))
         storage = f"sqlite:///{tmp_path}/study.db"
-        command = [sys.executable, "-m", "bayeslora", "compare", str(file), "--in-process", "--storage", storage,
-                   "--output", str(tmp_path / "out")]  # fmt: skip
-        workers = [subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
-                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "bayeslora",
+            "compare",
+            str(file),
+            "--in-process",
+            "--storage",
+            storage,
+            "--output",
+            str(tmp_path / "out"),
+        ]
+        workers = [
+            subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env={**os.environ, "PYTHONPATH": str(ROOT)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
+            for _ in range(2)
+        ]
         errors = [worker.communicate(timeout=300)[1].decode() for worker in workers]
         assert [worker.returncode for worker in workers] == [0, 0], errors
         assert self.trainings(tmp_path) == ["0", "1", "2", "3", "4", "5"]
@@ -465,8 +563,14 @@ def test_compare_in_python(place, tmp_path):
     """The two methods of the demo, with a table and predictions by split and seed; what is wrong is refused."""
     task = load_task("reviews", place / "reviews", text_columns="text")
     config = MonteCLoRAConfig(r=2, target_modules=["query"], sample_scaler=0.2)
-    options = {"learning_rate": 0.01, "batch_size": 8, "max_length": 12, "num_samples": 3, "max_steps": 3,
-               "progress": False}  # fmt: skip
+    options = {
+        "learning_rate": 0.01,
+        "batch_size": 8,
+        "max_length": 12,
+        "num_samples": 3,
+        "max_steps": 3,
+        "progress": False,
+    }
     found = compare(place / "model", task, config, output_dir=tmp_path / "c", seeds=(0, 1), **options)
     names = ["LoRA", "LoRA + temperature*", "MonteCLoRA, mean", "MonteCLoRA, 3 draws"]
     assert list(found.table.index) == [("test", name) for name in names]

@@ -46,13 +46,22 @@ def place(tmp_path_factory):
 def study(place):
     def make(*methods, tasks=("reviews",), **changes) -> Study:
         shares = itertools.cycle((1, 3))
-        tasks = [{"name": name, "data_dir": str(place / f"share{next(shares)}"), "text_columns": "text"}
-                 for name in tasks]  # fmt: skip
-        return Study.from_dict({
-            "model": str(place / "model"), "tasks": tasks, "methods": list(methods) or [prior()],
-            "learning_rates": [0.01], "batch_sizes": [8], "ranks": [2], "max_length": 12,
-            "shift_splits": False, **changes,
-        })  # fmt: skip
+        tasks = [
+            {"name": name, "data_dir": str(place / f"share{next(shares)}"), "text_columns": "text"} for name in tasks
+        ]
+        return Study.from_dict(
+            {
+                "model": str(place / "model"),
+                "tasks": tasks,
+                "methods": list(methods) or [prior()],
+                "learning_rates": [0.01],
+                "batch_sizes": [8],
+                "ranks": [2],
+                "max_length": 12,
+                "shift_splits": False,
+                **changes,
+            }
+        )
 
     return make
 
@@ -75,10 +84,16 @@ def done(study, tmp_path_factory):
 
 
 KEPT = {
-    "LoRA": "lora", "LoRA+": "lora-plus", "MonteCLoRA": "monteclora", "full fine-tuning": "full-fine-tuning",
+    "LoRA": "lora",
+    "LoRA+": "lora-plus",
+    "MonteCLoRA": "monteclora",
+    "full fine-tuning": "full-fine-tuning",
     "MonteCLoRA (num_components=2, sample_scaler=0.1)": "monteclora-num-components-2-sample-scaler-0.1",
-    "sentiment": "sentiment", "arc_easy": "arc-easy", "PEFT's MonteCLoRA": "peft-s-monteclora", "...": "x",
-}  # fmt: skip
+    "sentiment": "sentiment",
+    "arc_easy": "arc-easy",
+    "PEFT's MonteCLoRA": "peft-s-monteclora",
+    "...": "x",
+}
 
 
 class TestNames:
@@ -136,19 +151,25 @@ class TestNames:
 
     @pytest.mark.parametrize(
         ("changes", "says"),
-        [({"tasks": ("reviews", "Reviews")}, "tasks 'reviews' and 'Reviews' would both be written to reviews-"),
-         ({"tasks": ("a b", "a_b")}, "'a b' and 'a_b'"), ({"tasks": ("reviews", "reviews")}, "two tasks are called"),
-         ({"learning_rates": [1e-3, 1.0000001e-3]}, "learning rates 0.001 and 0.0010000001")],
-    )  # fmt: skip
+        [
+            ({"tasks": ("reviews", "Reviews")}, "tasks 'reviews' and 'Reviews' would both be written to reviews-"),
+            ({"tasks": ("a b", "a_b")}, "'a b' and 'a_b'"),
+            ({"tasks": ("reviews", "reviews")}, "two tasks are called"),
+            ({"learning_rates": [1e-3, 1.0000001e-3]}, "learning rates 0.001 and 0.0010000001"),
+        ],
+    )
     def test_what_would_write_over_each_other_is_refused(self, study, changes, says):
         with pytest.raises(InputError, match=says):
             study(**changes)
 
     @pytest.mark.parametrize(
         ("labels", "says"),
-        [(("Prior", "prior"), "methods 'Prior' and 'prior'"), (("p (1)", "p: 1"), "change one of them"),
-         (("labels",), "labels lie beside predictions")],
-    )  # fmt: skip
+        [
+            (("Prior", "prior"), "methods 'Prior' and 'prior'"),
+            (("p (1)", "p: 1"), "change one of them"),
+            (("labels",), "labels lie beside predictions"),
+        ],
+    )
     def test_methods_too(self, study, labels, says, tmp_path):
         with pytest.raises(InputError, match=says):
             run_study(study(*map(prior, labels)), tmp_path / "out", progress=False)
@@ -224,10 +245,18 @@ class TestCutFiles:
 
     @pytest.mark.parametrize(
         ("name", "kept", "journal"),
-        [("scores.json", 0.5, True), ("scores.json", 0.5, False), ("scores.json", 0.0, False),
-         ("predictions.npz", 0.99, True), ("predictions.npz", 0.5, False), ("predictions.npz", 0.0, True),
-         ("comparison.json", 0.99, True), ("comparison.json", 0.0, False), ("run.lock", 0.5, False)],
-    )  # fmt: skip
+        [
+            ("scores.json", 0.5, True),
+            ("scores.json", 0.5, False),
+            ("scores.json", 0.0, False),
+            ("predictions.npz", 0.99, True),
+            ("predictions.npz", 0.5, False),
+            ("predictions.npz", 0.0, True),
+            ("comparison.json", 0.99, True),
+            ("comparison.json", 0.0, False),
+            ("run.lock", 0.5, False),
+        ],
+    )
     def test_any_other_file(self, finished, name, kept, journal):
         made, folder, _, _ = finished
         first = next(cells(made, ["prior"])).folder
@@ -289,13 +318,35 @@ class TestYaml:
 
     @pytest.mark.parametrize(
         ("written", "means"),
-        [("1e-3", 1e-3), ("1E5", 1e5), ("2.5e+3", 2500.0), (".5", 0.5), ("1.", 1.0), ("-1.5", -1.5), ("0", 0),
-         ("-0", 0),
-         ("+5", 5), ("10", 10), ("0.5", 0.5), ("true", True), ("False", False), ("null", None), ("~", None), ("", None),
-         ("2024-01-01", "2024-01-01"), ("2024-13-45", "2024-13-45"), ("1.2.3", "1.2.3"), ("10.0.0.1", "10.0.0.1"),
-         ("12e", "12e"), ("'010'", "010"), ('"yes"', "yes"), ("lora", "lora"), ("a: b", {"a": "b"}),
-         ("[1e-3, x]", [1e-3, "x"])],
-    )  # fmt: skip
+        [
+            ("1e-3", 1e-3),
+            ("1E5", 1e5),
+            ("2.5e+3", 2500.0),
+            (".5", 0.5),
+            ("1.", 1.0),
+            ("-1.5", -1.5),
+            ("0", 0),
+            ("-0", 0),
+            ("+5", 5),
+            ("10", 10),
+            ("0.5", 0.5),
+            ("true", True),
+            ("False", False),
+            ("null", None),
+            ("~", None),
+            ("", None),
+            ("2024-01-01", "2024-01-01"),
+            ("2024-13-45", "2024-13-45"),
+            ("1.2.3", "1.2.3"),
+            ("10.0.0.1", "10.0.0.1"),
+            ("12e", "12e"),
+            ("'010'", "010"),
+            ('"yes"', "yes"),
+            ("lora", "lora"),
+            ("a: b", {"a": "b"}),
+            ("[1e-3, x]", [1e-3, "x"]),
+        ],
+    )
     def test_what_is_what_it_looks_like(self, tmp_path, written, means):
         text = f"a:\n  {written}\n" if ": " in written else f"a: {written}\n"
         found = self.read(tmp_path, text)["a"]
@@ -304,10 +355,28 @@ class TestYaml:
 
     @pytest.mark.parametrize(
         "written",
-        ["010", "-010", "08", "0_1", "1_000", "1_000.5", "0x10", "0o10", "0b11", "1:30", "190:20:30", "1:30.5",
-         "yes", "No",
-         "ON", "off", "[1, 2, 010]", "{b: yes}", "[[off]]"],
-    )  # fmt: skip
+        [
+            "010",
+            "-010",
+            "08",
+            "0_1",
+            "1_000",
+            "1_000.5",
+            "0x10",
+            "0o10",
+            "0b11",
+            "1:30",
+            "190:20:30",
+            "1:30.5",
+            "yes",
+            "No",
+            "ON",
+            "off",
+            "[1, 2, 010]",
+            "{b: yes}",
+            "[[off]]",
+        ],
+    )
     def test_what_may_be_read_in_two_ways_names_key_and_line(self, tmp_path, written):
         with pytest.raises(InputError, match=r"study.yaml, line 3: (a|b): ") as caught:
             self.read(tmp_path, f"model: demo\n# a comment\na: {written}\n")
@@ -315,19 +384,27 @@ class TestYaml:
 
     @pytest.mark.parametrize(
         ("text", "says"),
-        [("a: 1\nb: 2\na: 3", "line 3: 'a' is given twice"),
-         ("x:\n  - {b: 1,\n     b: 1}", "line 3: 'b' is given twice"),
-         ('a: 1\n"a": 2', "line 2: 'a' is given twice"), ("on: 1", "line 1: on may be a word"),
-         ("a: &x [*x]", "refers to itself"),
-         ("a: *x", "undefined alias"), ("", "must hold a mapping"), ("- a\n- b", "must hold a mapping"),
-         ("a", "must hold a mapping"),
-         ("a: 1\n---\nb: 2", "single document"), ("a:\n\tb: 1", "cannot start any token"),
-         ("a: !!int x", "is not YAML"),
-         ("a: !!timestamp x", "is not YAML"), ("a: !!python/name:os.system x", "is not YAML"),
-         ("? [a]\n: 1", "unhashable"),
-         ("[" * 1000, "is not YAML"), ("a: " + "9" * 5000, "is not YAML")],
+        [
+            ("a: 1\nb: 2\na: 3", "line 3: 'a' is given twice"),
+            ("x:\n  - {b: 1,\n     b: 1}", "line 3: 'b' is given twice"),
+            ('a: 1\n"a": 2', "line 2: 'a' is given twice"),
+            ("on: 1", "line 1: on may be a word"),
+            ("a: &x [*x]", "refers to itself"),
+            ("a: *x", "undefined alias"),
+            ("", "must hold a mapping"),
+            ("- a\n- b", "must hold a mapping"),
+            ("a", "must hold a mapping"),
+            ("a: 1\n---\nb: 2", "single document"),
+            ("a:\n\tb: 1", "cannot start any token"),
+            ("a: !!int x", "is not YAML"),
+            ("a: !!timestamp x", "is not YAML"),
+            ("a: !!python/name:os.system x", "is not YAML"),
+            ("? [a]\n: 1", "unhashable"),
+            ("[" * 1000, "is not YAML"),
+            ("a: " + "9" * 5000, "is not YAML"),
+        ],
         ids=range(17),
-    )  # fmt: skip
+    )
     def test_what_is_no_study(self, tmp_path, text, says):
         with pytest.raises(InputError, match=says):
             self.read(tmp_path, text)
@@ -349,42 +426,53 @@ class TestYaml:
 
     @pytest.mark.parametrize(
         ("changes", "says"),
-        [({"model": 5}, "model takes text"), ({"test_split": None}, "test_split takes text"),
-         ({"tasks": [{"name": 2024}]}, "name of a task takes text"), ({"tasks": [2024]}, "mapping"),
-         ({"tasks": [{"name": "x", "text_columns": 5}]}, "text_columns of a task takes"),
-         ({"tasks": [{"name": "x", "text_columns": ["a", 5]}]}, "text_columns of a task takes text"),
-         ({"tasks": [{"name": "x", "label_names": [True, False]}]}, "label_names of a task takes text"),
-         ({"tasks": [{"name": "x", "label_names": "ab"}]}, "takes a list"),
-         ({"tasks": [{"name": "x", "prompting": ["a"]}]}, "prompting of a task must be a mapping"),
-         ({"shift_splits": "no"}, "shift_splits takes true or false"),
-         ({"keep_adapters": 1}, "keep_adapters takes true"),
-         ({"trainer": ["bf16"]}, "trainer must be a mapping"), ({"training": ["epochs"]}, "training must be a mapping"),
-         ({"training": {"epochs": "five"}}, "epochs takes a number"),
-         ({"training": {"epochs": float("nan")}}, "epochs takes"),
-         ({"training": {"max_steps": 0}}, "max_steps takes"), ({"training": {"warmup": 100}}, "warmup takes"),
-         ({"training": {"schedule": 1}}, "schedule takes text"),
-         ({"learning_rates": [float("inf")]}, "learning_rates takes"),
-         ({"learning_rates": [float("nan")]}, "learning_rates takes"), ({"seeds": [-1]}, "seeds takes"),
-         ({"seeds": [2**32]}, "seeds takes"), ({"ranks": [10**30]}, "ranks takes"),
-         ({"train_examples": 1e3}, "train_examples")],
+        [
+            ({"model": 5}, "model takes text"),
+            ({"test_split": None}, "test_split takes text"),
+            ({"tasks": [{"name": 2024}]}, "name of a task takes text"),
+            ({"tasks": [2024]}, "mapping"),
+            ({"tasks": [{"name": "x", "text_columns": 5}]}, "text_columns of a task takes"),
+            ({"tasks": [{"name": "x", "text_columns": ["a", 5]}]}, "text_columns of a task takes text"),
+            ({"tasks": [{"name": "x", "label_names": [True, False]}]}, "label_names of a task takes text"),
+            ({"tasks": [{"name": "x", "label_names": "ab"}]}, "takes a list"),
+            ({"tasks": [{"name": "x", "prompting": ["a"]}]}, "prompting of a task must be a mapping"),
+            ({"shift_splits": "no"}, "shift_splits takes true or false"),
+            ({"keep_adapters": 1}, "keep_adapters takes true"),
+            ({"trainer": ["bf16"]}, "trainer must be a mapping"),
+            ({"training": ["epochs"]}, "training must be a mapping"),
+            ({"training": {"epochs": "five"}}, "epochs takes a number"),
+            ({"training": {"epochs": float("nan")}}, "epochs takes"),
+            ({"training": {"max_steps": 0}}, "max_steps takes"),
+            ({"training": {"warmup": 100}}, "warmup takes"),
+            ({"training": {"schedule": 1}}, "schedule takes text"),
+            ({"learning_rates": [float("inf")]}, "learning_rates takes"),
+            ({"learning_rates": [float("nan")]}, "learning_rates takes"),
+            ({"seeds": [-1]}, "seeds takes"),
+            ({"seeds": [2**32]}, "seeds takes"),
+            ({"ranks": [10**30]}, "ranks takes"),
+            ({"train_examples": 1e3}, "train_examples"),
+        ],
         ids=str,
-    )  # fmt: skip
+    )
     def test_entries_of_another_kind_are_named(self, study, changes, says):
         with pytest.raises(InputError, match=says):
             Study.from_dict({**study().to_dict(), **changes})
 
     @pytest.mark.parametrize(
         ("method", "says"),
-        [(prior(5), "label takes text"), (prior(fail_on_seed="x"), "fail_on_seed takes a whole number"),
-         (prior(learning_rate_scale=True), "learning_rate_scale takes a number"),
-         ({"name": "monteclora", "antithetic": "no"}, "antithetic takes true or false"),
-         ({"name": "monteclora", "num_samples": 1.5}, "num_samples takes"),
-         ({"name": "lora", "options": [1]}, "no option")],
+        [
+            (prior(5), "label takes text"),
+            (prior(fail_on_seed="x"), "fail_on_seed takes a whole number"),
+            (prior(learning_rate_scale=True), "learning_rate_scale takes a number"),
+            ({"name": "monteclora", "antithetic": "no"}, "antithetic takes true or false"),
+            ({"name": "monteclora", "num_samples": 1.5}, "num_samples takes"),
+            ({"name": "lora", "options": [1]}, "no option"),
+        ],
         ids=str,
-    )  # fmt: skip
+    )
     def test_options_of_another_kind_are_named(self, study, method, says):
         with pytest.raises(InputError, match=says):
-            Lineup.of(study(method))
+            Lineup.of(study(method).methods)
 
     @pytest.mark.parametrize("changes", [{"training": {"schedule": "nosuch"}}, {"trainer": {"bf17": True}}], ids=str)
     def test_what_trainer_does_not_take_is_refused_before_a_folder_is_made(self, study, tmp_path, changes):
@@ -449,8 +537,23 @@ class TestReport:
     def test_outputs_of_other_commands(self, place, tmp_path, capsys, monkeypatch, command, output):
         monkeypatch.chdir(tmp_path)
         (tmp_path / "file").write_text("precious")
-        words = [command, "--model", str(place / "model"), "--task", "reviews", "--data-dir", str(place / "share1"),
-                 "--text-columns", "text", "--max-steps", "1", "--rank", "2", "--output", output]  # fmt: skip
+        words = [
+            command,
+            "--model",
+            str(place / "model"),
+            "--task",
+            "reviews",
+            "--data-dir",
+            str(place / "share1"),
+            "--text-columns",
+            "text",
+            "--max-steps",
+            "1",
+            "--rank",
+            "2",
+            "--output",
+            output,
+        ]
         assert main(words) == 2
         captured = capsys.readouterr()
         assert captured.err.count("\n") == 1

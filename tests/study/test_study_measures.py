@@ -38,12 +38,25 @@ def table() -> pd.DataFrame:
             for seed in (0, 1):
                 for split in ("validation", "test"):
                     nll = {"validation": 1 - acc, "test": acc}[split] + shift + 0.02 * seed
-                    rows.append({
-                        "task": "t", "method": method, "split": split, "learning_rate": rate, "batch_size": 8,
-                        "rank": 8, "seed": seed, "accuracy": acc - shift + 0.04 * seed, "nll": nll, "ece": 0.1,
-                        "brier": 0.3, "examples": 200, "train_seconds": seconds, "predict_seconds": 4.0,
-                        "peak_memory_mb": None,
-                    })  # fmt: skip
+                    rows.append(
+                        {
+                            "task": "t",
+                            "method": method,
+                            "split": split,
+                            "learning_rate": rate,
+                            "batch_size": 8,
+                            "rank": 8,
+                            "seed": seed,
+                            "accuracy": acc - shift + 0.04 * seed,
+                            "nll": nll,
+                            "ece": 0.1,
+                            "brier": 0.3,
+                            "examples": 200,
+                            "train_seconds": seconds,
+                            "predict_seconds": 4.0,
+                            "peak_memory_mb": None,
+                        }
+                    )
     return pd.DataFrame(rows)
 
 
@@ -95,8 +108,9 @@ def test_the_estimate_is_the_difference_of_the_metric():
     rng = np.random.default_rng(0)
     labels = rng.integers(3, size=60)
     ours, theirs = (random_probs(rng, 2, 60) for _ in range(2))
-    for metric, score in zip(METRICS, (accuracy, negative_log_likelihood, expected_calibration_error, brier_score),
-                             strict=True):  # fmt: skip
+    for metric, score in zip(
+        METRICS, (accuracy, negative_log_likelihood, expected_calibration_error, brier_score), strict=True
+    ):
         expected = np.mean([score(a, labels) - score(b, labels) for a, b in zip(ours, theirs, strict=True)])
         found = paired_difference(ours, theirs, labels, metric=metric, num_resamples=50)
         assert found.estimate == pytest.approx(expected, abs=1e-12)
@@ -160,11 +174,21 @@ def test_over_a_grid_the_estimate_is_that_of_the_robustness_table():
     labels = rng.integers(3, size=80)
     ours, theirs = (np.stack([random_probs(rng, 2, 80) for _ in range(5)]) for _ in range(2))
     rows = [
-        {"task": "t", "split": "test", "method": name, "learning_rate": setting, "batch_size": 8, "rank": 8,
-         "seed": seed, "accuracy": accuracy(probs[setting, seed], labels),
-         "nll": negative_log_likelihood(probs[setting, seed], labels)}
-        for name, probs in (("ours", ours), ("theirs", theirs)) for setting in range(5) for seed in range(2)
-    ]  # fmt: skip
+        {
+            "task": "t",
+            "split": "test",
+            "method": name,
+            "learning_rate": setting,
+            "batch_size": 8,
+            "rank": 8,
+            "seed": seed,
+            "accuracy": accuracy(probs[setting, seed], labels),
+            "nll": negative_log_likelihood(probs[setting, seed], labels),
+        }
+        for name, probs in (("ours", ours), ("theirs", theirs))
+        for setting in range(5)
+        for seed in range(2)
+    ]
     table = robustness_table(pd.DataFrame(rows), metrics=("accuracy", "nll")).loc["t"]
     for metric in ("accuracy", "nll"):
         for statistic in ("best", "median", "worst", "spread"):
@@ -199,9 +223,16 @@ def test_less_spread_is_better():
 
 @pytest.mark.parametrize(
     ("ends", "higher", "word"),
-    [((0.1, 0.2), True, BETTER), ((0.1, 0.2), False, WORSE), ((-0.2, -0.1), True, WORSE), ((-0.2, -0.1), False, BETTER),
-     ((-0.1, 0.1), True, NO_DIFFERENCE), ((0.0, 0.1), True, NO_DIFFERENCE), ((np.nan, np.nan), True, NO_DIFFERENCE)],
-)  # fmt: skip
+    [
+        ((0.1, 0.2), True, BETTER),
+        ((0.1, 0.2), False, WORSE),
+        ((-0.2, -0.1), True, WORSE),
+        ((-0.2, -0.1), False, BETTER),
+        ((-0.1, 0.1), True, NO_DIFFERENCE),
+        ((0.0, 0.1), True, NO_DIFFERENCE),
+        ((np.nan, np.nan), True, NO_DIFFERENCE),
+    ],
+)
 def test_verdicts(ends, higher, word):
     assert verdict(Interval(0.0, *ends), higher_is_better=higher) == word
 

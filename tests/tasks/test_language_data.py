@@ -36,8 +36,13 @@ def test_the_chat_template_is_the_tokenizers_own():
     options = {"prompt": "{asked}", "target": "{told}", "use_chat": True}
     data = encode_instructions(instructions(), tokenizer, **options, system="the dog")
     whole = tokenizer.apply_chat_template(
-        [{"role": "system", "content": "the dog"}, {"role": "user", "content": "where is the cat?"},
-         {"role": "assistant", "content": "up"}], tokenize=False)  # fmt: skip
+        [
+            {"role": "system", "content": "the dog"},
+            {"role": "user", "content": "where is the cat?"},
+            {"role": "assistant", "content": "up"},
+        ],
+        tokenize=False,
+    )
     assert data[0]["input_ids"] == tokenizer(whole, add_special_tokens=False)["input_ids"]
     assert read(tokenizer, data[0]) == "up [end]"
     tokenizer.chat_template = None

@@ -119,8 +119,12 @@ def test_mistakes_are_explained(tmp_path):
     with pytest.raises(InputError, match=r"row 0 .*'Z'"):
         load_task("arc_easy", tmp_path)
     write(tmp_path, "siqa", "train", [OFFICIAL["siqa"][0]])
-    for prompting, message in (({"style": "poem"}, "style"), ({"normalization": "words"}, "normalization"),
-                               ({"colour": 1}, "no 'colour'"), ({"chat": "yes"}, "chat")):  # fmt: skip
+    for prompting, message in (
+        ({"style": "poem"}, "style"),
+        ({"normalization": "words"}, "normalization"),
+        ({"colour": 1}, "no 'colour'"),
+        ({"chat": "yes"}, "chat"),
+    ):
         with pytest.raises(InputError, match=message):
             load_task("siqa", tmp_path, prompting=prompting)
     with pytest.raises(InputError, match="leave text_columns"):
@@ -163,8 +167,21 @@ FEW = ["--max-steps", 3, "--rank", 2, "--batch-size", 6]
 
 @pytest.mark.parametrize("style", ["options", "letters"])
 def test_fit_evaluate_and_predict_choices_from_a_shell(tmp_path, capsys, places, style):
-    run(capsys, "fit", "--model", places / "model", "--task", "arc_easy", "--data-dir", places, "--prompting",
-        f"style={style}", "--output", tmp_path / "run", *FEW)  # fmt: skip
+    run(
+        capsys,
+        "fit",
+        "--model",
+        places / "model",
+        "--task",
+        "arc_easy",
+        "--data-dir",
+        places,
+        "--prompting",
+        f"style={style}",
+        "--output",
+        tmp_path / "run",
+        *FEW,
+    )
     scores = json.loads(run(capsys, "evaluate", tmp_path / "run", "--json", "--num-samples", 2))
     assert scores["examples"] == 12
     assert 0 <= scores["accuracy"] <= 1
@@ -179,8 +196,19 @@ def test_fit_evaluate_and_predict_choices_from_a_shell(tmp_path, capsys, places,
 
 
 def test_fit_and_evaluate_texts_from_a_shell(tmp_path, capsys, places):
-    output = run(capsys, "fit", "--model", places / "model", "--task", "gsm8k", "--data-dir", places, "--output",
-                 tmp_path / "run", *FEW)  # fmt: skip
+    output = run(
+        capsys,
+        "fit",
+        "--model",
+        places / "model",
+        "--task",
+        "gsm8k",
+        "--data-dir",
+        places,
+        "--output",
+        tmp_path / "run",
+        *FEW,
+    )
     assert "nats per token" in output
     scores = json.loads(run(capsys, "evaluate", tmp_path / "run", "--json", "--num-samples", 2))
     assert scores["perplexity"] > 1
@@ -194,11 +222,33 @@ def test_fit_and_evaluate_texts_from_a_shell(tmp_path, capsys, places):
 
 
 def test_compare_and_report_take_choices(tmp_path, capsys, places):
-    table = run(capsys, "compare", "--model", places / "model", "--task", "arc_easy", "--data-dir", places, "--output",
-                tmp_path / "compare", "--num-samples", 2, "--in-process", *FEW)  # fmt: skip
+    table = run(
+        capsys,
+        "compare",
+        "--model",
+        places / "model",
+        "--task",
+        "arc_easy",
+        "--data-dir",
+        places,
+        "--output",
+        tmp_path / "compare",
+        "--num-samples",
+        2,
+        "--in-process",
+        *FEW,
+    )
     assert "MonteCLoRA, 2 draws" in table
-    run(capsys, "report", tmp_path / "compare", "--output", tmp_path / "report.html", "--num-samples", 2,
-        "--no-diagnostics")  # fmt: skip
+    run(
+        capsys,
+        "report",
+        tmp_path / "compare",
+        "--output",
+        tmp_path / "report.html",
+        "--num-samples",
+        2,
+        "--no-diagnostics",
+    )
     assert "where is the cat?" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 

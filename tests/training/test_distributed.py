@@ -37,8 +37,13 @@ def launch(*command, processes=2, **options):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
     return subprocess.run(
         [*torchrun, *map(str, command)],
-        env=environment, capture_output=True, text=True, timeout=300, check=False, **options,
-    )  # fmt: skip
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        **options,
+    )
 
 
 def complaints(done):
@@ -167,8 +172,14 @@ class TestFiles:
 
     def test_resume_on_another_number_of_processes_is_refused(self, folder):
         with pytest.raises(InputError, match="began with processes=2, not 1"):
-            run(folder / "training" / "whole", new(lora_dropout=0.1), evaluate=tiny_dataset(11, seed=1),
-                save_steps=2, eval_steps=2, resume=True)  # fmt: skip
+            run(
+                folder / "training" / "whole",
+                new(lora_dropout=0.1),
+                evaluate=tiny_dataset(11, seed=1),
+                save_steps=2,
+                eval_steps=2,
+                resume=True,
+            )
 
 
 class TestObjective:
@@ -179,8 +190,15 @@ class TestObjective:
         The weight of the KL must depend neither on accumulation nor on the number of devices.
         """
         seen = Gradients()
-        run(tmp_path / "run", new(normalization=normalization, **NOISELESS), tiny_dataset(8), batch_size=8, max_steps=1,
-            max_grad_norm=0.0, callbacks=[seen])  # fmt: skip
+        run(
+            tmp_path / "run",
+            new(normalization=normalization, **NOISELESS),
+            tiny_dataset(8),
+            batch_size=8,
+            max_steps=1,
+            max_grad_norm=0.0,
+            callbacks=[seen],
+        )
         found = load_file(folder / "gradients" / f"{normalization}.safetensors")
         assert found.keys() == seen.values.keys()
         assert any(name.startswith("guide.log_v") and value.abs().max() > 1e-3 for name, value in found.items())
@@ -204,8 +222,14 @@ class TestObjective:
     def test_examples_that_fill_up_a_batch_do_not_count(self, ranks, tmp_path):
         """3 examples on 2 processes: a batch of 4 holds one of them twice, and the KL is still divided by 3."""
         seen = Gradients()
-        run(tmp_path / "run", new(normalization="elbo", **NOISELESS), tiny_dataset(3), max_steps=1, max_grad_norm=0.0,
-            callbacks=[seen])  # fmt: skip
+        run(
+            tmp_path / "run",
+            new(normalization="elbo", **NOISELESS),
+            tiny_dataset(3),
+            max_steps=1,
+            max_grad_norm=0.0,
+            callbacks=[seen],
+        )
         expected = float(seen.values["guide.log_v_r2_in16"].flatten()[0])
         assert both(ranks("gradients", "small")) == pytest.approx(expected, rel=1e-4)
 
@@ -284,8 +308,22 @@ class TestCommandLine:
         for split in ("train", "validation"):
             rows = [f"{word} film {split[0]}{i},{int(word == 'good')}" for i in range(8) for word in ("good", "bad")]
             (folder / "data" / f"{split}.csv").write_text("\n".join(["text,label", *rows]) + "\n", encoding="utf-8")
-        return ["--model", folder / "model", "--task", "films", "--data-dir", folder / "data", "--text-columns", "text",
-                "--rank", "2", "--batch-size", "4", "--epochs", "1"]  # fmt: skip
+        return [
+            "--model",
+            folder / "model",
+            "--task",
+            "films",
+            "--data-dir",
+            folder / "data",
+            "--text-columns",
+            "text",
+            "--rank",
+            "2",
+            "--batch-size",
+            "4",
+            "--epochs",
+            "1",
+        ]
 
     def test_under_torchrun(self, options, tmp_path):
         """One run, one report and one progress bar; the second launch is refused, and ends."""

@@ -136,7 +136,7 @@ def other_modes(bayes):
     return bayes
 
 
-WAYS = {
+DETOURS = {
     "deepcopy": copy.deepcopy,
     "deepcopy inside the network": copied_inside_the_network,
     "pickle": lambda bayes: pickle.loads(pickle.dumps(bayes)),
@@ -154,11 +154,11 @@ TOLERANCE = {"after merge_adapter": {"rtol": 1e-4, "atol": 1e-5}}  # PEFT adds t
 
 @pytest.mark.parametrize("guide", GUIDES)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("way", WAYS)
-def test_the_step_stays_the_same(way, kind, guide):
+@pytest.mark.parametrize("detour", DETOURS)
+def test_the_step_stays_the_same(detour, kind, guide):
     bayes = module(kind, guide)
     plain = step(bayes)
-    assert_same(step(WAYS[way](bayes)), plain, **TOLERANCE.get(way, {"rtol": 0, "atol": 0}))
+    assert_same(step(DETOURS[detour](bayes)), plain, **TOLERANCE.get(detour, {"rtol": 0, "atol": 0}))
     assert all(weight is None for weight in drawn_weights(bayes))
 
 
@@ -260,9 +260,16 @@ class TestSharedWeights:
     def test_one_block_run_many_times(self):
         """ALBERT: every pass through the shared block sees the same draw."""
         config = transformers.AlbertConfig(
-            vocab_size=VOCABULARY, embedding_size=8, hidden_size=16, num_hidden_layers=3, num_attention_heads=2,
-            intermediate_size=24, max_position_embeddings=40, pad_token_id=0, num_labels=2,
-        )  # fmt: skip
+            vocab_size=VOCABULARY,
+            embedding_size=8,
+            hidden_size=16,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            intermediate_size=24,
+            max_position_embeddings=40,
+            pad_token_id=0,
+            num_labels=2,
+        )
         bayes = module(network=transformers.AutoModelForSequenceClassification.from_config(config))
         assert all(gradient.abs().max() > 0 for name, gradient in step(bayes)[1].items() if "lora" in name)
         self.assert_one_draw(bayes)
@@ -392,8 +399,15 @@ class TestCompile:
         losses = []
         for options in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
             bayes = module(lora_dropout=0.0)
-            result = fit(bayes, tiny_dataset(8), output_dir=tmp_path / str(len(losses)), max_steps=2, batch_size=4,
-                         progress=False, **options)  # fmt: skip
+            result = fit(
+                bayes,
+                tiny_dataset(8),
+                output_dir=tmp_path / str(len(losses)),
+                max_steps=2,
+                batch_size=4,
+                progress=False,
+                **options,
+            )
             losses.append([row["loss"] for row in result.history if "loss" in row])
         assert losses[0] == pytest.approx(losses[1], rel=1e-5)
         assert 1 <= self.graphs() <= 2
@@ -406,9 +420,14 @@ class TestCompile:
         for name in ("ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_DYNAMO_MODE"):  # TrainingArguments sets them
             monkeypatch.setenv(name, "no" if name.endswith("BACKEND") else "default")
         arguments = transformers.TrainingArguments(
-            tmp_path, max_steps=1, report_to=[], disable_tqdm=True, dataloader_pin_memory=False, torch_compile=True,
+            tmp_path,
+            max_steps=1,
+            report_to=[],
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+            torch_compile=True,
             torch_compile_backend="aot_eager",
-        )  # fmt: skip
+        )
         data = [{name: value[i] for name, value in tiny_batch().items()} for i in range(6)]
         with pytest.raises(InputError, match="without torch_compile=True"):
             transformers.Trainer(module(), arguments, train_dataset=data).train()
@@ -501,8 +520,15 @@ class TestProcessesAndThreads:
         states = []
         for workers in (0, 2):
             bayes = module()
-            fit(bayes, tiny_dataset(8), output_dir=tmp_path / str(workers), max_steps=3, batch_size=4, progress=False,
-                dataloader_num_workers=workers)  # fmt: skip
+            fit(
+                bayes,
+                tiny_dataset(8),
+                output_dir=tmp_path / str(workers),
+                max_steps=3,
+                batch_size=4,
+                progress=False,
+                dataloader_num_workers=workers,
+            )
             states.append(bayes.state_dict())
         for name, value in states[0].items():
             assert torch.equal(states[1][name], value), name

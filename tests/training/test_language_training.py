@@ -20,8 +20,10 @@ def sentences(count, seed=0):
     random, tokenizer = np.random.default_rng(seed), tiny_tokenizer()
     animals = random.choice(list(RULE), count)
     colours = random.choice(["red", "blue", "green"], count)
-    return [encode_text(tokenizer, f"where is the {colour} {animal}?", f" to the {RULE[animal]}")
-            for animal, colour in zip(animals, colours, strict=True)]  # fmt: skip
+    return [
+        encode_text(tokenizer, f"where is the {colour} {animal}?", f" to the {RULE[animal]}")
+        for animal, colour in zip(animals, colours, strict=True)
+    ]
 
 
 def choices(count, seed=0):
@@ -69,10 +71,21 @@ def test_the_evaluation_is_over_the_whole_set_whatever_the_batch_size(tmp_path, 
     texts = [*sentences(5), encode_text(tiny_tokenizer(), "a cat", " goes up up up up up up up up")]
     network, found = tiny_language_model(), []
     for size in (1, 2, 3):
-        bayes = BayesLoRA(network if size == 1 else tiny_language_model(), MonteCLoRAConfig(r=4),
-                          likelihood=NextTokenLikelihood(reduction))  # fmt: skip
-        result = fit(bayes, texts, texts, output_dir=tmp_path / str(size), max_steps=1, learning_rate=1e-12,
-                     batch_size=size, progress=False)  # fmt: skip
+        bayes = BayesLoRA(
+            network if size == 1 else tiny_language_model(),
+            MonteCLoRAConfig(r=4),
+            likelihood=NextTokenLikelihood(reduction),
+        )
+        result = fit(
+            bayes,
+            texts,
+            texts,
+            output_dir=tmp_path / str(size),
+            max_steps=1,
+            learning_rate=1e-12,
+            batch_size=size,
+            progress=False,
+        )
         found.append(result.metrics["eval_loss"])
     outputs = bayes.predict(texts, num_samples=0, progress=False)
     total = -outputs.sample_log_likelihood.sum()

@@ -24,10 +24,21 @@ FIELDS = {field.name: field for field in dataclasses.fields(FitOptions)}
 BUDGET = [field.name for field in dataclasses.fields(TrainingBudget)]
 # other values than the defaults, all different
 OTHER = {
-    "epochs": 2.5, "max_steps": 3, "batch_size": 4, "learning_rate": 2e-3, "variational_learning_rate": 7e-3,
-    "gradient_accumulation": 5, "warmup": 0.25, "schedule": "cosine", "weight_decay": 0.125, "max_grad_norm": 0.75,
-    "seed": 11, "evaluations": 1, "early_stopping": 6, "best_metric": "accuracy",
-}  # fmt: skip
+    "epochs": 2.5,
+    "max_steps": 3,
+    "batch_size": 4,
+    "learning_rate": 2e-3,
+    "variational_learning_rate": 7e-3,
+    "gradient_accumulation": 5,
+    "warmup": 0.25,
+    "schedule": "cosine",
+    "weight_decay": 0.125,
+    "max_grad_norm": 0.75,
+    "seed": 11,
+    "evaluations": 1,
+    "early_stopping": 6,
+    "best_metric": "accuracy",
+}
 FIT = ["fit", "--model", "m", "--task", "t", "--output", "o"]
 
 
@@ -92,19 +103,33 @@ def test_fit_takes_ten_times_the_rate_for_the_posterior():
 
 @pytest.mark.parametrize(
     ("budget", "examples", "processes", "steps"),
-    [({"epochs": 3, "batch_size": 4}, 10, 1, 9), ({"epochs": 0.5, "batch_size": 4}, 10, 1, 2),
-     ({"max_steps": 7}, 10, 1, 7), ({"epochs": 2, "batch_size": 4, "gradient_accumulation": 2}, 33, 2, 6),
-     ({"epochs": 0.01}, 10, 1, 1)],
-)  # fmt: skip
+    [
+        ({"epochs": 3, "batch_size": 4}, 10, 1, 9),
+        ({"epochs": 0.5, "batch_size": 4}, 10, 1, 2),
+        ({"max_steps": 7}, 10, 1, 7),
+        ({"epochs": 2, "batch_size": 4, "gradient_accumulation": 2}, 33, 2, 6),
+        ({"epochs": 0.01}, 10, 1, 1),
+    ],
+)
 def test_steps_of_a_budget(budget, examples, processes, steps):
     assert TrainingBudget(**budget).total_steps(examples, processes) == steps
 
 
 METHOD = {
-    "r": 3, "lora_alpha": 5.0, "target_modules": ("query", "value"), "num_components": 7, "sample_scaler": 0.5,
-    "kl_weight": 0.25, "cooperation": 2.0, "normalization": "elbo", "mixture": "sparse", "noise": "shared",
-    "noise_schedule": "cosine", "guide": "gaussian", "mode": "post_hoc",
-}  # fmt: skip
+    "r": 3,
+    "lora_alpha": 5.0,
+    "target_modules": ("query", "value"),
+    "num_components": 7,
+    "sample_scaler": 0.5,
+    "kl_weight": 0.25,
+    "cooperation": 2.0,
+    "normalization": "elbo",
+    "mixture": "sparse",
+    "noise": "shared",
+    "noise_schedule": "cosine",
+    "guide": "gaussian",
+    "mode": "post_hoc",
+}
 
 
 def test_every_flag_of_the_method_reaches_the_configuration():

@@ -33,8 +33,10 @@ TIMES = ("runtime", "per_second", "train_loss")  # of the process, not of the ru
 
 
 def history(result):
-    return [{name: value for name, value in entry.items() if not any(word in name for word in TIMES)}
-            for entry in result.history]  # fmt: skip
+    return [
+        {name: value for name, value in entry.items() if not any(word in name for word in TIMES)}
+        for entry in result.history
+    ]
 
 
 def metrics(result):
@@ -77,10 +79,19 @@ class TestKilled:
         moments = [1, *touches, chance.uniform(0.2, 1.0)]
         root = Path(__file__).parents[2]
         child = subprocess.run(
-            [sys.executable, "-W", "ignore", str(root / "tests" / "workers" / "kill_at.py"), str(tmp_path),
-             json.dumps(moments)],
-            env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
+            [
+                sys.executable,
+                "-W",
+                "ignore",
+                str(root / "tests" / "workers" / "kill_at.py"),
+                str(tmp_path),
+                json.dumps(moments),
+            ],
+            env=os.environ | {"PYTHONPATH": str(root)},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
         assert child.returncode == 0, child.stderr
         reports = [json.loads(line) for line in child.stdout.splitlines()]
         assert [report["moment"] for report in reports] == moments

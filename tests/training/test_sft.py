@@ -34,15 +34,23 @@ def arguments(folder, **options):
 
 
 def trainer(folder, bayes, count=48, **options):
-    return BayesSFTTrainer(bayes, args=arguments(folder, **options), train_dataset=rows(count),
-                           processing_class=tiny_tokenizer())  # fmt: skip
+    return BayesSFTTrainer(
+        bayes, args=arguments(folder, **options), train_dataset=rows(count), processing_class=tiny_tokenizer()
+    )
 
 
 def test_prompts_and_completions_are_learnt(tmp_path):
     bayes = BayesLoRA(tiny_language_model(), MonteCLoRAConfig(r=4))
     before = [p.detach().clone() for p in bayes.guide.parameters()]
-    sft = trainer(tmp_path, bayes, num_train_epochs=6, per_device_train_batch_size=8, learning_rate=2e-2,
-                  save_strategy="epoch", save_total_limit=1)  # fmt: skip
+    sft = trainer(
+        tmp_path,
+        bayes,
+        num_train_epochs=6,
+        per_device_train_batch_size=8,
+        learning_rate=2e-2,
+        save_strategy="epoch",
+        save_total_limit=1,
+    )
     sft.train()
     texts = [encode_text(tiny_tokenizer(), f"where is the {a}?", f" to the {place}") for a, place in RULE.items()]
     assert bayes.predict(texts, num_samples=4, progress=False).nats_per_token < 0.5
@@ -51,8 +59,9 @@ def test_prompts_and_completions_are_learnt(tmp_path):
     saved = next(tmp_path.glob("checkpoint-*"))
     again = BayesLoRA.from_pretrained(saved, tiny_language_model())
     expected = bayes.predict(texts, num_samples=2, progress=False).sample_log_likelihood
-    np.testing.assert_allclose(again.predict(texts, num_samples=2, progress=False).sample_log_likelihood, expected,
-                               atol=1e-5)  # fmt: skip
+    np.testing.assert_allclose(
+        again.predict(texts, num_samples=2, progress=False).sample_log_likelihood, expected, atol=1e-5
+    )
 
 
 def test_the_loss_is_that_of_the_module_on_the_completion_alone(tmp_path):
@@ -70,8 +79,17 @@ def test_accumulation_divides_the_loss(tmp_path):
     found = []
     for size, steps in ((4, 1), (1, 4)):
         bayes = BayesLoRA(tiny_language_model(), MonteCLoRAConfig(r=4, sample_scaler=0.0))
-        sft = trainer(tmp_path, bayes, count=4, per_device_train_batch_size=size, gradient_accumulation_steps=steps,
-                      max_steps=1, learning_rate=1e-2, optim="sgd", max_grad_norm=0.0)  # fmt: skip
+        sft = trainer(
+            tmp_path,
+            bayes,
+            count=4,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps,
+            max_steps=1,
+            learning_rate=1e-2,
+            optim="sgd",
+            max_grad_norm=0.0,
+        )
         sft.train()
         found.append(torch.cat([p.detach().flatten() for p in bayes.network.parameters() if p.requires_grad]))
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
@@ -84,8 +102,14 @@ class Gradients(transformers.TrainerCallback):
         self.values = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-NOISELESS = {"sample_scaler": 1e-9, "kl_weight": 0.5, "guide": "mean_field", "alpha_init": "ones", "scale_init": 2.0,
-             "prior_concentration": 2.0}  # fmt: skip
+NOISELESS = {
+    "sample_scaler": 1e-9,
+    "kl_weight": 0.5,
+    "guide": "mean_field",
+    "alpha_init": "ones",
+    "scale_init": 2.0,
+    "prior_concentration": 2.0,
+}
 
 
 def unequal():
@@ -99,10 +123,17 @@ def test_accumulated_texts_weigh_by_their_tokens(options, tmp_path):
     found = []
     for size, steps in ((3, 1), (2, 2), (1, 3)):
         bayes, seen = BayesLoRA(tiny_language_model(layers=1), MonteCLoRAConfig(r=4, **options)), Gradients()
-        settings = arguments(tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=steps, max_steps=1,
-                             max_grad_norm=0.0, max_length=64)  # fmt: skip
-        BayesSFTTrainer(bayes, settings, train_dataset=unequal(), processing_class=tiny_tokenizer(),
-                        callbacks=[seen]).train()  # fmt: skip
+        settings = arguments(
+            tmp_path,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps,
+            max_steps=1,
+            max_grad_norm=0.0,
+            max_length=64,
+        )
+        BayesSFTTrainer(
+            bayes, settings, train_dataset=unequal(), processing_class=tiny_tokenizer(), callbacks=[seen]
+        ).train()
         found.append(seen.values)
     assert any(gradient.abs().max() > 1e-3 for gradient in found[0].values())
     for split in found[1:]:
@@ -112,11 +143,21 @@ def test_accumulated_texts_weigh_by_their_tokens(options, tmp_path):
 
 def test_the_best_checkpoint_comes_back_with_the_tokenizer_beside_it(tmp_path):
     bayes = BayesLoRA(tiny_language_model(layers=1), MonteCLoRAConfig(r=4))
-    settings = arguments(tmp_path, max_steps=4, eval_strategy="steps", save_strategy="steps", eval_steps=2,
-                         save_steps=2, load_best_model_at_end=True, metric_for_best_model="loss",
-                         greater_is_better=True, learning_rate=3e-2)  # fmt: skip
-    sft = BayesSFTTrainer(bayes, settings, train_dataset=rows(8), eval_dataset=rows(4),
-                          processing_class=tiny_tokenizer())  # fmt: skip
+    settings = arguments(
+        tmp_path,
+        max_steps=4,
+        eval_strategy="steps",
+        save_strategy="steps",
+        eval_steps=2,
+        save_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        greater_is_better=True,
+        learning_rate=3e-2,
+    )
+    sft = BayesSFTTrainer(
+        bayes, settings, train_dataset=rows(8), eval_dataset=rows(4), processing_class=tiny_tokenizer()
+    )
     sft.train()
     best = tmp_path / "checkpoint-2"  # of the larger loss
     assert sft.state.best_model_checkpoint == str(best)
@@ -132,8 +173,9 @@ def test_with_gradient_checkpointing_which_is_trl_s_default(tmp_path):
     for checkpointing in (False, True):
         bayes, seen = BayesLoRA(tiny_language_model(), MonteCLoRAConfig(r=4)), Gradients()
         settings = arguments(tmp_path, max_steps=1, per_device_train_batch_size=4, gradient_checkpointing=checkpointing)
-        BayesSFTTrainer(bayes, settings, train_dataset=rows(4), processing_class=tiny_tokenizer(),
-                        callbacks=[seen]).train()  # fmt: skip
+        BayesSFTTrainer(
+            bayes, settings, train_dataset=rows(4), processing_class=tiny_tokenizer(), callbacks=[seen]
+        ).train()
         found.append(seen.values)
     for name, gradient in found[0].items():
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
@@ -142,8 +184,9 @@ def test_with_gradient_checkpointing_which_is_trl_s_default(tmp_path):
 def test_trl_s_own_trainer_is_refused_before_anything_is_trained(tmp_path):
     bayes = BayesLoRA(tiny_language_model(layers=1), MonteCLoRAConfig(r=4))
     before = {name: value.clone() for name, value in bayes.state_dict().items()}
-    stock = trl.SFTTrainer(bayes, arguments(tmp_path, max_steps=1), train_dataset=rows(4),
-                           processing_class=tiny_tokenizer())  # fmt: skip
+    stock = trl.SFTTrainer(
+        bayes, arguments(tmp_path, max_steps=1), train_dataset=rows(4), processing_class=tiny_tokenizer()
+    )
     with pytest.raises(InputError, match=r"use bayeslora\.training\.sft\.BayesSFTTrainer"):
         stock.train()
     assert all(torch.equal(value, before[name]) for name, value in bayes.state_dict().items())
@@ -153,8 +196,16 @@ def test_trl_s_own_trainer_is_refused_before_anything_is_trained(tmp_path):
 @pytest.mark.filterwarnings("ignore")  # TRL's advice on attention kernels, which are not for a CPU
 def test_packed_rows_train(options, tmp_path):
     bayes = BayesLoRA(tiny_language_model(layers=1), MonteCLoRAConfig(r=4))
-    sft = trainer(tmp_path, bayes, num_train_epochs=3, per_device_train_batch_size=2, gradient_accumulation_steps=2,
-                  learning_rate=2e-2, logging_steps=1, **options)  # fmt: skip
+    sft = trainer(
+        tmp_path,
+        bayes,
+        num_train_epochs=3,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        learning_rate=2e-2,
+        logging_steps=1,
+        **options,
+    )
     sft.train()
     losses = [entry["loss"] for entry in sft.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0] - 1
@@ -196,8 +247,13 @@ class TestRefused:
 
     @pytest.mark.parametrize("field", sorted(REFUSED_BY_SFT))
     def test_fields(self, field, tmp_path):
-        value = {"label_smoothing_factor": 0.1, "loss_type": "dft", "debug": "underflow_overflow",
-                 "label_names": ["x"], "router_aux_loss_coef": 0.1}.get(field, True)  # fmt: skip
+        value = {
+            "label_smoothing_factor": 0.1,
+            "loss_type": "dft",
+            "debug": "underflow_overflow",
+            "label_names": ["x"],
+            "router_aux_loss_coef": 0.1,
+        }.get(field, True)
         settings = arguments(tmp_path)
         setattr(settings, field, value)
         self.refuse(f"{field}=.* cannot be combined", settings=settings)
@@ -217,12 +273,28 @@ class TestRefused:
 
 # Every field of SFTConfig that TrainingArguments does not have: a value to try, or None where other tests do.
 FIELDS = {
-    "model_init_kwargs": None, "trust_remote_code": None, "chat_template_path": None, "dataset_text_field": "words",
-    "dataset_kwargs": {}, "dataset_num_proc": 1, "eos_token": "[end]", "pad_token": "[end]", "max_length": 16,
-    "truncation_mode": "keep_end", "shuffle_dataset": True, "packing": None, "packing_strategy": "bfd_split",
-    "padding_free": None, "pad_to_multiple_of": 8, "eval_packing": None, "completion_only_loss": False,
-    "assistant_only_loss": None, "activation_offloading": None, "loss_type": None, "router_aux_loss_coef": None,
-}  # fmt: skip
+    "model_init_kwargs": None,
+    "trust_remote_code": None,
+    "chat_template_path": None,
+    "dataset_text_field": "words",
+    "dataset_kwargs": {},
+    "dataset_num_proc": 1,
+    "eos_token": "[end]",
+    "pad_token": "[end]",
+    "max_length": 16,
+    "truncation_mode": "keep_end",
+    "shuffle_dataset": True,
+    "packing": None,
+    "packing_strategy": "bfd_split",
+    "padding_free": None,
+    "pad_to_multiple_of": 8,
+    "eval_packing": None,
+    "completion_only_loss": False,
+    "assistant_only_loss": None,
+    "activation_offloading": None,
+    "loss_type": None,
+    "router_aux_loss_coef": None,
+}
 
 
 def test_every_field_of_trl_is_decided():
@@ -247,8 +319,16 @@ def test_texts_without_padding_have_the_same_loss(tmp_path):
     losses = []
     for padding_free in (False, True):
         bayes = BayesLoRA(tiny_language_model(), MonteCLoRAConfig(r=4, sample_scaler=0.0))
-        sft = trainer(tmp_path, bayes, 4, max_steps=1, per_device_train_batch_size=4, padding_free=padding_free,
-                      max_length=None, logging_steps=1)  # fmt: skip
+        sft = trainer(
+            tmp_path,
+            bayes,
+            4,
+            max_steps=1,
+            per_device_train_batch_size=4,
+            padding_free=padding_free,
+            max_length=None,
+            logging_steps=1,
+        )
         sft.train()
         losses.append(sft.state.log_history[0]["loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)

@@ -89,8 +89,15 @@ class TestWhatStockTrainerSaves:
     }
 
     def trainer(self, folder, make, data, **options):
-        settings = {"max_steps": 4, "save_steps": 2, "eval_steps": 2, "eval_strategy": "steps", "learning_rate": 1e-2,
-                    "per_device_train_batch_size": 4, "metric_for_best_model": "loss"}  # fmt: skip
+        settings = {
+            "max_steps": 4,
+            "save_steps": 2,
+            "eval_steps": 2,
+            "eval_strategy": "steps",
+            "learning_rate": 1e-2,
+            "per_device_train_batch_size": 4,
+            "metric_for_best_model": "loss",
+        }
         arguments = TrainingArguments(str(folder), **(settings | QUIET | options))
         return Trainer(make(), arguments, Collator(), data, data[:4])
 
@@ -114,8 +121,9 @@ class TestWhatStockTrainerSaves:
     @pytest.mark.parametrize("kind", MAKE)
     def test_the_best_checkpoint_is_loaded(self, kind, tmp_path):
         make, base, data = self.MAKE[kind]
-        trainer = self.trainer(tmp_path, make, data, load_best_model_at_end=True, greater_is_better=True,
-                               learning_rate=3e-2)  # fmt: skip
+        trainer = self.trainer(
+            tmp_path, make, data, load_best_model_at_end=True, greater_is_better=True, learning_rate=3e-2
+        )
         trainer.train()  # by the largest loss, which is the first's
         best = BayesLoRA.from_pretrained(tmp_path / "checkpoint-2", base())
         assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
@@ -182,17 +190,28 @@ NETWORKS = {
     ),
     "wav2vec2": lambda: transformers.Wav2Vec2ForSequenceClassification(
         transformers.Wav2Vec2Config(
-            **SMALL, conv_dim=(8,), conv_stride=(5,), conv_kernel=(10,), num_conv_pos_embeddings=4,
+            **SMALL,
+            conv_dim=(8,),
+            conv_stride=(5,),
+            conv_kernel=(10,),
+            num_conv_pos_embeddings=4,
             num_conv_pos_embedding_groups=2,
         )
     ),
     "bart": lambda: transformers.BartForSequenceClassification(
         transformers.BartConfig(
-            vocab_size=64, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
-            decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, max_position_embeddings=40,
+            vocab_size=64,
+            d_model=16,
+            encoder_layers=1,
+            decoder_layers=1,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=24,
+            decoder_ffn_dim=24,
+            max_position_embeddings=40,
         )
     ),
-}  # fmt: skip
+}
 TAKEN = {"vit": "pixel_values", "wav2vec2": "input_values", "bart": "decoder_input_ids"}
 
 
@@ -215,8 +234,12 @@ class TestColumns:
 
     def test_packed_texts_do_not_see_each_other(self, tmp_path):
         rows = pack(texts(3, 9, 4, 7), 16)
-        trainer = Trainer(writer(sample_scaler=0.0), TrainingArguments(str(tmp_path), **QUIET), Collator(),
-                          datasets.Dataset.from_list(rows))  # fmt: skip
+        trainer = Trainer(
+            writer(sample_scaler=0.0),
+            TrainingArguments(str(tmp_path), **QUIET),
+            Collator(),
+            datasets.Dataset.from_list(rows),
+        )
         batch = next(iter(trainer.get_train_dataloader()))
         assert "position_ids" in batch
         with torch.no_grad():
@@ -225,8 +248,14 @@ class TestColumns:
         torch.testing.assert_close(loss, apart)
 
 
-NOISELESS = {"sample_scaler": 1e-9, "kl_weight": 0.5, "guide": "mean_field", "alpha_init": "ones", "scale_init": 2.0,
-             "prior_concentration": 2.0}  # fmt: skip
+NOISELESS = {
+    "sample_scaler": 1e-9,
+    "kl_weight": 0.5,
+    "guide": "mean_field",
+    "alpha_init": "ones",
+    "scale_init": 2.0,
+    "prior_concentration": 2.0,
+}
 UNEQUAL = {
     "texts": (lambda: writer(**NOISELESS), texts(39, 2, 11)),
     "texts of gpt2": (lambda: writer("gpt2", **NOISELESS), texts(39, 2, 11)),
@@ -235,7 +264,7 @@ UNEQUAL = {
     "plain LoRA": (lambda: writer(sample_scaler=0.0), texts(39, 2, 11)),
     "numbers": (lambda: classifier(num_labels=1, **NOISELESS), numbers(3)),
     "choices": (lambda: writer(likelihood=ChoiceLikelihood("AB"), **NOISELESS), choices(3)),
-}  # fmt: skip
+}
 COUNTED = [kind for kind in UNEQUAL if kind not in ("texts, the evidence bound", "numbers", "choices")]
 
 
@@ -279,8 +308,17 @@ class TestAccumulation:
         seen = []
         for size, steps in ((3, 1), (2, 2)):
             seen.append(Gradients())
-            fit(without_dropout(make()), data, output_dir=tmp_path / str(size), batch_size=size, max_steps=1,
-                gradient_accumulation=steps, max_grad_norm=0.0, progress=False, callbacks=[seen[-1]])  # fmt: skip
+            fit(
+                without_dropout(make()),
+                data,
+                output_dir=tmp_path / str(size),
+                batch_size=size,
+                max_steps=1,
+                gradient_accumulation=steps,
+                max_grad_norm=0.0,
+                progress=False,
+                callbacks=[seen[-1]],
+            )
         assert_one_step(seen)
 
     @pytest.mark.parametrize("kind", UNEQUAL)
@@ -292,9 +330,16 @@ class TestAccumulation:
         for batch, accumulated in ((3, 1), (size, steps)):
             seen.append(Gradients())
             arguments = TrainingArguments(
-                str(tmp_path), per_device_train_batch_size=batch, gradient_accumulation_steps=accumulated, max_steps=1,
-                max_grad_norm=0.0, save_strategy="no", logging_steps=1, remove_unused_columns=False, **QUIET,
-            )  # fmt: skip
+                str(tmp_path),
+                per_device_train_batch_size=batch,
+                gradient_accumulation_steps=accumulated,
+                max_steps=1,
+                max_grad_norm=0.0,
+                save_strategy="no",
+                logging_steps=1,
+                remove_unused_columns=False,
+                **QUIET,
+            )
             Trainer(without_dropout(make()), arguments, Collator(), data, callbacks=[seen[-1]]).train()
         assert_one_step(seen)
 
@@ -303,13 +348,25 @@ class TestAccumulation:
         for size, steps in ((3, 1), (2, 2)):
             network = tiny_network(layers=1).eval()
             arguments = TrainingArguments(
-                str(tmp_path), per_device_train_batch_size=size, gradient_accumulation_steps=steps, max_steps=1,
-                max_grad_norm=0.0, optim="sgd", learning_rate=1.0, warmup_steps=0, save_strategy="no", **QUIET,
-            )  # fmt: skip
+                str(tmp_path),
+                per_device_train_batch_size=size,
+                gradient_accumulation_steps=steps,
+                max_steps=1,
+                max_grad_norm=0.0,
+                optim="sgd",
+                learning_rate=1.0,
+                warmup_steps=0,
+                save_strategy="no",
+                **QUIET,
+            )
             trainer = PlainTrainer(
-                without_dropout(network), arguments, make_optimizer=None, penalty=lambda net: net.classifier.bias.sum(),
-                train_dataset=tiny_dataset(3), data_collator=Collator(),
-            )  # fmt: skip
+                without_dropout(network),
+                arguments,
+                make_optimizer=None,
+                penalty=lambda net: net.classifier.bias.sum(),
+                train_dataset=tiny_dataset(3),
+                data_collator=Collator(),
+            )
             trainer.train()
             found.append([p.detach() for p in network.parameters()])
         torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
@@ -337,9 +394,12 @@ class TestLossesOfOthers:
         before = state(bayes)
         options = {"label_smoothing_factor": 0.1} if way == "label_smoothing_factor" else {}
         trainer = Trainer(
-            bayes, TrainingArguments(str(tmp_path), max_steps=1, **QUIET, **options), Collator(), tiny_dataset(8),
+            bayes,
+            TrainingArguments(str(tmp_path), max_steps=1, **QUIET, **options),
+            Collator(),
+            tiny_dataset(8),
             compute_loss_func=(lambda outputs, labels, **_: outputs.logits.sum()) if way != "a loop" else None,
-        )  # fmt: skip
+        )
 
         def loop():
             bayes.train()(input_ids=tiny_batch()["input_ids"]).logits.sum().backward()
@@ -359,39 +419,121 @@ FIT_OPTIONS = {"max_steps": 2, "batch_size": 4, "progress": False}
 # or a value to try, refused or honoured as in transformers.
 OWN, WORD, SET = object(), object(), object()
 DECISIONS = {
-    "output_dir": OWN, "max_steps": OWN, "learning_rate": OWN, "weight_decay": OWN, "max_grad_norm": OWN, "seed": OWN,
-    "per_device_train_batch_size": WORD, "num_train_epochs": WORD, "lr_scheduler_type": WORD, "warmup_steps": WORD,
-    "gradient_accumulation_steps": WORD, "metric_for_best_model": WORD, "disable_tqdm": WORD,
+    "output_dir": OWN,
+    "max_steps": OWN,
+    "learning_rate": OWN,
+    "weight_decay": OWN,
+    "max_grad_norm": OWN,
+    "seed": OWN,
+    "per_device_train_batch_size": WORD,
+    "num_train_epochs": WORD,
+    "lr_scheduler_type": WORD,
+    "warmup_steps": WORD,
+    "gradient_accumulation_steps": WORD,
+    "metric_for_best_model": WORD,
+    "disable_tqdm": WORD,
     "resume_from_checkpoint": WORD,
-    "save_only_model": SET, "ignore_data_skip": SET, "restore_callback_states_from_checkpoint": SET,
-    "fsdp": SET, "deepspeed": SET, "parallelism_config": SET,
-    "label_smoothing_factor": 0.1, "use_liger_kernel": True, "liger_kernel_config": {"rope": True},
-    "optim_target_modules": "all-linear", "bf16_full_eval": True, "fp16_full_eval": True, "label_names": ["label"],
-    "debug": "underflow_overflow", "auto_find_batch_size": True, "eval_do_concat_batches": False,
-    "eval_use_gather_object": True, "batch_eval_metrics": True, "enable_jit_checkpoint": True,
-    "save_on_each_node": True, "push_to_hub": True,
-    "lr_scheduler_kwargs": {}, "optim": "adafactor", "optim_args": "unknown=1", "adam_beta1": 0.8, "adam_beta2": 0.9,
-    "adam_epsilon": 1e-6, "average_tokens_across_devices": False, "bf16": True, "fp16": True, "tf32": False,
-    "activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False},
-    "gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}, "torch_compile": False,
-    "torch_compile_backend": None, "torch_compile_mode": None, "use_cache": True, "neftune_noise_alpha": 5.0,
-    "torch_empty_cache_steps": 1, "logging_strategy": "epoch", "logging_steps": 1, "logging_first_step": True,
-    "log_on_each_node": False, "logging_nan_inf_filter": True, "include_num_input_tokens_seen": "non_padding",
-    "log_level": "error", "log_level_replica": "error", "report_to": "none", "run_name": "x", "project": "x",
-    "trackio_space_id": "x", "trackio_bucket_id": "x", "trackio_static_space_id": "x", "eval_strategy": "steps",
-    "eval_steps": 1, "eval_delay": 1, "per_device_eval_batch_size": 2, "prediction_loss_only": True,
-    "eval_on_start": True, "eval_accumulation_steps": 1, "include_for_metrics": ["inputs"], "save_strategy": "best",
-    "save_steps": 4, "save_total_limit": 1, "hub_token": "x", "hub_private_repo": True, "hub_model_id": "x",
-    "hub_strategy": "end", "hub_always_push": True, "hub_revision": "x", "load_best_model_at_end": False,
-    "greater_is_better": True, "full_determinism": False, "data_seed": 3, "use_cpu": True,
-    "accelerator_config": {"split_batches": True}, "dataloader_drop_last": True, "dataloader_num_workers": 0,
-    "dataloader_pin_memory": False, "dataloader_persistent_workers": False, "dataloader_prefetch_factor": None,
-    "dataloader_multiprocessing_context": None, "dataloader_in_order": False, "remove_unused_columns": True,
-    "train_sampling_strategy": "group_by_length", "length_column_name": "x", "ddp_find_unused_parameters": True,
-    "ddp_bucket_cap_mb": 1, "ddp_broadcast_buffers": False, "ddp_static_graph": True, "ddp_backend": None,
-    "ddp_timeout": 5, "fsdp_config": None, "skip_memory_metrics": False, "do_train": True, "do_eval": True,
-    "do_predict": True, "local_rank": 0,
-}  # fmt: skip
+    "save_only_model": SET,
+    "ignore_data_skip": SET,
+    "restore_callback_states_from_checkpoint": SET,
+    "fsdp": SET,
+    "deepspeed": SET,
+    "parallelism_config": SET,
+    "label_smoothing_factor": 0.1,
+    "use_liger_kernel": True,
+    "liger_kernel_config": {"rope": True},
+    "optim_target_modules": "all-linear",
+    "bf16_full_eval": True,
+    "fp16_full_eval": True,
+    "label_names": ["label"],
+    "debug": "underflow_overflow",
+    "auto_find_batch_size": True,
+    "eval_do_concat_batches": False,
+    "eval_use_gather_object": True,
+    "batch_eval_metrics": True,
+    "enable_jit_checkpoint": True,
+    "save_on_each_node": True,
+    "push_to_hub": True,
+    "lr_scheduler_kwargs": {},
+    "optim": "adafactor",
+    "optim_args": "unknown=1",
+    "adam_beta1": 0.8,
+    "adam_beta2": 0.9,
+    "adam_epsilon": 1e-6,
+    "average_tokens_across_devices": False,
+    "bf16": True,
+    "fp16": True,
+    "tf32": False,
+    "activation_checkpointing": True,
+    "activation_checkpointing_kwargs": {"use_reentrant": False},
+    "gradient_checkpointing": True,
+    "gradient_checkpointing_kwargs": {"use_reentrant": False},
+    "torch_compile": False,
+    "torch_compile_backend": None,
+    "torch_compile_mode": None,
+    "use_cache": True,
+    "neftune_noise_alpha": 5.0,
+    "torch_empty_cache_steps": 1,
+    "logging_strategy": "epoch",
+    "logging_steps": 1,
+    "logging_first_step": True,
+    "log_on_each_node": False,
+    "logging_nan_inf_filter": True,
+    "include_num_input_tokens_seen": "non_padding",
+    "log_level": "error",
+    "log_level_replica": "error",
+    "report_to": "none",
+    "run_name": "x",
+    "project": "x",
+    "trackio_space_id": "x",
+    "trackio_bucket_id": "x",
+    "trackio_static_space_id": "x",
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "eval_delay": 1,
+    "per_device_eval_batch_size": 2,
+    "prediction_loss_only": True,
+    "eval_on_start": True,
+    "eval_accumulation_steps": 1,
+    "include_for_metrics": ["inputs"],
+    "save_strategy": "best",
+    "save_steps": 4,
+    "save_total_limit": 1,
+    "hub_token": "x",
+    "hub_private_repo": True,
+    "hub_model_id": "x",
+    "hub_strategy": "end",
+    "hub_always_push": True,
+    "hub_revision": "x",
+    "load_best_model_at_end": False,
+    "greater_is_better": True,
+    "full_determinism": False,
+    "data_seed": 3,
+    "use_cpu": True,
+    "accelerator_config": {"split_batches": True},
+    "dataloader_drop_last": True,
+    "dataloader_num_workers": 0,
+    "dataloader_pin_memory": False,
+    "dataloader_persistent_workers": False,
+    "dataloader_prefetch_factor": None,
+    "dataloader_multiprocessing_context": None,
+    "dataloader_in_order": False,
+    "remove_unused_columns": True,
+    "train_sampling_strategy": "group_by_length",
+    "length_column_name": "x",
+    "ddp_find_unused_parameters": True,
+    "ddp_bucket_cap_mb": 1,
+    "ddp_broadcast_buffers": False,
+    "ddp_static_graph": True,
+    "ddp_backend": None,
+    "ddp_timeout": 5,
+    "fsdp_config": None,
+    "skip_memory_metrics": False,
+    "do_train": True,
+    "do_eval": True,
+    "do_predict": True,
+    "local_rank": 0,
+}
 HONOURED = [n for n, v in DECISIONS.items() if v not in (OWN, WORD, SET) and n not in REFUSED_BY_FIT]
 TOGETHER = ("hub_", "trackio_", "ddp_", "do_", "log_", "torch_compile")  # without effect on one process, or off
 ALONE = [n for n in HONOURED if not n.startswith(TOGETHER) and DECISIONS[n] not in (False, None, 0, "x")]
@@ -430,8 +572,14 @@ class TestArguments:
     @pytest.mark.parametrize("name", [*REFUSED_BY_FIT])
     def test_refused(self, name, tmp_path):
         with pytest.raises(InputError, match=rf"{name}=.* cannot be combined with bayeslora: \w"):
-            fit(classifier(), tiny_dataset(8), tiny_dataset(8), output_dir=tmp_path / "run",
-                **FIT_OPTIONS, **{name: DECISIONS[name]})  # fmt: skip
+            fit(
+                classifier(),
+                tiny_dataset(8),
+                tiny_dataset(8),
+                output_dir=tmp_path / "run",
+                **FIT_OPTIONS,
+                **{name: DECISIONS[name]},
+            )
         assert written(tmp_path / "run") is None
 
     @pytest.mark.parametrize("name", FIT_NAMES)
@@ -488,19 +636,37 @@ class TestArguments:
 
     def test_metrics_of_an_evaluation_that_computes_none(self, tmp_path):
         with pytest.raises(InputError, match=r"the loss alone, and best_metric is 'accuracy'"):
-            fit(classifier(), tiny_dataset(8), tiny_dataset(8), output_dir=tmp_path / "run", best_metric="accuracy",
-                prediction_loss_only=True, **FIT_OPTIONS)  # fmt: skip
+            fit(
+                classifier(),
+                tiny_dataset(8),
+                tiny_dataset(8),
+                output_dir=tmp_path / "run",
+                best_metric="accuracy",
+                prediction_loss_only=True,
+                **FIT_OPTIONS,
+            )
         with pytest.raises(InputError, match="drops all 6 examples"):
-            fit(classifier(), tiny_dataset(8), tiny_dataset(6), output_dir=tmp_path / "run", dataloader_drop_last=True,
-                **FIT_OPTIONS)  # fmt: skip
+            fit(
+                classifier(),
+                tiny_dataset(8),
+                tiny_dataset(6),
+                output_dir=tmp_path / "run",
+                dataloader_drop_last=True,
+                **FIT_OPTIONS,
+            )
         assert written(tmp_path / "run") is None
 
     def test_neftune_reaches_the_embeddings(self, tmp_path):
         losses = [
-            fit(without_dropout(classifier(sample_scaler=0.0)), tiny_dataset(8), output_dir=tmp_path / str(alpha),
-                neftune_noise_alpha=alpha, **FIT_OPTIONS).history[0]["loss"]
+            fit(
+                without_dropout(classifier(sample_scaler=0.0)),
+                tiny_dataset(8),
+                output_dir=tmp_path / str(alpha),
+                neftune_noise_alpha=alpha,
+                **FIT_OPTIONS,
+            ).history[0]["loss"]
             for alpha in (None, 500.0)
-        ]  # fmt: skip
+        ]
         assert abs(losses[0] - losses[1]) > 1e-3
 
 
@@ -518,8 +684,19 @@ class TestComputeMetrics:
             return {"calls": float(-len(seen)), "eval_own": 0.5}
 
         bayes = make()
-        result = fit(bayes, data, data, output_dir=tmp_path, epochs=2, batch_size=4, evaluations=3, progress=False,
-                     learning_rate=1e-2, compute_metrics=compute, best_metric="calls")  # fmt: skip
+        result = fit(
+            bayes,
+            data,
+            data,
+            output_dir=tmp_path,
+            epochs=2,
+            batch_size=4,
+            evaluations=3,
+            progress=False,
+            learning_rate=1e-2,
+            compute_metrics=compute,
+            best_metric="calls",
+        )
         calls = [entry["eval_calls"] for entry in result.history if "eval_calls" in entry]
         assert calls == [-1.0, -2.0, -3.0, -4.0]
         assert result.metrics["eval_own"] == 0.5
@@ -530,23 +707,48 @@ class TestComputeMetrics:
 
     def test_smaller_can_be_better(self, tmp_path):
         values = iter([3.0, 1.0, 2.0, 1.0])
-        result = fit(classifier(), tiny_dataset(12), tiny_dataset(4), output_dir=tmp_path, max_steps=3, batch_size=4,
-                     evaluations=3, progress=False, compute_metrics=lambda _: {"distance": next(values)},
-                     best_metric="distance", greater_is_better=False)  # fmt: skip
+        result = fit(
+            classifier(),
+            tiny_dataset(12),
+            tiny_dataset(4),
+            output_dir=tmp_path,
+            max_steps=3,
+            batch_size=4,
+            evaluations=3,
+            progress=False,
+            compute_metrics=lambda _: {"distance": next(values)},
+            best_metric="distance",
+            greater_is_better=False,
+        )
         losses = [entry["eval_loss"] for entry in result.history if "eval_loss" in entry]
         assert losses[-1] == pytest.approx(losses[1], rel=1e-6)
 
     @pytest.mark.parametrize("prefix", ["", "eval_"])
     def test_which_is_better_of_ours_is_known_under_both_names(self, prefix):
-        better = {name: Metrics(classifier(), None, prefix + name).selection()["greater_is_better"]
-                  for name in ("loss", "accuracy", "nll", "ece", "brier")}  # fmt: skip
+        better = {
+            name: Metrics(classifier(), None, prefix + name).selection()["greater_is_better"]
+            for name in ("loss", "accuracy", "nll", "ece", "brier")
+        }
         assert better == {"loss": False, "accuracy": True, "nll": False, "ece": False, "brier": False}
 
     def test_a_best_metric_that_there_is_not(self, tmp_path):
         with pytest.raises(InputError, match=r"no evaluation metric 'f1'; there are loss, accuracy, .*mine"):
-            fit(classifier(), tiny_dataset(8), tiny_dataset(8), output_dir=tmp_path / "a", best_metric="f1",
-                compute_metrics=lambda _: {"mine": 1.0}, **FIT_OPTIONS)  # fmt: skip
+            fit(
+                classifier(),
+                tiny_dataset(8),
+                tiny_dataset(8),
+                output_dir=tmp_path / "a",
+                best_metric="f1",
+                compute_metrics=lambda _: {"mine": 1.0},
+                **FIT_OPTIONS,
+            )
         with pytest.raises(InputError, match="no evaluation metric 'f1'; there are loss, accuracy"):
-            fit(classifier(), tiny_dataset(8), tiny_dataset(8), output_dir=tmp_path / "b", best_metric="f1",
-                **FIT_OPTIONS)  # fmt: skip
+            fit(
+                classifier(),
+                tiny_dataset(8),
+                tiny_dataset(8),
+                output_dir=tmp_path / "b",
+                best_metric="f1",
+                **FIT_OPTIONS,
+            )
         assert written(tmp_path / "b") is None

@@ -116,8 +116,10 @@ class TestRun:
 
     def test_normalization_by_the_number_of_examples(self, tmp_path):
         """The same parameters and noise: the logged KL is the sum over adapters and columns, divided by n."""
-        kl = [logged(run(tmp_path / str(n), new(normalization="elbo"), tiny_dataset(n), max_steps=1), "elbo/kl")[1]
-              for n in (24, 48)]  # fmt: skip
+        kl = [
+            logged(run(tmp_path / str(n), new(normalization="elbo"), tiny_dataset(n), max_steps=1), "elbo/kl")[1]
+            for n in (24, 48)
+        ]
         assert kl[0] == pytest.approx(2 * kl[1], rel=1e-5)
 
     @pytest.mark.parametrize("components", ["collapsed", "explicit"])
@@ -260,8 +262,13 @@ class TestEvaluation:
         contrary = flipped(tiny_dataset(24))
         whole = run(tmp_path / "whole", evaluate=contrary, early_stopping=3, **self.OPTIONS)
         with pytest.raises(KeyboardInterrupt):
-            run(tmp_path / "broken", evaluate=contrary, early_stopping=3,
-                callbacks=[At(whole.steps, interrupt)], **self.OPTIONS)  # fmt: skip
+            run(
+                tmp_path / "broken",
+                evaluate=contrary,
+                early_stopping=3,
+                callbacks=[At(whole.steps, interrupt)],
+                **self.OPTIONS,
+            )
         resumed = run(tmp_path / "broken", evaluate=contrary, early_stopping=3, resume=True, **self.OPTIONS)
         assert resumed.steps == whole.steps
         assert logged(resumed, "eval_loss") == logged(whole, "eval_loss")
@@ -276,8 +283,15 @@ class TestEvaluation:
 class TestOptimizer:
     def test_rates_schedule_and_decay(self, tmp_path):
         watch = Watch()
-        run(tmp_path, max_steps=4, warmup=0.5, learning_rate=1e-3, variational_learning_rate=3e-2, weight_decay=0.1,
-            callbacks=[watch])  # fmt: skip
+        run(
+            tmp_path,
+            max_steps=4,
+            warmup=0.5,
+            learning_rate=1e-3,
+            variational_learning_rate=3e-2,
+            weight_decay=0.1,
+            callbacks=[watch],
+        )
         for step, share in enumerate([0.0, 0.5, 1.0, 0.5]):
             assert watch.rates[step] == pytest.approx([share * 1e-3, share * 1e-3, share * 3e-2])
         assert watch.decays == [[0.1, 0.0, 0.0]] * 4
@@ -299,11 +313,29 @@ class TestOptimizer:
         """The KL counts once a step, not once a micro-batch. SGD, and noise too small to matter."""
         steps = []
         for size, accumulation in ((12, 1), (4, 3)):
-            bayes = randomize_b(new(guide="mean_field", sample_scaler=1e-7, kl_weight=0.1, scale_init=0.5,
-                                    lora_dropout=0.0, network_options=NO_DROPOUT))  # fmt: skip
+            bayes = randomize_b(
+                new(
+                    guide="mean_field",
+                    sample_scaler=1e-7,
+                    kl_weight=0.1,
+                    scale_init=0.5,
+                    lora_dropout=0.0,
+                    network_options=NO_DROPOUT,
+                )
+            )
             before = state(bayes)
-            run(tmp_path / str(size), bayes, tiny_dataset(12), batch_size=size, gradient_accumulation=accumulation,
-                max_steps=1, warmup=0, learning_rate=1.0, optim="sgd", max_grad_norm=0)  # fmt: skip
+            run(
+                tmp_path / str(size),
+                bayes,
+                tiny_dataset(12),
+                batch_size=size,
+                gradient_accumulation=accumulation,
+                max_steps=1,
+                warmup=0,
+                learning_rate=1.0,
+                optim="sgd",
+                max_grad_norm=0,
+            )
             steps.append({name: value - before[name] for name, value in bayes.state_dict().items()})
         assert steps[0]["guide.log_v_r2_in16"].abs().max() > 1e-3
         for name, expected in steps[0].items():
@@ -313,8 +345,16 @@ class TestOptimizer:
     def test_clipping(self, bound, tmp_path):
         bayes = randomize_b(new())
         before = state(bayes)
-        result = run(tmp_path, bayes, max_steps=1, warmup=0, learning_rate=1.0, variational_learning_rate=1.0,
-                     optim="sgd", max_grad_norm=bound)  # fmt: skip
+        result = run(
+            tmp_path,
+            bayes,
+            max_steps=1,
+            warmup=0,
+            learning_rate=1.0,
+            variational_learning_rate=1.0,
+            optim="sgd",
+            max_grad_norm=bound,
+        )
         moved = math.sqrt(sum(float((v - before[n]).square().sum()) for n, v in bayes.state_dict().items()))
         assert logged(result, "grad_norm")[1] > 0.05
         assert moved == pytest.approx(bound or logged(result, "grad_norm")[1], rel=1e-3)
@@ -433,8 +473,13 @@ class TestLogs:
         assert {"posterior/effective_components", "posterior/noise_to_signal_mean"} <= tags
         assert {f"noise_to_signal/{name}" for name in bayes.adapter_names} <= tags
         assert {tag.split("/")[0] for tag in tags} == {
-            "train", "eval", "elbo", "grad_norm", "posterior", "noise_to_signal"
-        }  # fmt: skip
+            "train",
+            "eval",
+            "elbo",
+            "grad_norm",
+            "posterior",
+            "noise_to_signal",
+        }
         for tag, name in (("train/loss", "loss"), ("elbo/kl", "elbo/kl")):
             shown = {event.step: event.value for event in events.Scalars(tag)}
             assert len(events.Scalars(tag)) == 12
@@ -481,9 +526,15 @@ class TestDivergence:
         resumed = run(tmp_path, new(), evaluate=evaluate, resume=True, **every)
         assert resumed.steps == 6
 
-    @pytest.mark.parametrize("options", [{"bf16": True, "use_cpu": True}, {"gradient_accumulation": 2}, {
-        "bf16": True, "use_cpu": True, "gradient_accumulation": 2, "max_grad_norm": 0
-    }], ids=["bf16", "accumulated", "both, unclipped"])  # fmt: skip
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"bf16": True, "use_cpu": True},
+            {"gradient_accumulation": 2},
+            {"bf16": True, "use_cpu": True, "gradient_accumulation": 2, "max_grad_norm": 0},
+        ],
+        ids=["bf16", "accumulated", "both, unclipped"],
+    )
     def test_under_autocast_and_accumulation(self, options, tmp_path):
         """Only the last micro-batch of a step is bad; nothing moves, and the checkpoint before it stays."""
         bayes, losses, states = randomize_b(new()), [], []

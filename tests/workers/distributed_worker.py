@@ -27,8 +27,15 @@ from tests.language import tiny_language_model
 
 CPU = {"use_cpu": True}
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-NOISELESS = {"sample_scaler": 1e-9, "lora_dropout": 0.0, "kl_weight": 0.5, "guide": "mean_field", "alpha_init": "ones",
-             "scale_init": 2.0, "prior_concentration": 2.0}  # fmt: skip
+NOISELESS = {
+    "sample_scaler": 1e-9,
+    "lora_dropout": 0.0,
+    "kl_weight": 0.5,
+    "guide": "mean_field",
+    "alpha_init": "ones",
+    "scale_init": 2.0,
+    "prior_concentration": 2.0,
+}
 BROKEN_TOKEN = 5
 
 
@@ -184,8 +191,10 @@ def coverage(folder, rank):
 
 def texts():
     """Eight texts, of very different lengths."""
-    return [{"input_ids": [*range(5, 7 + length)], "attention_mask": [1] * (length + 2),
-             "labels": [*range(5, 7 + length)]} for length in (39, 0, 11, 3, 1, 27, 5, 2)]  # fmt: skip
+    return [
+        {"input_ids": [*range(5, 7 + length)], "attention_mask": [1] * (length + 2), "labels": [*range(5, 7 + length)]}
+        for length in (39, 0, 11, 3, 1, 27, 5, 2)
+    ]
 
 
 def writer():
@@ -196,15 +205,30 @@ def writer():
 
 def train_texts(folder, callbacks, *, steps, size=2):
     """The first step of fit(): eight texts on all processes together."""
-    run(folder, writer(), texts(), batch_size=size, gradient_accumulation=steps, max_steps=1, max_grad_norm=0.0,
-        callbacks=callbacks)  # fmt: skip
+    run(
+        folder,
+        writer(),
+        texts(),
+        batch_size=size,
+        gradient_accumulation=steps,
+        max_steps=1,
+        max_grad_norm=0.0,
+        callbacks=callbacks,
+    )
 
 
 def train_texts_in_a_stock_trainer(folder, callbacks, *, steps, size=2):
     arguments = TrainingArguments(
-        str(folder), report_to=[], disable_tqdm=True, max_steps=1, save_strategy="no", max_grad_norm=0.0,
-        per_device_train_batch_size=size, gradient_accumulation_steps=steps, **CPU,
-    )  # fmt: skip
+        str(folder),
+        report_to=[],
+        disable_tqdm=True,
+        max_steps=1,
+        save_strategy="no",
+        max_grad_norm=0.0,
+        per_device_train_batch_size=size,
+        gradient_accumulation_steps=steps,
+        **CPU,
+    )
     Trainer(writer(), arguments, Collator(), texts(), callbacks=callbacks).train()
 
 
@@ -212,8 +236,16 @@ def gradients(folder, rank):
     """The first step's gradients, without noise: two processes, two batches of two each."""
     for normalization in ("paper", "elbo"):
         bayes, seen = new(normalization=normalization, **NOISELESS), Gradients()
-        run(folder / normalization, bayes, tiny_dataset(8), batch_size=2, gradient_accumulation=2, max_steps=1,
-            max_grad_norm=0.0, callbacks=[seen])  # fmt: skip
+        run(
+            folder / normalization,
+            bayes,
+            tiny_dataset(8),
+            batch_size=2,
+            gradient_accumulation=2,
+            max_steps=1,
+            max_grad_norm=0.0,
+            callbacks=[seen],
+        )
         if rank == 0:
             save_file(seen.values, folder / f"{normalization}.safetensors")
     for name, train in {"texts": train_texts, "texts, stock": train_texts_in_a_stock_trainer}.items():
@@ -231,9 +263,16 @@ def other_loops(folder, rank):
     bayes = new()
     diary = Diary(bayes)
     arguments = TrainingArguments(
-        str(folder / "stock"), report_to=[], disable_tqdm=True, max_steps=3, save_strategy="no",
-        per_device_train_batch_size=4, learning_rate=1e-2, remove_unused_columns=False, **CPU,
-    )  # fmt: skip
+        str(folder / "stock"),
+        report_to=[],
+        disable_tqdm=True,
+        max_steps=3,
+        save_strategy="no",
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        remove_unused_columns=False,
+        **CPU,
+    )
     Trainer(bayes, arguments, Collator(), tiny_dataset(24), callbacks=[diary]).train()
     yield "stock", diary.seen() | {"ended": digest(bayes)}
 

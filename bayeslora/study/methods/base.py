@@ -12,7 +12,7 @@ import math
 import pkgutil
 import types
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from reprlib import repr as shown
@@ -23,7 +23,6 @@ import numpy as np
 from bayeslora.errors import InputError
 from bayeslora.study.entries import MethodSpec, suggest
 from bayeslora.study.outcome import Predict, Predictor, Trained
-from bayeslora.study.spec import Study, check_folders
 
 if TYPE_CHECKING:
     from bayeslora.study.experiment import Experiment
@@ -163,13 +162,13 @@ class Lineup:
     specs: dict[str, list[MethodSpec]]
 
     @classmethod
-    def of(cls, study: Study) -> "Lineup":
+    def of(cls, specs: Sequence[MethodSpec]) -> "Lineup":
         """Build every method and find what each is based on.
 
         Raises:
             InputError: for an unknown method or option, two of one label, a base that the study does not train.
         """
-        made = [(spec, make_method(spec)) for spec in study.methods]
+        made = [(spec, make_method(spec)) for spec in specs]
         labels = [method.label for _, method in made]
         for label in labels:
             if labels.count(label) > 1:
@@ -177,7 +176,6 @@ class Lineup:
         if "labels" in labels:
             raise InputError("no method can be called 'labels': labels lie beside predictions; give it another label")
         trained = {method.label: method for _, method in made if isinstance(method, TrainedMethod)}
-        check_folders(study, list(trained))
         lineup = cls(
             trained,
             {label: [] for label in trained},

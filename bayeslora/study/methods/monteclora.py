@@ -35,7 +35,7 @@ CONFIG_FIELDS = {f.name for f in dataclasses.fields(MonteCLoRAConfig)} - {"r"}
 
 
 @dataclass(frozen=True)
-class Posterior:
+class PosteriorOptions:
     """The options of both methods here.
 
     ``preset`` and ``config``: :class:`bayeslora.MonteCLoRAConfig`'s; a study writes the configuration's fields next to
@@ -78,7 +78,7 @@ class Posterior:
             for predictor in rest["predictions"]:
                 if predictor not in PREDICTORS:
                     raise InputError(
-                        f"method {cls.name!r}: no way to predict {predictor!r}; "  # type: ignore[attr-defined]
+                        f"method {cls.name!r} has no predictor {predictor!r}; "  # type: ignore[attr-defined]
                         f"{suggest(str(predictor), PREDICTORS)}"
                     )
         made = cls(config=config, **rest)
@@ -142,7 +142,7 @@ class Posterior:
 
 @register
 @dataclass(frozen=True)
-class MonteCLoRA(Posterior, TrainedMethod):
+class MonteCLoRAMethod(PosteriorOptions, TrainedMethod):
     """A posterior trained jointly with the adapter."""
 
     name: ClassVar[str] = "monteclora"
@@ -150,7 +150,7 @@ class MonteCLoRA(Posterior, TrainedMethod):
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Method:
-        if options.get("mode") == "post_hoc" and cls is MonteCLoRA:
+        if options.get("mode") == "post_hoc" and cls is MonteCLoRAMethod:
             return PostHocMonteCLoRA.from_options({k: v for k, v in options.items() if k != "mode"})
         return super().from_options(options)
 
@@ -168,7 +168,7 @@ class MonteCLoRA(Posterior, TrainedMethod):
 
 @register
 @dataclass(frozen=True)
-class GaussianPosterior(MonteCLoRA):
+class GaussianPosterior(MonteCLoRAMethod):
     """A standard deviation for every entry of A, BLoB's family."""
 
     name: ClassVar[str] = "gaussian"
@@ -180,7 +180,7 @@ class GaussianPosterior(MonteCLoRA):
 
 @register
 @dataclass(frozen=True)
-class PostHocMonteCLoRA(Posterior, PostHocMethod):
+class PostHocMonteCLoRA(PosteriorOptions, PostHocMethod):
     """A posterior around a finished LoRA: a second training of the same budget moves v and α only."""
 
     name: ClassVar[str] = "monteclora_post_hoc"
@@ -200,11 +200,11 @@ class PostHocMonteCLoRA(Posterior, PostHocMethod):
 def predict(bayes: BayesLoRA, data: Any, num_samples: int, factor: float = 1.0, antithetic: bool = False) -> Predicted:
     """The posterior predictive; at the mean with no samples."""
     started = time.perf_counter()
-    found = bayes.predict(
+    prediction = bayes.predict(
         data, num_samples=num_samples, noise_factor=factor, antithetic=antithetic, keep_draws=False, progress=False
     )
-    information = found.mutual_information if num_samples else None
-    return Predicted(found.probs, found.labels, information, time.perf_counter() - started)
+    information = prediction.mutual_information if num_samples else None
+    return Predicted(prediction.probs, prediction.labels, information, time.perf_counter() - started)
 
 
 def best_factor(bayes: BayesLoRA, data: Any, antithetic: bool = False) -> float:

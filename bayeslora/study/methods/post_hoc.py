@@ -154,11 +154,11 @@ def _ensemble(network: nn.Module, members: Sequence[Mapping[str, Tensor]], exper
                 parameters[name].copy_(value)
 
     def run(inputs: Mapping[str, Tensor]) -> Tensor:
-        found = []
+        probs = []
         for member in members:
             use(member)
-            found.append(experiment.outputs(network, inputs).double().softmax(-1))
-        return torch.stack(found)
+            probs.append(experiment.outputs(network, inputs).double().softmax(-1))
+        return torch.stack(probs)
 
     try:
         return experiment.predict(network, experiment.data(split), run)
