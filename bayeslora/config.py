@@ -85,8 +85,8 @@ class MonteCLoRAConfig:
             sign of the noise's rows at random (flipout, Wen et al. 2018): each example's law is the same, and the
             gradient has less variance. ``"shared"`` uses one draw for the whole batch; so does training wherever rows
             of an adapted layer's input are not examples, and with a guide whose rows are not symmetric.
-        noise_schedule: How ε changes while training, ``"constant"``, ``"cosine"``, ``"entropy"`` or ``"per_layer"``
-            (:mod:`bayeslora.noise_schedules`).
+        noise_schedule: How ε changes while training, ``"constant"``, ``"cosine"``, ``"entropy"``, ``"learned"`` or
+            ``"per_layer"`` (:mod:`bayeslora.noise_schedules`).
         guide: ``"amortized"``, ``"mean_field"`` or ``"gaussian"`` (:mod:`bayeslora.guides`).
         mode: ``"joint"`` trains everything; ``"post_hoc"`` freezes μ, B and the head, and trains only v and α.
         prior_concentration: α0 of the prior Dir(α0·1_N).

@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from bayeslora.errors import InputError
+from bayeslora.models.joint import JointModel
 from bayeslora.models.prior import Prior
 
 RATE = 0.05  # weight of the newest batch in an average
@@ -47,6 +48,9 @@ class NoiseSchedule:
 
     needs_classes = False
     """Whether it follows probabilities of classes, which not every likelihood has."""
+
+    follows_loss = False
+    """Whether :meth:`see_loss` does anything."""
 
     def __init__(self, model: Prior):
         self.model = model
@@ -107,8 +111,11 @@ class EntropySchedule(NoiseSchedule):
 class LearnedSchedule(NoiseSchedule):
     """Follows the share of the loss that has gone.
 
-    ``bayes.model.losses`` holds the number of batches seen (up to ten), L₀ and L; it is saved with the posterior.
+    ``bayes.model.losses`` holds the number of batches seen (up to ten), L₀ and L; it is saved with the posterior. A
+    loss that is not finite is passed over.
     """
+
+    follows_loss = True
 
     def __init__(self, model: Prior):
         super().__init__(model)
@@ -121,11 +128,15 @@ class LearnedSchedule(NoiseSchedule):
         self.set(LEAST)
 
     def see_loss(self, loss: Tensor) -> None:
-        seen, first, running = self.model.losses
+        known = self.model.losses
+        seen, first, running = known
+        loss = loss.detach().to(known)
         at_start = seen < FIRST_BATCHES
         first = torch.where(at_start, first + (loss - first) / (seen + 1), first)
-        running = torch.where(at_start, first, torch.lerp(running, loss.to(running), RATE))
-        self.model.losses.copy_(torch.stack([(seen + 1).clamp(max=FIRST_BATCHES), first, running]))
+        running = torch.where(at_start, first, torch.lerp(running, loss, RATE))
+        learned = torch.stack([(seen + 1).clamp(max=FIRST_BATCHES), first, running])
+        known.copy_(torch.where(loss.isfinite(), learned, known))
+        _, first, running = known
         self.set((1 - running / first).clamp(LEAST, 1).nan_to_num(LEAST))
 
 
@@ -161,6 +172,39 @@ SCHEDULES: dict[str, type[NoiseSchedule]] = {
     "learned": LearnedSchedule,
     "per_layer": PerLayerSchedule,
 }
+
+
+def start_noise(model: JointModel, guide: Any) -> NoiseSchedule:
+    """ε as it is where training starts, in the units that the configuration has, and what changes it from there.
+
+    Args:
+        model: Whose ε it is.
+        guide: A guide of the model that has not been trained.
+
+    Raises:
+        InputError: for units or a schedule that the guide, the likelihood or the mode does not go with.
+    """
+    config = model.config
+    name, schedule = config.noise_schedule, SCHEDULES[config.noise_schedule]
+    if config.noise_units == "relative":
+        _check_follows(guide, "noise_units='relative' sets ε layer by layer", "noise_units='absolute'")
+        model.set_noise_units(getattr(guide, "noise_variance", lambda group: None))
+    if name != "constant":
+        _check_follows(guide, f"noise_schedule={name!r} changes ε", "noise_schedule='constant'")
+    if schedule.needs_classes and not model.labelling.of_classes:
+        raise InputError(
+            f"noise_schedule={name!r} follows the entropy of class probabilities, and this network has none: "
+            "choose another noise_schedule"
+        )
+    return schedule(model)
+
+
+def _check_follows(guide: Any, what: str, instead: str) -> None:
+    if not getattr(guide, "follows_noise_schedule", False):
+        raise InputError(
+            f"{what}, and a {type(guide).__name__} does not follow: "
+            f"use one of the guides that are shipped, or {instead}"
+        )
 
 
 class NoiseScheduleCallback(TrainerCallback):

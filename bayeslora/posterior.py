@@ -29,7 +29,7 @@ from bayeslora.elbo import CooperativeELBO, replayed
 from bayeslora.errors import InputError
 from bayeslora.guides.base import Guide
 from bayeslora.models.joint import JointModel
-from bayeslora.noise_schedules import SCHEDULES, NoiseSchedule
+from bayeslora.noise_schedules import start_noise
 from bayeslora.recorder import Recorder
 from bayeslora.wrapper import WrappedNetwork
 
@@ -47,7 +47,7 @@ class Posterior(WrappedNetwork):
         guide: A guide that was built from this model.
 
     Raises:
-        InputError: for a noise schedule that the guide or the likelihood cannot follow.
+        InputError: for units of the noise or a schedule of it that the guide or the likelihood cannot follow.
     """
 
     guide: Any
@@ -61,38 +61,13 @@ class Posterior(WrappedNetwork):
         self.sketches: dict[str, Sketch] = {}  # of what is taken from the base network, made at the first saving
         self.model = model
         self.guide = guide
-        if config.noise_units == "relative":
-            self._set_noise_units()
         self.elbo = CooperativeELBO.from_config(config)
-        self.noise_schedule = self._build_noise_schedule()
+        self.noise_schedule = start_noise(model, guide)
         self.sampling = config.sample_scaler > 0
         self._rows: bool | None = None  # whether examples can have their own noise; looked up at the first batch
         self._arrives = False  # whether draws are known to reach the network; looked at after the first training batch
         self._freeze()
         self._say_what_counts()
-
-    def _set_noise_units(self) -> None:
-        if not getattr(self.guide, "follows_noise_schedule", False):
-            raise InputError(
-                f"noise_units='relative' sets ε layer by layer, and a {type(self.guide).__name__} does not follow: "
-                "use one of the guides that are shipped, or noise_units='absolute'"
-            )
-        self.model.set_noise_units(self.guide.noise_variance)
-
-    def _build_noise_schedule(self) -> NoiseSchedule:
-        name = self.monteclora_config.noise_schedule
-        if name != "constant" and not getattr(self.guide, "follows_noise_schedule", False):
-            raise InputError(
-                f"noise_schedule={name!r} changes ε, and a {type(self.guide).__name__} does not follow: "
-                "use one of the guides that are shipped, or noise_schedule='constant'"
-            )
-        schedule = SCHEDULES[name]
-        if schedule.needs_classes and not self.model.labelling.of_classes:
-            raise InputError(
-                f"noise_schedule={name!r} follows the entropy of class probabilities, and this network has none: "
-                "choose another noise_schedule"
-            )
-        return schedule(self.model)
 
     def _freeze(self) -> None:
         """Only what the objective depends on is trained, so that every trained parameter gets a gradient."""
@@ -237,7 +212,8 @@ class Posterior(WrappedNetwork):
             self._arrives = True
         logits = torch.stack(outputs).mean(0).detach()
         self.noise_schedule.see_logits(logits)
-        self.noise_schedule.see_loss(self.model.labelling.unlearned(logits, batch["labels"], self.elbo.parts.task))
+        if self.noise_schedule.follows_loss:
+            self.noise_schedule.see_loss(self.model.labelling.unlearned(logits, batch["labels"], self.elbo.parts.task))
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
     def _check_objective(self) -> None:

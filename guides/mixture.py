@@ -16,6 +16,7 @@ from bayeslora.distributions import (
     expected_cooperation,
 )
 from bayeslora.guides.base import Guide
+from bayeslora.models.mixture_weights import expected_active_squares
 from bayeslora.models.prior import Prior
 
 
@@ -71,8 +72,7 @@ class MixtureGuide(Guide):
         r""":math:`\epsilon^2\,E[\sum_k \pi_k^2]\,\nu\,\bar v`, as :math:`E[\Sigma] = \nu\,\mathrm{diag}(v)`, with the
         largest :math:`\pi_k^2` alone for the sparse mixture."""
         log_v, log_alpha = self.variational_parameters(group)
-        sparse = self.config.mixture == "sparse"
-        squares = expected_largest_square(log_alpha.exp()) if sparse else self.expected_squares(group)
+        squares = expected_active_squares(log_alpha.exp(), self.config.mixture)
         scale = self.model.degrees_of_freedom(group) * log_v.exp().mean(-1)
         return self.model.sample_scaler(group) ** 2 * squares * scale
 
@@ -92,30 +92,6 @@ def initial_scale(model: Prior, group: AdapterGroup) -> float:
     if config.normalization == "elbo" and config.components == "explicit":
         times *= config.num_components
     return (df + times) / (df + times * df)
-
-
-@torch.no_grad()
-def expected_largest_square(concentration: Tensor, points: int = 4096) -> Tensor:
-    r"""E[max_k π_k²] under Dir(α), by quadrature.
-
-    π is :math:`G / \sum_k G_k` with gamma variables G, and independent of their sum, so it is
-    :math:`E[\max_k G_k^2] / (\alpha_0(\alpha_0 + 1))`, and the numerator
-    :math:`\int_0^\infty 2t\,(1 - \prod_k F_k(t))\,dt`.
-
-    Args:
-        concentration: α, shape ``(..., N)``.
-        points: Of the quadrature.
-
-    Returns:
-        Shape ``(...)``, in [1/N², 1].
-    """
-    alpha = concentration.double().unsqueeze(-1)
-    total = alpha.sum(-2)
-    end = alpha.amax(-2) + 12 * alpha.amax(-2).sqrt() + 40  # beyond which no F differs from 1
-    times = end * torch.linspace(0, 1, points, dtype=alpha.dtype, device=alpha.device)
-    below = torch.special.gammainc(alpha, times.unsqueeze(-2)).prod(-2)  # all of them at once
-    square = torch.trapezoid(2 * times * (1 - below), times)
-    return (square / (total * (total + 1)).squeeze(-1)).to(concentration)
 
 
 def initial_log_alpha(how: str, *shape: int) -> Tensor:

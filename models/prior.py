@@ -30,8 +30,8 @@ from bayeslora.distributions import (
     MixtureWeights,
     WishartCholesky,
     active_weights,
-    expected_cooperation,
 )
+from bayeslora.models.mixture_weights import expected_active_squares
 from bayeslora.models.tuning import Tuning
 
 
@@ -53,6 +53,7 @@ class Prior(PyroModule):
                 self.register_buffer(f"noise_factor_{group.name}", torch.ones(len(group), device=group.device))
             if config.noise_units == "relative":
                 self.register_buffer(f"noise_unit_{group.name}", torch.ones(len(group), device=group.device))
+        self.set_noise_units(lambda group: None)
 
     def degrees_of_freedom(self, group: AdapterGroup) -> float:
         """ν of a group: the configured value, or its rank."""
@@ -80,10 +81,11 @@ class Prior(PyroModule):
 
     @torch.no_grad()
     def set_noise_units(self, variance: Callable[[AdapterGroup], Tensor | None]) -> None:
-        r"""Make ``sample_scaler`` the standard deviation of A − μ over that with which PEFT starts A.
+        r"""Make a relative ``sample_scaler`` the standard deviation of A − μ over that with which PEFT starts A.
 
         PEFT draws A uniform on :math:`\pm n_{in}^{-1/2}`, with standard deviation :math:`(3 n_{in})^{-1/2}`. Noise of
-        size ρ so has :math:`\epsilon = \rho\,(3 n_{in})^{-1/2} / \sqrt{E[\sum_k \pi_k^2]\,\nu\,\bar v}`.
+        size ρ so has :math:`\epsilon = \rho\,(3 n_{in})^{-1/2} / \sqrt{E[\sum_k \pi_k^2]\,\nu\,\bar v}`. A model
+        starts with the prior's variance, and :class:`bayeslora.BayesLoRA` takes its guide's instead.
 
         Args:
             variance: Of an entry of A − μ at the ε that is set, ``(adapters,)``, as a guide says it where it starts;
@@ -93,10 +95,10 @@ class Prior(PyroModule):
             units = self.noise_units(group)
             if units is None or self.config.sample_scaler == 0:
                 continue
-            scale = self.sample_scaler(group)
-            found = variance(group)
+            scale, found = self.sample_scaler(group), variance(group)
             if found is None:
-                found = scale**2 * expected_cooperation(self.weights_prior(group))[:, 0]
+                weights = self.weights_prior(group).concentration[:, 0]
+                found = scale**2 * expected_active_squares(weights, self.config.mixture)
             units.copy_(scale / (found * 3 * group.columns).sqrt())
 
     def weights_prior(self, group: AdapterGroup) -> MixtureWeights:
