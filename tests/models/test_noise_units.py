@@ -155,6 +155,7 @@ class TestAbsolute:
             relative_noise(layer(columns, 8, 4, sample_scaler=0.1, alpha_init="ones")) for columns in (384, 1536)
         )
         assert float(large / small) == pytest.approx(2.0, rel=1e-5)
+        assert float(small) == pytest.approx(0.1 * math.sqrt(2 / 5 * 8 * 12 / 40 * 3 * 384), rel=1e-5)
 
 
 def test_none_is_plain_lora():
