@@ -213,6 +213,7 @@ class Posterior(WrappedNetwork):
         logits = torch.stack(outputs).mean(0).detach()
         self.noise_schedule.see_logits(logits)
         if self.noise_schedule.follows_loss:
+            assert self.elbo.parts is not None  # of the loss above
             self.noise_schedule.see_loss(self.model.labelling.unlearned(logits, batch["labels"], self.elbo.parts.task))
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
