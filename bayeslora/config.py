@@ -67,7 +67,10 @@ class MonteCLoRAConfig:
         rank_pattern: Ranks that differ from ``r``, by layer name or pattern.
         lora_options: Any further argument of :class:`peft.LoraConfig`.
         num_components: N, Gaussian components of the mixture, 1 to 1024.
-        sample_scaler: ε, the scale of the noise around μ; 0 trains plain LoRA.
+        sample_scaler: The scale of the noise around μ; 0 trains plain LoRA.
+        noise_units: Of the sample scaler. ``"absolute"``: it is ε, the paper's, the same for all layers, however wide.
+            ``"relative"``: it is ρ, the standard deviation of an entry of A − μ where training starts, over that of
+            the A that PEFT starts with, :math:`(3 n_{in})^{-1/2}`; the same ρ means the same in layers of any width.
         kl_weight: η, the weight of the KL. ``None`` means 1e-2 for ``normalization="paper"`` (the paper's own 1e-5
             is too weak to hold v: the noise shrinks until the training set is fitted without it) and 1, the
             evidence lower bound, for ``normalization="elbo"``.
@@ -82,8 +85,8 @@ class MonteCLoRAConfig:
             sign of the noise's rows at random (flipout, Wen et al. 2018): each example's law is the same, and the
             gradient has less variance. ``"shared"`` uses one draw for the whole batch; so does training wherever rows
             of an adapted layer's input are not examples, and with a guide whose rows are not symmetric.
-        noise_schedule: How ε changes while training, ``"constant"``, ``"cosine"``, ``"entropy"`` or ``"per_layer"``
-            (:mod:`bayeslora.noise_schedules`).
+        noise_schedule: How ε changes while training, ``"constant"``, ``"cosine"``, ``"entropy"``, ``"learned"`` or
+            ``"per_layer"`` (:mod:`bayeslora.noise_schedules`).
         guide: ``"amortized"``, ``"mean_field"`` or ``"gaussian"`` (:mod:`bayeslora.guides`).
         mode: ``"joint"`` trains everything; ``"post_hoc"`` freezes μ, B and the head, and trains only v and α.
         prior_concentration: α0 of the prior Dir(α0·1_N).
@@ -119,6 +122,9 @@ class MonteCLoRAConfig:
 
     num_components: int = option(4, "N, the number of components", Range(most=MAX_COMPONENTS))
     sample_scaler: float = option(0.1, "ε, the scale of the noise; 0 is plain LoRA", NOT_NEGATIVE)
+    noise_units: Literal["absolute", "relative"] = option(
+        "absolute", "of the sample scaler: of A itself, or of the scale at which a layer's A starts"
+    )
     kl_weight: float | None = option(None, "η, the weight of the KL", NOT_NEGATIVE)
     cooperation: float = option(1.0, "λ_C, the weight of the cooperative loss", NOT_NEGATIVE)
     normalization: Literal["paper", "elbo"] = option("paper", "how KL and data are weighed")
@@ -126,7 +132,7 @@ class MonteCLoRAConfig:
     mixture: Literal["dense", "sparse"] = option("dense", "all components, or the one with the largest weight")
     components: Literal["collapsed", "explicit"] = "collapsed"
     noise: Literal["per_example", "shared"] = option("per_example", "a draw for each example, or one a batch")
-    noise_schedule: Literal["constant", "cosine", "entropy", "per_layer"] = option(
+    noise_schedule: Literal["constant", "cosine", "entropy", "learned", "per_layer"] = option(
         "constant", "how ε changes while training"
     )
     guide: str = option("amortized", "amortized (default), mean_field or gaussian")

@@ -23,7 +23,9 @@ from bayeslora.inference.generation import generate as generate_texts
 from bayeslora.inference.merging import merged
 from bayeslora.inference.predict import predict as predict_examples
 from bayeslora.inference.prior import prior_draws as draws_from_prior
+from bayeslora.inference.tuning import tune as tune_width
 from bayeslora.models import MonteCLoRA
+from bayeslora.models.tuning import Tuning
 from bayeslora.posterior import Posterior
 from bayeslora.prediction import Prediction
 from bayeslora.storage import checkpoint
@@ -153,6 +155,46 @@ class BayesLoRA(Posterior):
                 noise_factor=noise_factor,
                 antithetic=antithetic,
             )
+
+    def tune(
+        self,
+        dataset: Any,
+        *,
+        num_samples: int = 16,
+        with_temperature: bool = False,
+        batch_size: int = 32,
+        seed: int = 0,
+        progress: bool = True,
+    ) -> Tuning:
+        """Choose one width for all noise by held-out labels, zero included, and keep it with the posterior.
+
+        Arguments and errors are those of :func:`bayeslora.inference.tuning.tune`.
+
+        Example:
+            >>> tuning = bayes.tune(dataset * 3, num_samples=4)  # of examples that it was not fitted to
+            >>> tuning.nll <= min(tuning.nll_at_mean, tuning.nll_untuned)
+            True
+        """
+        with one_at_a_time:
+            check_in_use(self.model.groups)
+            return tune_width(
+                self,
+                dataset,
+                num_samples=num_samples,
+                with_temperature=with_temperature,
+                batch_size=batch_size,
+                seed=seed,
+                progress=progress,
+            )
+
+    @property
+    def tuning(self) -> Tuning | None:
+        """What :meth:`tune` has chosen; set to None, draws are as they were fitted."""
+        return self.model.tuning
+
+    @tuning.setter
+    def tuning(self, value: Tuning | None) -> None:
+        self.model.tuning = value
 
     def generate(
         self,

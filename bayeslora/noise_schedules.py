@@ -9,6 +9,9 @@ The factors are buffers of the model: what they are at the end is the posterior 
                  that the means are found before the noise is large.
 ``"entropy"``    1 − H/log C, with H the predictive entropy of training examples, averaged over some 20 batches, from 0
                  on: little noise while the network is unsure, and more the more certain it becomes.
+``"learned"``    1 − L/L₀, with L the running loss of training batches and L₀ that of the first ten, from 0 on: no noise
+                 before the adapter has learned something, and all of it when it knows the examples by heart. For a
+                 task of any kind; L is the negative log-likelihood, or the squared error of numbers.
 ``"per_layer"``  As the posterior's standard deviation in a Laplace approximation with one variance for each adapter:
                  :math:`F_k^{-1/2}`, with :math:`F_k` the mean squared gradient of the entries of μ (an empirical
                  Fisher information), averaged over some 20 steps; divided by the adapters' geometric mean.
@@ -23,11 +26,13 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from bayeslora.errors import InputError
+from bayeslora.models.joint import JointModel
 from bayeslora.models.prior import Prior
 
 RATE = 0.05  # weight of the newest batch in an average
 RISING_SHARE = 0.5  # of training, over which the cosine rises
 LEAST = 1e-3  # factor of a schedule that starts without noise: at none there would be no density
+FIRST_BATCHES = 10  # whose loss is that of a network that has learned nothing
 WIDEST = 10.0  # a factor per layer lies between this and its inverse
 
 
@@ -44,6 +49,9 @@ class NoiseSchedule:
     needs_classes = False
     """Whether it follows probabilities of classes, which not every likelihood has."""
 
+    follows_loss = False
+    """Whether :meth:`see_loss` does anything."""
+
     def __init__(self, model: Prior):
         self.model = model
 
@@ -52,6 +60,9 @@ class NoiseSchedule:
 
     def see_logits(self, logits: Tensor) -> None:
         """After each forward pass of a training batch."""
+
+    def see_loss(self, loss: Tensor) -> None:
+        """After each forward pass of a training batch: how far it is from known by heart, at least 0."""
 
     def see_gradients(self) -> None:
         """After the backward passes of an optimizer step, before the gradients are used."""
@@ -97,6 +108,38 @@ class EntropySchedule(NoiseSchedule):
         self.set(torch.lerp(self.get(), certainty.clamp(min=LEAST), RATE))
 
 
+class LearnedSchedule(NoiseSchedule):
+    """Follows the share of the loss that has gone.
+
+    ``bayes.model.losses`` holds the number of batches seen (up to ten), L₀ and L; it is saved with the posterior. A
+    loss that is not finite is passed over.
+    """
+
+    follows_loss = True
+
+    def __init__(self, model: Prior):
+        super().__init__(model)
+        if model.config.mode == "post_hoc":
+            raise InputError(
+                "noise_schedule='learned' follows what the adapter learns, and mode='post_hoc' freezes it: "
+                "choose another noise_schedule"
+            )
+        model.register_buffer("losses", torch.zeros(3, device=model.groups[0].device))
+        self.set(LEAST)
+
+    def see_loss(self, loss: Tensor) -> None:
+        known = self.model.losses
+        seen, first, running = known
+        loss = loss.detach().to(known)
+        at_start = seen < FIRST_BATCHES
+        first = torch.where(at_start, first + (loss - first) / (seen + 1), first)
+        running = torch.where(at_start, first, torch.lerp(running, loss, RATE))
+        learned = torch.stack([(seen + 1).clamp(max=FIRST_BATCHES), first, running])
+        known.copy_(torch.where(loss.isfinite(), learned, known))
+        _, first, running = known
+        self.set((1 - running / first).clamp(LEAST, 1).nan_to_num(LEAST))
+
+
 class PerLayerSchedule(NoiseSchedule):
     """Gives an adapter noise according to how well the data determine it."""
 
@@ -126,8 +169,42 @@ SCHEDULES: dict[str, type[NoiseSchedule]] = {
     "constant": NoiseSchedule,
     "cosine": CosineSchedule,
     "entropy": EntropySchedule,
+    "learned": LearnedSchedule,
     "per_layer": PerLayerSchedule,
 }
+
+
+def start_noise(model: JointModel, guide: Any) -> NoiseSchedule:
+    """ε as it is where training starts, in the units that the configuration has, and what changes it from there.
+
+    Args:
+        model: Whose ε it is.
+        guide: A guide of the model that has not been trained.
+
+    Raises:
+        InputError: for units or a schedule that the guide, the likelihood or the mode does not go with.
+    """
+    config = model.config
+    name, schedule = config.noise_schedule, SCHEDULES[config.noise_schedule]
+    if config.noise_units == "relative":
+        _check_follows(guide, "noise_units='relative' sets ε layer by layer", "noise_units='absolute'")
+        model.set_noise_units(getattr(guide, "noise_variance", lambda group: None))
+    if name != "constant":
+        _check_follows(guide, f"noise_schedule={name!r} changes ε", "noise_schedule='constant'")
+    if schedule.needs_classes and not model.labelling.of_classes:
+        raise InputError(
+            f"noise_schedule={name!r} follows the entropy of class probabilities, and this network has none: "
+            "choose another noise_schedule"
+        )
+    return schedule(model)
+
+
+def _check_follows(guide: Any, what: str, instead: str) -> None:
+    if not getattr(guide, "follows_noise_schedule", False):
+        raise InputError(
+            f"{what}, and a {type(guide).__name__} does not follow: "
+            f"use one of the guides that are shipped, or {instead}"
+        )
 
 
 class NoiseScheduleCallback(TrainerCallback):

@@ -29,7 +29,7 @@ from bayeslora.elbo import CooperativeELBO, replayed
 from bayeslora.errors import InputError
 from bayeslora.guides.base import Guide
 from bayeslora.models.joint import JointModel
-from bayeslora.noise_schedules import SCHEDULES, NoiseSchedule
+from bayeslora.noise_schedules import start_noise
 from bayeslora.recorder import Recorder
 from bayeslora.wrapper import WrappedNetwork
 
@@ -47,7 +47,7 @@ class Posterior(WrappedNetwork):
         guide: A guide that was built from this model.
 
     Raises:
-        InputError: for a noise schedule that the guide or the likelihood cannot follow.
+        InputError: for units of the noise or a schedule of it that the guide or the likelihood cannot follow.
     """
 
     guide: Any
@@ -62,27 +62,12 @@ class Posterior(WrappedNetwork):
         self.model = model
         self.guide = guide
         self.elbo = CooperativeELBO.from_config(config)
-        self.noise_schedule = self._build_noise_schedule()
+        self.noise_schedule = start_noise(model, guide)
         self.sampling = config.sample_scaler > 0
         self._rows: bool | None = None  # whether examples can have their own noise; looked up at the first batch
         self._arrives = False  # whether draws are known to reach the network; looked at after the first training batch
         self._freeze()
         self._say_what_counts()
-
-    def _build_noise_schedule(self) -> NoiseSchedule:
-        name = self.monteclora_config.noise_schedule
-        if name != "constant" and not getattr(self.guide, "follows_noise_schedule", False):
-            raise InputError(
-                f"noise_schedule={name!r} changes ε, and a {type(self.guide).__name__} does not follow: "
-                "use one of the guides that are shipped, or noise_schedule='constant'"
-            )
-        schedule = SCHEDULES[name]
-        if schedule.needs_classes and not self.model.labelling.of_classes:
-            raise InputError(
-                f"noise_schedule={name!r} follows the entropy of class probabilities, and this network has none: "
-                "choose another noise_schedule"
-            )
-        return schedule(self.model)
 
     def _freeze(self) -> None:
         """Only what the objective depends on is trained, so that every trained parameter gets a gradient."""
@@ -227,9 +212,15 @@ class Posterior(WrappedNetwork):
             self._arrives = True
         logits = torch.stack(outputs).mean(0).detach()
         self.noise_schedule.see_logits(logits)
+        if self.noise_schedule.follows_loss:
+            assert self.elbo.parts is not None  # of the loss above
+            self.noise_schedule.see_loss(self.model.labelling.unlearned(logits, batch["labels"], self.elbo.parts.task))
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
     def _check_objective(self) -> None:
+        if self.model.tuning is not None:
+            raise InputError("this posterior's width was tuned, for the adapter as it is: set bayes.tuning = None to "
+                             "train it further, as bayeslora's trainers do")  # fmt: skip
         if self.monteclora_config.normalization == "elbo" and self.num_examples is None:
             raise InputError(
                 "normalization='elbo' divides the KL by the number of training examples, which is not known: "

@@ -67,6 +67,18 @@ class Prediction:
         """log p(y_i | draw s) in nats, ``(S, n)``; ``None`` without labels or draws."""
         return None
 
+    @property
+    def log_predictive(self) -> Array:
+        """log p of each label under the posterior predictive, in nats, ``(n,)``; ``None`` without labels or draws."""
+        draws = self.sample_log_likelihood
+        return None if draws is None else np.logaddexp.reduce(draws, axis=0) - np.log(len(draws))
+
+    @property
+    def nll(self) -> Array:
+        """Mean negative log-likelihood under the posterior predictive: nats per example, of texts per token."""
+        log_predictive = self.log_predictive
+        return None if log_predictive is None else float(-log_predictive.mean())
+
     def row(self, index: int) -> dict[str, Any]:
         """What is predicted of one example, in words and numbers ready for JSON."""
         raise NotImplementedError(f"a {type(self).__name__} does not say what is predicted of one example")
@@ -180,12 +192,17 @@ class TextPrediction(Prediction):
     @property
     def text_log_predictive(self) -> np.ndarray:
         """log p of each text under the posterior predictive, one draw for a whole text, in nats, ``(n,)``."""
-        return np.logaddexp.reduce(self.text_log_likelihood, axis=0) - np.log(len(self.text_log_likelihood))
+        return self.log_predictive
 
     @property
     def nats_per_token(self) -> float:
         """−log p of all texts under the posterior predictive, over the number of their scored tokens."""
         return float(-self.text_log_predictive.sum() / self.num_tokens.sum())
+
+    @property
+    def nll(self) -> float:
+        """:attr:`nats_per_token`."""
+        return self.nats_per_token
 
     @property
     def perplexity(self) -> float:

@@ -38,7 +38,8 @@ class Guide(PyroModule):
     #: can then have its own noise.
     symmetric_rows = False
 
-    #: Whether ε is read from ``model.sample_scaler(group)`` at every draw, so that a noise schedule can change it.
+    #: Whether ε is read from ``model.sample_scaler(group)`` at every draw, so that a noise schedule and
+    #: ``noise_units="relative"`` can change it.
     follows_noise_schedule = False
 
     #: Whether :meth:`sample_group` has an argument ``mean``, found out by itself; training then draws A − μ at once.
@@ -88,7 +89,7 @@ class Guide(PyroModule):
     def noise_variance(self, group: AdapterGroup) -> Tensor | None:
         """Variance of an entry of A around μ, averaged over entries, ``(adapters,)``; None where there is no formula.
 
-        Only logs depend on it.
+        Logs depend on it, and under ``noise_units="relative"`` the ε that training starts with.
         """
         return None
 

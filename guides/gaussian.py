@@ -14,7 +14,7 @@ from bayeslora.models.prior import Prior
 
 
 class GaussianGuide(Guide):
-    r"""q(A) = ∏ N(A_ji; μ_ji, s_ji²): an own standard deviation s = ε·exp(ρ) for every entry of A.
+    r"""q(A) = ∏ N(A_ji; μ_ji, s_ji²): an own standard deviation s for every entry of A.
 
     π and Σ stay at their priors. It has as many parameters as A, and starts at the dense prior's variance,
     :math:`\epsilon^2\,E[\sum_k \pi_k^2]`, times ``scale_init`` where that is given.
@@ -48,11 +48,11 @@ class GaussianGuide(Guide):
         for group in model.groups:
             variance = expected_cooperation(model.weights_prior(group)) * (self.config.scale_init or 1.0)
             shape = (len(group), group.columns, group.rank)
-            rho = torch.full(shape, float(variance.flatten()[0].log()) / 2)
-            self.register_parameter(f"log_scale_{group.name}", nn.Parameter(rho))
+            log_scale = torch.full(shape, float(variance.flatten()[0].log()) / 2)
+            self.register_parameter(f"log_scale_{group.name}", nn.Parameter(log_scale))
 
     def log_scale(self, group: AdapterGroup) -> Tensor:
-        """ρ = log(s/ε), shape ``(adapters, columns, r)``."""
+        """log(s/ε), shape ``(adapters, columns, r)``."""
         return getattr(self, f"log_scale_{group.name}")
 
     def sample_group(self, group: AdapterGroup, program: Any, mean: Tensor | None = None) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from bayeslora.distributions import (
     expected_cooperation,
 )
 from bayeslora.guides.base import Guide
+from bayeslora.models.mixture_weights import expected_active_squares
 from bayeslora.models.prior import Prior
 
 
@@ -67,14 +68,13 @@ class MixtureGuide(Guide):
         _, log_alpha = self.variational_parameters(group)
         return expected_cooperation(dist.Dirichlet(log_alpha.exp(), validate_args=False))
 
-    def noise_variance(self, group: AdapterGroup) -> Tensor | None:
-        r""":math:`\epsilon^2\,E[\sum_k \pi_k^2]\,\nu\,\bar v`, as :math:`E[\Sigma] = \nu\,\mathrm{diag}(v)`; the sparse
-        mixture has no closed form."""
-        if self.config.mixture == "sparse":
-            return None
-        log_v, _ = self.variational_parameters(group)
+    def noise_variance(self, group: AdapterGroup) -> Tensor:
+        r""":math:`\epsilon^2\,E[\sum_k \pi_k^2]\,\nu\,\bar v`, as :math:`E[\Sigma] = \nu\,\mathrm{diag}(v)`, with the
+        largest :math:`\pi_k^2` alone for the sparse mixture."""
+        log_v, log_alpha = self.variational_parameters(group)
+        squares = expected_active_squares(log_alpha.exp(), self.config.mixture)
         scale = self.model.degrees_of_freedom(group) * log_v.exp().mean(-1)
-        return self.model.sample_scaler(group) ** 2 * self.expected_squares(group) * scale
+        return self.model.sample_scaler(group) ** 2 * squares * scale
 
 
 def initial_scale(model: Prior, group: AdapterGroup) -> float:

@@ -96,6 +96,11 @@ class Likelihood(PyroModule):
         """What the mean over a batch is over: the number of its examples."""
         return torch.tensor(len(labels), device=labels.device)
 
+    def unlearned(self, outputs: Tensor, labels: Tensor, loss: Tensor) -> Tensor:
+        """How far a batch is from known by heart, where it would be 0: the negative log-likelihood, ``loss``, unless a
+        density can be above 1."""
+        return loss
+
     def label_names(self, network: nn.Module) -> tuple[str, ...] | None:
         """Names of the classes in order, or None where there are none."""
         names = getattr(network.config, "id2label", None) or {}
@@ -248,6 +253,10 @@ class GaussianLikelihood(Likelihood):
         labels = None if labels is None else _one_each(labels, logits).float()
         with example_plate(mean.shape[0], num_examples):
             return pyro.sample("labels", dist.Normal(mean, self.scale), obs=labels)
+
+    def unlearned(self, outputs: Tensor, labels: Tensor, loss: Tensor) -> Tensor:
+        """The mean squared error: σ shrinks with it, and the density has no upper bound."""
+        return (outputs.float().reshape(-1) - labels.float().reshape(-1)).square().mean()
 
     def check_label(self, label: np.ndarray, example: Mapping[str, Any], where: Where, network: nn.Module) -> None:
         _check_single(label, where)

@@ -15,7 +15,7 @@ Reference: Seth et al., *Robust and Efficient Fine-tuning of LLMs with Bayesian 
 Adaptation* (TMLR 2025), section 4.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyro.distributions as dist
@@ -25,7 +25,14 @@ from torch import Tensor
 
 from bayeslora.adapters.groups import AdapterGroup
 from bayeslora.config import MonteCLoRAConfig
-from bayeslora.distributions import CollapsedMixture, MixtureWeights, WishartCholesky, active_weights
+from bayeslora.distributions import (
+    CollapsedMixture,
+    MixtureWeights,
+    WishartCholesky,
+    active_weights,
+)
+from bayeslora.models.mixture_weights import expected_active_squares
+from bayeslora.models.tuning import Tuning
 
 
 class Prior(PyroModule):
@@ -39,20 +46,26 @@ class Prior(PyroModule):
     def __init__(self, groups: tuple[AdapterGroup, ...], config: MonteCLoRAConfig):
         super().__init__("model")
         self.config = config
+        self.tuning: Tuning | None = None  # what was tuned once the posterior was fitted
         self.groups = groups
-        if config.noise_schedule != "constant":
-            for group in groups:
-                factors = torch.ones(len(group), device=group.device)
-                self.register_buffer(f"noise_factor_{group.name}", factors)
+        for group in groups:
+            if config.noise_schedule != "constant":
+                self.register_buffer(f"noise_factor_{group.name}", torch.ones(len(group), device=group.device))
+            if config.noise_units == "relative":
+                self.register_buffer(f"noise_unit_{group.name}", torch.ones(len(group), device=group.device))
+        self.set_noise_units(lambda group: None)
 
     def degrees_of_freedom(self, group: AdapterGroup) -> float:
         """ν of a group: the configured value, or its rank."""
         return float(self.config.degrees_of_freedom or group.rank)
 
     def sample_scaler(self, group: AdapterGroup) -> float | Tensor:
-        """ε of prior and posterior: a number, or under a noise schedule one for each adapter, ``(adapters,)``."""
-        factors = self.noise_factors(group)
-        return self.config.sample_scaler if factors is None else self.config.sample_scaler * factors
+        """ε of prior and posterior: a number, or one for each adapter, ``(adapters,)``, where a noise schedule changes
+        it or ``noise_units="relative"`` sets it."""
+        scale: float | Tensor = self.config.sample_scaler
+        for factors in (self.noise_factors(group), self.noise_units(group)):
+            scale = scale if factors is None else scale * factors
+        return scale if self.tuning is None else scale * self.tuning.width
 
     def noise_scale(self, group: AdapterGroup) -> float | Tensor:
         """The former name of :meth:`sample_scaler`, for guides that were written with it."""
@@ -61,6 +74,32 @@ class Prior(PyroModule):
     def noise_factors(self, group: AdapterGroup) -> Tensor | None:
         """What a noise schedule multiplies ε by, ``(adapters,)``: a buffer, saved with the posterior; None without."""
         return getattr(self, f"noise_factor_{group.name}", None)
+
+    def noise_units(self, group: AdapterGroup) -> Tensor | None:
+        """ε of relative noise of size 1, ``(adapters,)``: a buffer, saved with the posterior; None for absolute ε."""
+        return getattr(self, f"noise_unit_{group.name}", None)
+
+    @torch.no_grad()
+    def set_noise_units(self, variance: Callable[[AdapterGroup], Tensor | None]) -> None:
+        r"""Make a relative ``sample_scaler`` the standard deviation of A − μ over that with which PEFT starts A.
+
+        PEFT draws A uniform on :math:`\pm n_{in}^{-1/2}`, with standard deviation :math:`(3 n_{in})^{-1/2}`. Noise of
+        size ρ so has :math:`\epsilon = \rho\,(3 n_{in})^{-1/2} / \sqrt{E[\sum_k \pi_k^2]\,\nu\,\bar v}`. A model
+        starts with the prior's variance, and :class:`bayeslora.BayesLoRA` takes its guide's instead.
+
+        Args:
+            variance: Of an entry of A − μ at the ε that is set, ``(adapters,)``, as a guide says it where it starts;
+                the prior's where that is None.
+        """
+        for group in self.groups:
+            units = self.noise_units(group)
+            if units is None or self.config.sample_scaler == 0:
+                continue
+            scale, found = self.sample_scaler(group), variance(group)
+            if found is None:
+                weights = self.weights_prior(group).concentration[:, 0]
+                found = scale**2 * expected_active_squares(weights, self.config.mixture)
+            units.copy_(scale / (found * 3 * group.columns).sqrt())
 
     def weights_prior(self, group: AdapterGroup) -> MixtureWeights:
         """p(π) = Dirichlet(α0·1_N) of a group's adapters, batch shape ``(adapters, 1)``."""

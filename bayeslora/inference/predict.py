@@ -15,6 +15,7 @@ from bayeslora.errors import InputError
 from bayeslora.inference.draws import Draws, Networks, evaluating, run_as
 from bayeslora.inference.prefix import MAX_KEPT_BYTES, Prefix
 from bayeslora.models.language import NOT_SCORED
+from bayeslora.models.tuning import Tuning
 from bayeslora.posterior import Posterior
 from bayeslora.prediction import Prediction
 
@@ -71,8 +72,8 @@ def predict(
             f"{type(bayes.guide).__name__} does not promise it: leave antithetic out, or set "
             "symmetric_rows = True on the guide if no row's sign matters to it"
         )
-    copies = 1
-    if bayes.monteclora_config.sample_scaler == 0:  # plain LoRA: every draw is the mean network
+    copies, tuning = 1, bayes.model.tuning or Tuning()
+    if bayes.monteclora_config.sample_scaler * tuning.width == 0:  # every draw is the mean network
         num_samples, copies = 0, max(num_samples, 1)
     examples = read_examples(bayes.model, dataset)
     batches, order = examples.batches(batch_size)
@@ -87,6 +88,8 @@ def predict(
             targets += [] if labels is None else [labels.cpu()]
     labelled = len(targets) == len(outputs)
     drawn = _joined(outputs, dim=1, filling=np.nan).numpy()[:, order]  # (S, n, ...)
+    if bayes.model.labelling.of_classes:
+        drawn = drawn / tuning.temperature
     return bayes.model.labelling.summarize(
         np.repeat(drawn, copies, axis=0),
         _joined(targets, dim=0, filling=NOT_SCORED).numpy()[order] if labelled else None,

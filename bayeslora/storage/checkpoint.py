@@ -8,7 +8,7 @@ configuration, versions, a fingerprint of the base network and the other files' 
 import json
 import os
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from bayeslora.adapters.untrusted import PREFIX, load_state
 from bayeslora.errors import InputError
 from bayeslora.files.writing import replacing_folder, sha256_of, sync
 from bayeslora.inference.draws import posterior_sites
+from bayeslora.models.tuning import Tuning
 from bayeslora.posterior import Posterior
 from bayeslora.storage.base_network import check_base, check_taken_from_base, fingerprint
 from bayeslora.storage.manifest import (
@@ -88,6 +89,8 @@ def _manifest(bayes: Posterior, folder: Path) -> dict[str, Any]:
         "adapters": adapter_shapes(bayes),
         "sha256": {name: sha256_of(folder / name) for name in FILES},
     }
+    if bayes.model.tuning is not None:
+        manifest["tuning"] = bayes.model.tuning.to_dict()
     described = bayes.model.labelling.describe()
     if described is not None:
         manifest["likelihood"] = described
@@ -115,11 +118,11 @@ def load_adapter(bayes: Posterior, folder: Path) -> None:
     check_base(folder, manifest, bayes.network.get_base_model())
     load_adapter_weights(bayes.network, folder)
     check_taken_from_base(folder, manifest, bayes.network)
-    load_posterior(bayes, folder)
+    load_posterior(bayes, folder, manifest)
 
 
-def load_posterior(bayes: Posterior, folder: Path) -> None:
-    """Read the guide's and the likelihood's parameters."""
+def load_posterior(bayes: Posterior, folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Read the guide's and the likelihood's parameters, and what was tuned."""
     modules: dict[str, nn.Module] = {"guide.": bayes.guide, "model.": bayes.model}
     expected = {prefix + name: v for prefix, module in modules.items() for name, v in module.state_dict().items()}
     path = folder / POSTERIOR
@@ -127,6 +130,7 @@ def load_posterior(bayes: Posterior, folder: Path) -> None:
     for prefix, module in modules.items():
         module.load_state_dict({n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)})
     _check_posterior(bayes, path)
+    bayes.model.tuning = None if manifest["tuning"] is None else Tuning(**manifest["tuning"])
 
 
 def _check_posterior(bayes: Posterior, path: Path) -> None:

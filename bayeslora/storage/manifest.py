@@ -12,6 +12,7 @@ from bayeslora.adapters.provenance import Sketch
 from bayeslora.errors import InputError
 from bayeslora.files.records import is_integer, is_names, is_number, is_object_of, read_json
 from bayeslora.files.writing import sha256_of
+from bayeslora.models.tuning import Tuning
 
 MANIFEST = "bayeslora.json"
 POSTERIOR = "posterior.safetensors"
@@ -60,11 +61,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if is_integer(known) and known != FORMAT:
         raise InputError(f"{folder} has format {known}, this bayeslora reads {FORMAT}: use a matching version")
     for name, fits in _MANIFEST_ENTRIES.items():
-        if not fits(manifest.get(name, [] if name == "kept" else None)) or name not in {*manifest, "kept"}:
+        if not fits(manifest.get(name, _LATER_ENTRIES.get(name))) or name not in {*manifest, *_LATER_ENTRIES}:
             raise InputError(f"{folder / MANIFEST} is damaged (its {name!r}): use another copy of the folder")
     if manifest["digest"] != digest_of(manifest):
         raise InputError(f"{folder / MANIFEST} is damaged or was edited: use another copy of the folder")
-    manifest.setdefault("kept", [])  # earlier adapters have no such entry
+    manifest = _LATER_ENTRIES | manifest
     for name in FILES:
         if not (folder / name).is_file():
             raise InputError(f"{folder} is incomplete: {name} is missing or not a regular file")
@@ -89,6 +90,7 @@ def _is_base(value: Any) -> bool:
     )
 
 
+_LATER_ENTRIES: dict[str, Any] = {"kept": [], "tuning": None}  # which earlier adapters do not have
 # What each entry of the manifest must be, apart from the configuration's own fields.
 _MANIFEST_ENTRIES: dict[str, Callable[[Any], bool]] = {
     "format": is_integer,
@@ -99,5 +101,6 @@ _MANIFEST_ENTRIES: dict[str, Callable[[Any], bool]] = {
     "adapters": lambda v: is_object_of(v, lambda a: isinstance(a, list) and len(a) == 2 and all(map(is_integer, a))),
     "base": _is_base,
     "kept": is_names,
+    "tuning": lambda v: v is None or Tuning.is_dict(v),
     "sha256": lambda v: is_object_of(v, lambda digest: isinstance(digest, str)),
 }

@@ -52,5 +52,5 @@ def from_pretrained(
     if adapter_shapes(bayes) != manifest["adapters"]:
         raise InputError(f"{folder / MANIFEST} lists other adapters than {ADAPTER_WEIGHTS} holds: use another copy")
     bayes.num_examples = manifest["num_examples"]
-    load_posterior(bayes, folder)
+    load_posterior(bayes, folder, manifest)
     return bayes.eval()

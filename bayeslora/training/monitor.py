@@ -31,13 +31,28 @@ def noise_to_signal(bayes: Posterior) -> Tensor | None:
     Returns:
         Shape ``(adapters,)``, in the order of ``bayes.adapter_names``; None where the guide has no formula for it.
     """
-    ratios = []
-    for group in bayes.model.groups:
-        variance = bayes.guide.noise_variance(group)
-        if variance is None:
-            return None
-        ratios.append(variance.sqrt() / group.mean_scale())
-    return torch.cat(ratios)
+    deviations = noise_deviations(bayes)
+    if deviations is None:
+        return None
+    return deviations / torch.cat([group.mean_scale() for group in bayes.model.groups])
+
+
+@torch.no_grad()
+def relative_noise(bayes: Posterior) -> Tensor | None:
+    """ρ: the same over the standard deviation with which PEFT starts A, 1/√(3·n_in), whatever the noise's units."""
+    deviations = noise_deviations(bayes)
+    if deviations is None:
+        return None
+    columns = [group.columns for group in bayes.model.groups for _ in group.adapters]
+    return deviations * (3 * torch.tensor(columns, device=deviations.device)).sqrt()
+
+
+def noise_deviations(bayes: Posterior) -> Tensor | None:
+    """Standard deviation of an entry of A around μ, for every adapter; None where the guide has no formula for it."""
+    variances = [bayes.guide.noise_variance(group) for group in bayes.model.groups]
+    if any(variance is None for variance in variances):
+        return None
+    return torch.cat(variances).sqrt()
 
 
 def posterior_logs(bayes: Posterior) -> dict[str, float]:
@@ -47,12 +62,13 @@ def posterior_logs(bayes: Posterior) -> dict[str, float]:
         return logs
     if isinstance(bayes.guide, MixtureGuide):
         logs["posterior/effective_components"] = float(components_in_use(bayes).mean())
-    noise = noise_to_signal(bayes)
-    if noise is not None:
+    noise, relative = noise_to_signal(bayes), relative_noise(bayes)
+    if noise is not None and relative is not None:
         ratios = noise.tolist()
         logs |= {
             "posterior/noise_to_signal_mean": sum(ratios) / len(ratios),
             "posterior/noise_to_signal_max": max(ratios),
+            "posterior/relative_noise_mean": float(relative.mean()),
         }
         logs |= {f"noise_to_signal/{name}": r for name, r in zip(bayes.adapter_names, ratios, strict=True)}
     return logs

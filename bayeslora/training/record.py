@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from bayeslora.config import MonteCLoRAConfig
 from bayeslora.errors import InputError
 from bayeslora.files.records import MAX_RUN_BYTES, read_json
 from bayeslora.files.writing import write_json
@@ -71,12 +72,14 @@ def read_record(run_file: Path) -> dict[str, Any]:
 
 
 def _check_same_run(output_dir: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """A resumed run goes on with the settings it began with."""
-    for part in ("config", "training"):
+    """A resumed run goes on with the settings it began with; a field that came later had its default."""
+    defaults = {"config": MonteCLoRAConfig().to_dict(), "training": {}}
+    for part, missing in defaults.items():
+        began = {**missing, **before[part]}
         for name, value in now[part].items():
-            if before[part].get(name) != value:
+            if began.get(name) != value:
                 raise InputError(
-                    f"the run in {output_dir} began with {name}={before[part].get(name)!r}, not {value!r}: "
+                    f"the run in {output_dir} began with {name}={began.get(name)!r}, not {value!r}: "
                     "resume it with the same settings, or use another folder"
                 )
 

@@ -1,6 +1,7 @@
 """``transformers.Trainer`` for a posterior."""
 
 import copy
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence, Sized
 from functools import cached_property
@@ -34,6 +35,8 @@ from bayeslora.storage.run_folder import (
 from bayeslora.training.arguments import REFUSED_BY_TRAINER, check_fit_arguments
 from bayeslora.training.monitor import posterior_logs
 from bayeslora.training.parameters import trained_parameters
+
+logger = logging.getLogger(__name__)
 
 
 class BayesTrainer(Trainer):
@@ -95,6 +98,11 @@ class BayesTrainer(Trainer):
         if isinstance(train_dataset, Sized):
             model.num_examples = len(train_dataset)
         self.variational_learning_rate = variational_rate(args, variational_learning_rate)
+        if model.model.tuning is not None:
+            logger.warning(
+                "the width %g was tuned for the adapter as it is: training starts without it", model.model.tuning.width
+            )
+            model.model.tuning = None
         self._ended = False
         self._step_loss: Tensor | float = 0.0
         self._parts: ELBOParts | None = None

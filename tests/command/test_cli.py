@@ -123,6 +123,26 @@ def test_the_default_preset_is_the_one_for_the_labels(model, tmp_path, labels, w
     assert (config["noise_schedule"], config["sample_scaler"]) == (schedule, scale)
 
 
+def test_relative_noise_that_follows_what_was_learned(model, data, tmp_path):
+    folder, page = tmp_path / "run", tmp_path / "report.html"
+    words = ["--noise-units", "relative", "--noise-schedule", "learned", "--sample-scaler", "0.5"]
+    assert main(["fit", *data_options(model, data), "--output", str(folder), "--epochs", "4", *SMALL, *words]) == 0
+    record = json.loads((folder / "run.json").read_text())
+    assert [record["config"][name] for name in ("noise_units", "noise_schedule", "sample_scaler")] == [
+        "relative",
+        "learned",
+        0.5,
+    ]
+    logged = [entry["posterior/relative_noise_mean"] for entry in record["history"] if "elbo/task" in entry]
+    assert logged[0] == pytest.approx(0.5e-3, rel=0.05)  # next to none, of 0.5
+    assert max(logged) <= 0.55
+    words = ["report", str(folder), "--output", str(page), "--num-samples", "2", "--max-examples", "4"]
+    assert main([*words, "--no-diagnostics"]) == 0
+    text = re.sub(r"<[^>]+>", " ", page.read_text(encoding="utf-8"))
+    assert re.search(r"noise_units\s+relative", text)
+    assert re.search(r"noise_schedule\s+learned", text)
+
+
 def test_post_hoc_starts_from_a_trained_lora(run, model, data, tmp_path, capsys):
     from safetensors.torch import load_file
 

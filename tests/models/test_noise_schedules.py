@@ -4,12 +4,16 @@ import math
 
 import pytest
 import torch
+from transformers import Trainer, TrainingArguments
 
 from bayeslora import BayesLoRA, InputError, MonteCLoRAConfig
 from bayeslora.config import NOISE_SCHEDULES
+from bayeslora.data.batches import Collator
 from bayeslora.guides import GaussianGuide
-from bayeslora.noise_schedules import SCHEDULES
+from bayeslora.models import ChoiceLikelihood, Likelihood
+from bayeslora.noise_schedules import SCHEDULES, NoiseScheduleCallback
 from tests.conftest import tiny_batch, tiny_dataset, tiny_network
+from tests.language import tiny_language_model
 from tests.runs import At, equal, interrupt, new, run, state
 
 CHANGING = [name for name in NOISE_SCHEDULES if name != "constant"]
@@ -54,8 +58,7 @@ def test_factors_multiply_every_adapters_noise(options):
     bayes.noise_schedule.set(factors)
     assert torch.equal(bayes.noise_schedule.get(), factors)
     torch.testing.assert_close(spread(bayes), before * factors)
-    if logged is not None:
-        torch.testing.assert_close(logged_variance(bayes), logged * factors**2)
+    torch.testing.assert_close(logged_variance(bayes), logged * factors**2)
     torch.testing.assert_close(prior_spread(bayes), prior_spread(bayes, torch.ones(())) * factors)
 
 
@@ -69,9 +72,8 @@ def test_epsilon_has_its_former_name_too():
 
 
 def logged_variance(bayes):
-    """Of every adapter; the sparse mixture has no formula."""
-    variances = [bayes.guide.noise_variance(group) for group in bayes.model.groups]
-    return None if variances[0] is None else torch.cat(variances)
+    """Of every adapter."""
+    return torch.cat([bayes.guide.noise_variance(group) for group in bayes.model.groups])
 
 
 def prior_spread(bayes, factors=None):
@@ -129,6 +131,122 @@ def test_entropy_follows_certainty():
     for _ in range(400):
         schedule.see_logits(torch.zeros(3, 2))
     assert schedule.get().max() == pytest.approx(1e-3, rel=1e-4)
+
+
+class TestLearned:
+    """1 − L/L₀."""
+
+    def factor(self, bayes):
+        return float(bayes.noise_schedule.get().max())
+
+    def see(self, bayes, *losses):
+        for loss in losses:
+            bayes.noise_schedule.see_loss(torch.tensor(loss))
+
+    def test_in_closed_form(self):
+        bayes = module("learned")
+        assert self.factor(bayes) == pytest.approx(1e-3)
+        start = [2.0, 1.0, 1.5, 0.5, 2.5, 1.0, 2.0, 1.5, 1.0, 1.0]
+        for loss in start:
+            self.see(bayes, loss)
+            assert bayes.noise_schedule.get().tolist() == pytest.approx([1e-3] * len(bayes.adapter_names))
+        assert bayes.model.losses.tolist() == pytest.approx([10, 1.4, 1.4])
+        self.see(bayes, 0.4, 0.2)
+        running = 0.95 * (0.95 * 1.4 + 0.05 * 0.4) + 0.05 * 0.2
+        assert self.factor(bayes) == pytest.approx(1 - running / 1.4)
+        self.see(bayes, *[0.35] * 400)
+        assert self.factor(bayes) == pytest.approx(0.75, rel=1e-4)
+        self.see(bayes, *[0.0] * 800)
+        assert 0.999 < self.factor(bayes) <= 1
+        self.see(bayes, *[5.0] * 400)  # worse than at first
+        assert self.factor(bayes) == pytest.approx(1e-3)
+
+    def test_it_stays_between_none_and_all(self):
+        for start, later in [(0.0, 0.0), (0.0, 1.0), (1e-30, 1e30), (1.0, -5.0), (1e30, 0.0)]:
+            bayes = module("learned")
+            self.see(bayes, *[start] * 10)
+            assert self.factor(bayes) == pytest.approx(1e-3)
+            for _ in range(50):
+                self.see(bayes, later)
+                assert 1e-3 * (1 - 1e-6) <= self.factor(bayes) <= 1
+
+    @pytest.mark.parametrize("at", [0, 5, 11])
+    def test_a_loss_that_is_no_number_is_passed_over(self, at):
+        bayes, other = module("learned"), module("learned")
+        losses = torch.linspace(2, 1, 30).tolist()
+        self.see(bayes, *losses)
+        for bad in (math.nan, math.inf):
+            losses.insert(at, bad)
+        self.see(other, *losses)
+        assert torch.equal(other.model.losses, bayes.model.losses)
+        assert self.factor(other) == self.factor(bayes) > 0.1
+
+    @pytest.mark.parametrize("kind", ["classes", "numbers", "choices", "texts"])
+    def test_of_every_kind_of_task(self, kind):
+        """L is what the batch's loss was, of numbers the squared error: nothing beside it."""
+        bayes, batch = self.learner(kind)
+        optimizer, seen = torch.optim.AdamW(bayes.parameters(), lr=1e-2), []
+        for _ in range(12):
+            output = bayes(**batch)
+            error = (output.logits.squeeze(-1) - batch["labels"]).square().mean() if kind == "numbers" else None
+            seen.append(float(bayes.elbo.parts.task if error is None else error))
+            optimizer.zero_grad()
+            output.loss.backward()
+            optimizer.step()
+        first = sum(seen[:10]) / 10
+        running = first
+        for loss in seen[10:]:
+            running += 0.05 * (loss - running)
+        assert bayes.model.losses.tolist() == pytest.approx([10, first, running], rel=1e-5)
+        assert running < 0.99 * first
+
+    @staticmethod
+    def learner(kind):
+        config = MonteCLoRAConfig(r=2, num_components=3, noise_schedule="learned", noise="shared", num_particles=2)
+        if kind in ("classes", "numbers"):
+            numbers = kind == "numbers"
+            batch = tiny_batch()
+            if numbers:
+                batch["labels"] = torch.linspace(-1, 2, 6)
+            return BayesLoRA(tiny_network(num_labels=1 if numbers else 2), config).train(), batch
+        tokens = torch.randint(3, 60, (3, 2, 5) if kind == "choices" else (3, 5))
+        batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
+        if kind == "choices":
+            answer = torch.tensor([0, 0, 0, 1, 1]).expand(3, 2, 5)
+            batch |= {"answer_mask": answer, "labels": torch.tensor([0, 1, 1])}
+        likelihood = ChoiceLikelihood("AB") if kind == "choices" else None
+        return BayesLoRA(tiny_language_model("llama", layers=1), config, likelihood=likelihood).train(), batch
+
+    @pytest.mark.parametrize("accumulated", [1, 3])
+    def test_in_a_stock_trainer(self, accumulated, tmp_path):
+        """Batches count, whether a step has one or several."""
+        bayes = new(noise_schedule="learned", sample_scaler=1e-3)
+        arguments = TrainingArguments(
+            str(tmp_path),
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=accumulated,
+            num_train_epochs=12,
+            learning_rate=2e-2,
+            save_strategy="no",
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        callback = NoiseScheduleCallback(bayes.noise_schedule)
+        trainer = Trainer(bayes, arguments, Collator(), tiny_dataset(24), callbacks=[callback])
+        assert trainer.train().global_step == 72 // accumulated
+        seen, first, running = bayes.model.losses.tolist()
+        assert seen == 10
+        assert 0.4 < first < 1.0
+        assert running < first
+        assert self.factor(bayes) == pytest.approx(1 - running / first, rel=1e-4)
+        assert self.factor(bayes) > 1.1e-3
+
+    def test_others_do_not_look_at_the_loss(self, monkeypatch):
+        """A likelihood of one's own need not say how far from learned a batch is."""
+        monkeypatch.delattr(Likelihood, "unlearned")
+        for schedule in set(NOISE_SCHEDULES) - {"learned"}:
+            assert module(schedule).train()(**tiny_batch()).loss.isfinite()
 
 
 def test_per_layer_is_the_fisher_informations():
@@ -208,6 +326,7 @@ class TestRefused:
         with pytest.raises(InputError, match="this network has none"):
             BayesLoRA(tiny_network(num_labels=1), MonteCLoRAConfig(noise_schedule="entropy"))
 
-    def test_gradients_of_a_frozen_mean(self):
-        with pytest.raises(InputError, match="post_hoc' freezes"):
-            BayesLoRA(tiny_network(), MonteCLoRAConfig(noise_schedule="per_layer", mode="post_hoc"))
+    @pytest.mark.parametrize("schedule", ["learned", "per_layer"])
+    def test_what_a_frozen_mean_does_not_have(self, schedule):
+        with pytest.raises(InputError, match=f"noise_schedule='{schedule}' .* mode='post_hoc'"):
+            BayesLoRA(tiny_network(), MonteCLoRAConfig(noise_schedule=schedule, mode="post_hoc"))

@@ -370,6 +370,8 @@ class TestEarlierAdapters:
 
     def test_opens_as_it_was(self):
         bayes = BayesLoRA.from_pretrained(self.FOLDER / "run" / "adapter", self.base())
+        epsilon = json.loads((self.FOLDER / "run" / "run.json").read_text())["config"]["sample_scaler"]
+        assert [bayes.model.sample_scaler(group) for group in bayes.model.groups] == [epsilon] * len(bayes.model.groups)
         found = bayes.predict(tiny_dataset(4), num_samples=2, progress=False).sample_probs
         expected = json.loads((self.FOLDER / "probs.json").read_text())
         np.testing.assert_allclose(found, expected, atol=1e-6)
@@ -391,6 +393,12 @@ class TestEarlierAdapters:
         assert result.steps == 4
         found = bayes.predict(tiny_dataset(4), num_samples=2, progress=False).sample_probs
         np.testing.assert_allclose(found, json.loads((self.FOLDER / "probs.json").read_text()), atol=1e-6)
+
+    def test_a_field_that_came_later_had_its_default(self, tmp_path):
+        shutil.copytree(self.FOLDER / "run", tmp_path / "run")
+        config = MonteCLoRAConfig(r=2, target_modules=["query", "value"], num_components=2, noise_units="relative")
+        with pytest.raises(InputError, match="began with noise_units='absolute', not 'relative'"):
+            fit(BayesLoRA(self.base(), config), tiny_dataset(16), output_dir=tmp_path / "run", resume=True)
 
     def test_what_it_did_not_keep_is_refused(self, tmp_path):
         """Its base has a pooler; on one without, a new one would come at random, and nothing would be said."""

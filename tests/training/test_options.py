@@ -121,6 +121,7 @@ METHOD = {
     "target_modules": ("query", "value"),
     "num_components": 7,
     "sample_scaler": 0.5,
+    "noise_units": "relative",
     "kl_weight": 0.25,
     "cooperation": 2.0,
     "normalization": "elbo",

@@ -35,7 +35,7 @@ def arguments(folder, **options):
     return TrainingArguments(str(folder), **options)
 
 
-@pytest.mark.parametrize("schedule", ["constant", "entropy"])
+@pytest.mark.parametrize("schedule", ["constant", "entropy", "learned"])
 def test_it_ends_where_fit_ends(tmp_path, schedule):
     """Rate of the posterior, number of examples, collator, noise schedule: forgotten, each would change a number."""
     one, other = (new(normalization="elbo", noise_schedule=schedule) for _ in range(2))

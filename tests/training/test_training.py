@@ -4,6 +4,7 @@ import json
 import math
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -12,7 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from bayeslora import BayesLoRA, InputError, TrainingDivergedError
 from bayeslora.inference.predict import Collator
 from bayeslora.storage.run_folder import last_checkpoint
-from bayeslora.training.monitor import components_in_use
+from bayeslora.training.monitor import components_in_use, relative_noise
 from bayeslora.training.trainer import BayesTrainer
 from tests.conftest import tiny_dataset
 from tests.modules import randomize_b
@@ -383,6 +384,9 @@ class TestLogs:
         assert entry["posterior/noise_to_signal_mean"] == pytest.approx(sum(ratios.values()) / len(ratios))
         draws = 150
         drawn = bayes.posterior_draws(num_samples=draws, seed=0, adapters=bayes.adapter_names)
+        columns = np.array([group.columns for group in bayes.model.groups for _ in group.adapters])
+        relative = np.sqrt((drawn.noise_scale**2).mean(0) * 3 * columns)  # over PEFT's 1/√(3·n_in)
+        assert entry["posterior/relative_noise_mean"] == pytest.approx(relative.mean(), rel=0.1)
         for group in bayes.model.groups:
             for adapter, mean in zip(group.adapters, group.mean().detach().mT.numpy(), strict=True):
                 squares = ((drawn.A[adapter.name] - mean) ** 2).mean((1, 2)) / (mean**2).mean()
@@ -401,10 +405,15 @@ class TestLogs:
 
     def test_no_posterior_to_speak_of(self, tmp_path):
         plain = run(tmp_path / "plain", new(sample_scaler=0.0), max_steps=1)
-        sparse = run(tmp_path / "sparse", new(mixture="sparse"), max_steps=1)
         assert not [name for name in plain.history[0] if name.startswith(("posterior/", "noise_to_signal/", "elbo/"))]
-        assert "posterior/effective_components" in sparse.history[0]
-        assert not [name for name in sparse.history[0] if name.startswith("noise_to_signal/")]
+
+    @pytest.mark.parametrize("units", ["absolute", "relative"])
+    @pytest.mark.parametrize("mixture", ["dense", "sparse"])
+    def test_relative_noise_is_there_whatever_the_units(self, units, mixture, tmp_path):
+        bayes = new(mixture=mixture, noise_units=units)
+        logged = run(tmp_path, bayes, max_steps=1, learning_rate=1e-9).history[0]["posterior/relative_noise_mean"]
+        assert logged == pytest.approx(0.05 if units == "relative" else float(relative_noise(bayes).mean()), rel=1e-3)
+        assert (logged > 0.051 or logged < 0.049) == (units == "absolute")
 
     @pytest.mark.parametrize("bound", [1e-3, 0.0])
     def test_gradient_norms(self, bound, tmp_path):
@@ -429,7 +438,8 @@ class TestLogs:
             assert value > 0
             assert entry[f"grad_norm/{part}"] == pytest.approx(value * entry["grad_norm"] / clipped, rel=1e-4)
 
-    def test_nothing_is_copied_to_the_host_in_a_step(self, tmp_path, monkeypatch):
+    @pytest.mark.parametrize("schedule", ["constant", "learned"])
+    def test_nothing_is_copied_to_the_host_in_a_step(self, schedule, tmp_path, monkeypatch):
         """On a GPU each such copy would wait for the step to be computed."""
         copies = []
 
@@ -451,7 +461,7 @@ class TestLogs:
 
         monkeypatch.setattr(Trainer, "training_step", unwatched)
         monkeypatch.setattr(BayesTrainer, "training_step", watched)
-        run(tmp_path, max_steps=2, gradient_accumulation=2)
+        run(tmp_path, new(noise_schedule=schedule, noise_units="relative"), max_steps=2, gradient_accumulation=2)
         assert not copies
         with Watch():
             float(torch.ones(()))
