@@ -28,6 +28,7 @@ from bayeslora.distributions import random_signs
 from bayeslora.elbo import CooperativeELBO, replayed
 from bayeslora.errors import InputError
 from bayeslora.guides.base import Guide
+from bayeslora.guides.selection import check_follows_noise
 from bayeslora.models.joint import JointModel
 from bayeslora.noise_schedules import SCHEDULES, NoiseSchedule
 from bayeslora.recorder import Recorder
@@ -72,20 +73,14 @@ class Posterior(WrappedNetwork):
         self._say_what_counts()
 
     def _set_noise_units(self) -> None:
-        if not getattr(self.guide, "follows_noise_schedule", False):
-            raise InputError(
-                f"noise_units='relative' sets ε layer by layer, and a {type(self.guide).__name__} does not follow: "
-                "use one of the guides that are shipped, or noise_units='absolute'"
-            )
+        what = "noise_units='relative' sets ε layer by layer"
+        check_follows_noise(self.guide, what, ", or noise_units='absolute'")
         self.model.set_noise_units(self.guide.noise_variance)
 
     def _build_noise_schedule(self) -> NoiseSchedule:
         name = self.monteclora_config.noise_schedule
-        if name != "constant" and not getattr(self.guide, "follows_noise_schedule", False):
-            raise InputError(
-                f"noise_schedule={name!r} changes ε, and a {type(self.guide).__name__} does not follow: "
-                "use one of the guides that are shipped, or noise_schedule='constant'"
-            )
+        if name != "constant":
+            check_follows_noise(self.guide, f"noise_schedule={name!r} changes ε", ", or noise_schedule='constant'")
         schedule = SCHEDULES[name]
         if schedule.needs_classes and not self.model.labelling.of_classes:
             raise InputError(
@@ -241,9 +236,7 @@ class Posterior(WrappedNetwork):
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
     def _check_objective(self) -> None:
-        if self.model.tuning is not None:
-            raise InputError("this posterior's width was tuned, for the adapter as it is: set bayes.tuning = None to "
-                             "train it further, as bayeslora's trainers do")  # fmt: skip
+        self.model.check_untuned("to train it further")
         if self.monteclora_config.normalization == "elbo" and self.num_examples is None:
             raise InputError(
                 "normalization='elbo' divides the KL by the number of training examples, which is not known: "
