@@ -236,7 +236,7 @@ def _facts(run: FittedRun, num_samples: int) -> dict[str, str]:
         "adapters": f"{len(bayes.adapter_names)}",
     }
     if bayes.tuning is not None:
-        facts["noise"] = str(bayes.tuning)
+        facts["tuned"] = str(bayes.tuning)
     facts |= {name: _show(training[name]) for name in TRAINING_FACTS if training.get(name) not in (None, -1)}
     facts |= {name: _show(config[name]) for name in METHOD_FACTS if config.get(name) is not None}
     versions = record.get("versions", {})
