@@ -20,6 +20,7 @@ from torch.distributions import kl_divergence
 from bayeslora.config import MonteCLoRAConfig
 from bayeslora.distributions import expected_cooperation
 from bayeslora.errors import InputError
+from bayeslora.models.prior import Prior
 
 Nodes = Mapping[str, dict]  # site name to its record, as in pyro.poutine.Trace.nodes
 
@@ -117,6 +118,8 @@ class CooperativeELBO(TraceMeanField_ELBO):
         return cls(config.kl_weight, config.cooperation, config.normalization, config.num_particles)
 
     def differentiable_loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
+        if isinstance(model, Prior):
+            model.check_untuned("to train it further")
         scores = []
         for _ in range(self.num_particles):
             guide_trace = poutine.trace(guide, graph_type="flat").get_trace(*args, **kwargs)

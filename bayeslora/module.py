@@ -10,12 +10,11 @@ from peft import PeftModel
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from bayeslora.adapters.drawing import check_in_use, one_at_a_time, using_draw
+from bayeslora.adapters.drawing import check_in_use, in_turn, one_at_a_time, using_draw
 from bayeslora.adapters.inject import with_lora_fields
 from bayeslora.config import MonteCLoRAConfig
-from bayeslora.distributed import refuse_sharded
 from bayeslora.errors import InputError
-from bayeslora.guides import GUIDES
+from bayeslora.guides.selection import guide_for
 from bayeslora.inference.draws import Draws, PosteriorDraws, sample_sites
 from bayeslora.inference.draws import posterior_draws as draws_per_adapter
 from bayeslora.inference.generation import Generation
@@ -23,9 +22,9 @@ from bayeslora.inference.generation import generate as generate_texts
 from bayeslora.inference.merging import merged
 from bayeslora.inference.predict import predict as predict_examples
 from bayeslora.inference.prior import prior_draws as draws_from_prior
+from bayeslora.inference.tuning import set_tuning
 from bayeslora.inference.tuning import tune as tune_width
-from bayeslora.models import MonteCLoRA
-from bayeslora.models.tuning import Tuning
+from bayeslora.models import MonteCLoRA, Tuning
 from bayeslora.posterior import Posterior
 from bayeslora.prediction import Prediction
 from bayeslora.storage import checkpoint
@@ -75,7 +74,7 @@ class BayesLoRA(Posterior):
         if isinstance(network, PeftModel):
             config = with_lora_fields(config, network)
         model = MonteCLoRA(network, config, likelihood=likelihood)
-        super().__init__(model, _build_guide(model, guide))
+        super().__init__(model, guide_for(model, guide))
 
     def sample(self, num_samples: int = 1, *, seed: int | None = None) -> dict[str, Tensor]:
         """Draws from the guide: site name to values of shape ``(num_samples, *site shape)``; see
@@ -137,11 +136,8 @@ class BayesLoRA(Posterior):
             >>> prediction = bayes.predict(dataset, num_samples=4)
             >>> prediction.probs.shape, prediction.sample_log_probs.shape  # (examples, classes), and for each draw
             ((8, 2), (4, 8, 2))
-            >>> bool(np.allclose(prediction.probs, np.exp(prediction.sample_log_probs).mean(0)))
-            True
         """
-        with one_at_a_time:
-            check_in_use(self.model.groups)
+        with in_turn(self.model.groups):
             return predict_examples(
                 self,
                 dataset,
@@ -175,8 +171,7 @@ class BayesLoRA(Posterior):
             >>> tuning.nll <= min(tuning.nll_at_mean, tuning.nll_untuned)
             True
         """
-        with one_at_a_time:
-            check_in_use(self.model.groups)
+        with in_turn(self.model.groups):
             return tune_width(
                 self,
                 dataset,
@@ -189,12 +184,12 @@ class BayesLoRA(Posterior):
 
     @property
     def tuning(self) -> Tuning | None:
-        """What :meth:`tune` has chosen; set to None, draws are as they were fitted."""
+        """What :meth:`tune` chose, or a :class:`bayeslora.models.Tuning` of your own; with None, draws as fitted."""
         return self.model.tuning
 
     @tuning.setter
     def tuning(self, value: Tuning | None) -> None:
-        self.model.tuning = value
+        set_tuning(self, value)
 
     def generate(
         self,
@@ -222,8 +217,7 @@ class BayesLoRA(Posterior):
             >>> written.num_tokens  # two draws, one text each
             array([[3, 3]])
         """
-        with one_at_a_time:
-            check_in_use(self.model.groups)
+        with in_turn(self.model.groups):
             return generate_texts(
                 self,
                 prompts,
@@ -297,13 +291,7 @@ class BayesLoRA(Posterior):
             >>> sorted(os.listdir("adapter"))
             ['adapter_config.json', 'adapter_model.safetensors', 'bayeslora.json', 'posterior.safetensors']
         """
-        if state_dict is not None:
-            refuse_sharded(self.model.groups)
-        if is_main_process is None:
-            checkpoint.save_pretrained(self, folder)
-        elif is_main_process:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            checkpoint.write_adapter(self, Path(folder))
+        checkpoint.save_from_loop(self, Path(folder), is_main_process, state_dict)
 
     def load_adapter(self, folder: str | Path, adapter_name: str | None = None, *, is_trainable: bool = True) -> None:
         """Read :meth:`save_pretrained`'s folder into this module, as Trainer does with a checkpoint.
@@ -356,26 +344,5 @@ class BayesLoRA(Posterior):
         return open_pretrained(cls, folder, network, guide=guide, likelihood=likelihood)
 
     def version_info(self) -> dict[str, str]:
-        """Versions of everything the numbers depend on.
-
-        Example:
-            >>> sorted(bayes.version_info())[:3]
-            ['arviz', 'bayeslora', 'peft']
-        """
+        """Versions of everything the numbers depend on, by package."""
         return checkpoint.version_info()
-
-
-def _build_guide(model: MonteCLoRA, guide: Callable[[MonteCLoRA], nn.Module] | None) -> nn.Module:
-    """The guide given, or the one that the configuration names, for this model and where its network is."""
-    if guide is None:
-        if model.config.guide not in GUIDES:
-            raise InputError(
-                f"no guide {model.config.guide!r}; there are {', '.join(GUIDES)}, or pass a class as guide="
-            )
-        guide = GUIDES[model.config.guide]
-    if isinstance(guide, nn.Module):
-        raise InputError(
-            f"guide= takes a class or function of the model, not a finished {type(guide).__name__}: "
-            "a guide belongs to the model it was built from"
-        )
-    return guide(model).to(next(model.network.parameters()).device)

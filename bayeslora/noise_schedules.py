@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from bayeslora.errors import InputError
+from bayeslora.guides.selection import check_follows_noise
 from bayeslora.models.joint import JointModel
 from bayeslora.models.prior import Prior
 
@@ -187,24 +188,16 @@ def start_noise(model: JointModel, guide: Any) -> NoiseSchedule:
     config = model.config
     name, schedule = config.noise_schedule, SCHEDULES[config.noise_schedule]
     if config.noise_units == "relative":
-        _check_follows(guide, "noise_units='relative' sets ε layer by layer", "noise_units='absolute'")
+        check_follows_noise(guide, "noise_units='relative' sets ε layer by layer", ", or noise_units='absolute'")
         model.set_noise_units(getattr(guide, "noise_variance", lambda group: None))
     if name != "constant":
-        _check_follows(guide, f"noise_schedule={name!r} changes ε", "noise_schedule='constant'")
+        check_follows_noise(guide, f"noise_schedule={name!r} changes ε", ", or noise_schedule='constant'")
     if schedule.needs_classes and not model.labelling.of_classes:
         raise InputError(
             f"noise_schedule={name!r} follows the entropy of class probabilities, and this network has none: "
             "choose another noise_schedule"
         )
     return schedule(model)
-
-
-def _check_follows(guide: Any, what: str, instead: str) -> None:
-    if not getattr(guide, "follows_noise_schedule", False):
-        raise InputError(
-            f"{what}, and a {type(guide).__name__} does not follow: "
-            f"use one of the guides that are shipped, or {instead}"
-        )
 
 
 class NoiseScheduleCallback(TrainerCallback):

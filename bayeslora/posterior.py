@@ -218,9 +218,7 @@ class Posterior(WrappedNetwork):
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
     def _check_objective(self) -> None:
-        if self.model.tuning is not None:
-            raise InputError("this posterior's width was tuned, for the adapter as it is: set bayes.tuning = None to "
-                             "train it further, as bayeslora's trainers do")  # fmt: skip
+        self.model.check_untuned("to train it further")
         if self.monteclora_config.normalization == "elbo" and self.num_examples is None:
             raise InputError(
                 "normalization='elbo' divides the KL by the number of training examples, which is not known: "

@@ -5,6 +5,7 @@ from bayeslora.models.likelihoods import CategoricalLikelihood, GaussianLikeliho
 from bayeslora.models.low_rank_regression import LowRankRegression, low_rank_regression
 from bayeslora.models.monteclora import MonteCLoRA
 from bayeslora.models.selection import likelihood_for
+from bayeslora.models.tuning import Tuning
 
 __all__ = [
     "CategoricalLikelihood",
@@ -14,6 +15,7 @@ __all__ = [
     "LowRankRegression",
     "MonteCLoRA",
     "NextTokenLikelihood",
+    "Tuning",
     "likelihood_for",
     "low_rank_regression",
 ]

@@ -31,6 +31,7 @@ from bayeslora.distributions import (
     WishartCholesky,
     active_weights,
 )
+from bayeslora.errors import InputError
 from bayeslora.models.mixture_weights import expected_active_squares
 from bayeslora.models.tuning import Tuning
 
@@ -61,11 +62,24 @@ class Prior(PyroModule):
 
     def sample_scaler(self, group: AdapterGroup) -> float | Tensor:
         """ε of prior and posterior: a number, or one for each adapter, ``(adapters,)``, where a noise schedule changes
-        it or ``noise_units="relative"`` sets it."""
+        it or ``noise_units="relative"`` sets it; times the width that was tuned."""
         scale: float | Tensor = self.config.sample_scaler
         for factors in (self.noise_factors(group), self.noise_units(group)):
             scale = scale if factors is None else scale * factors
         return scale if self.tuning is None else scale * self.tuning.width
+
+    @property
+    def has_noise(self) -> bool:
+        """Whether draws differ from the mean: not in plain LoRA, nor where the width was tuned to 0."""
+        return self.config.sample_scaler > 0 and (self.tuning is None or self.tuning.width > 0)
+
+    def check_untuned(self, purpose: str) -> None:
+        """Refuse what is about the posterior as it is fitted where a width was tuned: ε would be another."""
+        if self.tuning is not None:
+            raise InputError(
+                f"this posterior has a tuned width, {self.tuning.width:.3g}, for the adapter as it is: set "
+                f"bayes.tuning = None (or model.tuning) {purpose}"
+            )
 
     def noise_scale(self, group: AdapterGroup) -> float | Tensor:
         """The former name of :meth:`sample_scaler`, for guides that were written with it."""

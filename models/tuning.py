@@ -1,40 +1,69 @@
 """What is tuned once a posterior is fitted, and kept with it."""
 
-import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
+
+from bayeslora.errors import InputError
+from bayeslora.files.records import is_integer, is_number
+
+WIDEST = 1e6  # of a width or a temperature, which are some hundred at most
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """A width of the noise, a temperature, and how they were found.
+    """A width of the noise, a temperature, and how they were found: what ``bayes.tune`` returns.
 
     Attributes:
-        width: Multiplies A − μ in every draw; 0 is the mean network.
-        temperature: Divides every draw's logits, of classes; 1 leaves them.
-        nll: Negative log-likelihood of the tuning examples with both: nats per example, of texts per token.
-        nll_at_mean: That of the mean network.
-        nll_untuned: That of draws as they were fitted.
+        width: τ, which multiplies A − μ in every draw; 0 is the mean network.
+        temperature: Divides the logits of classes, of every draw and of the mean; 1 leaves them.
+        nll: Negative log-likelihood of the tuning examples with both: nats per example, of texts per token. None, as
+            the two that follow, where it is not known.
+        nll_at_mean: That of the mean network, at its own best temperature if one was asked for.
+        nll_untuned: That of draws as they were fitted, likewise.
         examples: How many there were.
         num_samples: Draws of each prediction.
+
+    Raises:
+        InputError: for a width below 0, a temperature that is not above 0, or one that is no finite number.
+
+    Example:
+        >>> bayes.tuning = Tuning(width=0.0)
+        >>> bool(np.ptp(bayes.predict(dataset, num_samples=4).sample_probs, axis=0).max() > 0)  # draws are the mean
+        False
+        >>> bayes.tuning = None
     """
 
     width: float = 1.0
     temperature: float = 1.0
-    nll: float = math.nan
-    nll_at_mean: float = math.nan
-    nll_untuned: float = math.nan
+    nll: float | None = None
+    nll_at_mean: float | None = None
+    nll_untuned: float | None = None
     examples: int = 0
     num_samples: int = 0
 
-    def to_dict(self) -> dict[str, float]:
+    def __post_init__(self) -> None:
+        for name, value in (("width", self.width), ("temperature", self.temperature)):
+            if not is_number(value) or not 0 <= value <= WIDEST or (name == "temperature" and value == 0):
+                least = "0 or more" if name == "width" else "above 0"
+                raise InputError(f"{name} must be a number, {least} and up to {WIDEST:g}, got {value!r}")
+
+    def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; ``Tuning(**values)`` reads them back."""
-        return asdict(self)
+        return {name: value if is_number(value) else None for name, value in asdict(self).items()}
 
     @classmethod
     def is_dict(cls, values: Any) -> bool:
         """Whether a value of unknown origin is what :meth:`to_dict` makes."""
         if not isinstance(values, dict) or values.keys() != {f.name for f in fields(cls)}:
             return False
-        numbers = all(isinstance(v, int | float) and not isinstance(v, bool) and abs(v) < 1e6 for v in values.values())
-        return numbers and values["width"] >= 0 and values["temperature"] > 0
+        counts = all(is_integer(values[name]) for name in ("examples", "num_samples"))
+        scores = all(v is None or is_number(v) for v in (values[f"nll{of}"] for of in ("", "_at_mean", "_untuned")))
+        try:
+            return counts and scores and cls(**values) is not None
+        except InputError:
+            return False
+
+    def __str__(self) -> str:
+        tempered = "" if self.temperature == 1 else f", temperature to {self.temperature:.3g}"
+        where = f", on {self.examples} examples" if self.examples else ""
+        return f"width tuned to {self.width:.3g}{tempered}{where}"

@@ -78,7 +78,7 @@ def to_arviz(
 
     Returns:
         ``arviz.InferenceData``, or ``xarray.DataTree`` with ArviZ 1.0 and later. Its attributes hold
-        ``config`` and ``versions`` (JSON), ``seed`` and ``num_samples``.
+        ``config``, ``versions`` and, where a width was tuned, ``tuning`` (JSON), ``seed`` and ``num_samples``.
 
     Raises:
         InputError: The labels do not fit the predictions, the task has no such groups, the seed is None, or the
@@ -137,7 +137,8 @@ def add_history(
 def description(bayes: Any, num_samples: int, seed: int) -> dict[str, Any]:
     """The attributes that say how the data were made."""
     versions = dict(bayes.version_info())
-    return {
+    tuning = getattr(bayes, "tuning", None)
+    return ({} if tuning is None else {"tuning": json.dumps(tuning.to_dict())}) | {
         "inference_library": "bayeslora",
         "inference_library_version": versions["bayeslora"],
         "config": json.dumps(bayes.monteclora_config.to_dict(), sort_keys=True),

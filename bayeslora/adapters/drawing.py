@@ -104,6 +104,14 @@ def check_reached(groups: tuple[AdapterGroup, ...]) -> None:
         )
 
 
+@contextmanager
+def in_turn(groups: tuple[AdapterGroup, ...]) -> Iterator[None]:
+    """Inside, no other thread draws; the network uses these adapters (:func:`check_in_use`)."""
+    with one_at_a_time:
+        check_in_use(groups)
+        yield
+
+
 def check_arrival(network: nn.Module, groups: tuple[AdapterGroup, ...], run: Callable[[], Any]) -> None:
     """:func:`check_reached` after a training batch; some networks leave out layers at random while they are trained.
 

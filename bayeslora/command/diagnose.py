@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 
 from bayeslora.inference.diagnostics import diagnose
 from bayeslora.runs import open_run
@@ -10,6 +11,8 @@ from bayeslora.runs import open_run
 def run(arguments: argparse.Namespace) -> None:
     places = {"model": arguments.model, "data_dir": arguments.data_dir}
     fitted = open_run(arguments.run_dir, **places)
+    if fitted.posterior.tuning is not None:
+        print(f"{fitted.posterior.tuning}: left aside, as the posterior is judged as it was fitted", file=sys.stderr)
     diagnostics = diagnose(
         fitted.posterior,
         fitted.training_data(),

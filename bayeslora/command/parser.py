@@ -8,7 +8,7 @@ from bayeslora._version import __version__
 from bayeslora.command.flags import add_options, number, path, sentence, word
 from bayeslora.config import PRESETS, MonteCLoRAConfig
 from bayeslora.errors import InputError
-from bayeslora.options import FROM_ZERO, LENGTH, NOT_NEGATIVE, SEED, Range, flags, ranges
+from bayeslora.options import COUNT, FROM_ZERO, LENGTH, NOT_NEGATIVE, SEED, Range, flags, ranges
 from bayeslora.training.budget import FitOptions, TrainingBudget
 
 EXAMPLES = """\
@@ -18,6 +18,7 @@ examples:
   bayeslora fit --model demo --task sst2 --data-dir data/sst2 --output runs/sst2 --max-train-examples 2000
   bayeslora evaluate runs/mrpc --split validation --json
   bayeslora predict runs/mrpc --text "A man plays a guitar." --text-pair "Somebody makes music."
+  bayeslora tune runs/mrpc --with-temperature
   bayeslora diagnose runs/mrpc --restarts runs/mrpc-seed1
   bayeslora compare --model demo --task sentiment --max-train-examples 500 --seeds 0 1 2 --output runs/compare
   bayeslora compare studies/nlu_grid.yaml --output runs/grid
@@ -48,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_fit(commands)
     _add_evaluate(commands)
     _add_predict(commands)
+    _add_tune(commands)
     _add_diagnose(commands)
     _add_compare(commands)
     _add_report(commands)
@@ -117,6 +119,7 @@ def _add_evaluate(commands: Any) -> None:
     parser = _command(commands, "evaluate", "predict:run_evaluate", "score a fitted run on a labelled split")
     _add_run_options(parser)
     _add_antithetic(parser)
+    _add_untuned(parser)
     parser.add_argument("--split", type=word, help="default: test where it is labelled, else validation")
     parser.add_argument("--max-examples", type=number("max_examples"), help="a random subset of this size")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output, nothing else")
@@ -141,11 +144,28 @@ def _add_predict(commands: Any) -> None:
     )
     _add_run_options(parser)
     _add_antithetic(parser)
+    _add_untuned(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--text", type=sentence, nargs="+", help="one or more texts")
     source.add_argument("--split", type=word, help="a split of the run's task, labelled or not")
     parser.add_argument("--text-pair", type=sentence, nargs="+", help="the second texts, for tasks on pairs")
     parser.add_argument("--max-examples", type=number("max_examples"), help="a random subset of this size of the split")
+
+
+def _add_tune(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "tune",
+        "tune:run",
+        "choose how wide a fitted run's noise is by held-out labels",
+        "One width multiplies all noise; 0, the mean network, is tried too. It is kept in RUN_DIR/adapter, and\n"
+        "evaluate, predict and report use it, unless --untuned. It costs some ten predictions of the split.",
+    )
+    _add_run_options(parser, takes=COUNT)
+    parser.add_argument("--split", type=word, default="validation", help="labelled, and neither train nor test")
+    parser.add_argument("--with-temperature", action="store_true", help="for classes: choose a temperature too")
+    parser.add_argument("--max-examples", type=number("max_examples"), help="a random subset of this size")
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output, nothing else")
 
 
 def _add_diagnose(commands: Any) -> None:
@@ -227,6 +247,7 @@ def _add_report(commands: Any) -> None:
         help="a random subset of this size of every split",
     )
     parser.add_argument("--no-diagnostics", action="store_true", help="leave out what takes longest")
+    _add_untuned(parser)
     _add_prediction_options(parser)
 
 
@@ -301,6 +322,10 @@ def _add_run_options(parser: argparse.ArgumentParser, *, num_samples: int = 16, 
 
 def _add_antithetic(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--antithetic", action="store_true", help="mirrored pairs of draws: less Monte Carlo error")
+
+
+def _add_untuned(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--untuned", action="store_true", help="draws as they were fitted, without what tune chose")
 
 
 def _add_prediction_options(

@@ -14,7 +14,9 @@ from bayeslora.runs import FittedRun, open_run
 
 def run_predict(arguments: argparse.Namespace) -> None:
     """One JSON object a line."""
-    run = open_run(arguments.run_dir, model=arguments.model, data_dir=arguments.data_dir)
+    run = _open(arguments)
+    if run.posterior.tuning is not None:
+        print(f"{run.posterior.tuning} (--untuned leaves that out)", file=sys.stderr)
     if arguments.text:
         data: Any = run.encode(arguments.text, arguments.text_pair)
     else:
@@ -26,10 +28,12 @@ def run_predict(arguments: argparse.Namespace) -> None:
 
 
 def run_evaluate(arguments: argparse.Namespace) -> None:
-    run = open_run(arguments.run_dir, model=arguments.model, data_dir=arguments.data_dir)
+    run = _open(arguments)
     split = arguments.split or run.labelled_split()
     data = run.data(split, limit=arguments.max_examples, labelled=True)
     scores = {"split": split, "examples": len(data), "num_samples": arguments.num_samples}
+    tuning = run.posterior.tuning
+    scores |= {} if tuning is None else {"tuned_width": tuning.width, "tuned_temperature": tuning.temperature}
     scores |= _predict(run, data, arguments, progress=not arguments.json).scores(run.task)
     if arguments.generate:
         scores |= _judge(run, split, arguments)
@@ -38,6 +42,13 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
         return
     for name, value in scores.items():
         print(f"{name:24} {value:.4f}" if isinstance(value, float) else f"{name:24} {value}")
+
+
+def _open(arguments: argparse.Namespace) -> FittedRun:
+    run = open_run(arguments.run_dir, model=arguments.model, data_dir=arguments.data_dir)
+    if arguments.untuned:
+        run.posterior.tuning = None
+    return run
 
 
 def _predict(run: FittedRun, data: Any, arguments: argparse.Namespace, *, progress: bool = True) -> Prediction:

@@ -37,6 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
         batch_size=arguments.batch_size,
         seed=arguments.seed,
         diagnostics=not arguments.no_diagnostics,
+        untuned=arguments.untuned,
         model=arguments.model,
         data_dir=arguments.data_dir,
         command=arguments.command_line,
@@ -54,6 +55,7 @@ def report(
     batch_size: int = 32,
     seed: int = 0,
     diagnostics: bool = True,
+    untuned: bool = False,
     model: str | None = None,
     data_dir: str | Path | None = None,
     command: str = "",
@@ -71,6 +73,7 @@ def report(
         batch_size: Rows of a forward pass.
         seed: Decides subset and draws.
         diagnostics: Run :func:`bayeslora.diagnose` too, which costs some minutes on a small encoder.
+        untuned: Draws as they were fitted, where a width was tuned; the diagnostics always are.
         model, data_dir: Where base model and data are now, if they moved.
         command: The command line to print on the page.
         progress: Show progress bars.
@@ -102,6 +105,8 @@ def report(
         list(zip(folders, names, strict=True)), desc="runs", disable=not progress or len(folders) < 2
     ):
         run = open_run(folder, model=model, data_dir=data_dir)
+        if untuned:
+            run.posterior.tuning = None
         results.append(
             _collect(
                 name,
@@ -177,7 +182,8 @@ def _collect(
         diagnosed = diagnose(
             posterior, run.training_data(), history=run.history, batch_size=batch_size, seed=seed, progress=progress
         )
-    draws = posterior.posterior_draws(num_samples=SPREAD_DRAWS, seed=seed) if bayesian else None
+    noisy = posterior.model.has_noise
+    draws = posterior.posterior_draws(num_samples=SPREAD_DRAWS, seed=seed) if noisy else None
     return RunResults(
         name,
         _facts(run, count),
@@ -229,6 +235,8 @@ def _facts(run: FittedRun, num_samples: int) -> dict[str, str]:
         "trained parameters": f"{trained:,} in the network, {variational:,} in the guide",
         "adapters": f"{len(bayes.adapter_names)}",
     }
+    if bayes.tuning is not None:
+        facts["tuned"] = str(bayes.tuning)
     facts |= {name: _show(training[name]) for name in TRAINING_FACTS if training.get(name) not in (None, -1)}
     facts |= {name: _show(config[name]) for name in METHOD_FACTS if config.get(name) is not None}
     versions = record.get("versions", {})

@@ -75,8 +75,10 @@ def attribute_variance(
         raise InputError(f"by must be one of {', '.join(PARTS)}, got {by!r}")
     if num_samples < 2:
         raise InputError(f"num_samples must be at least 2 to have a variance, got {num_samples}")
-    if bayes.monteclora_config.sample_scaler == 0:
-        raise InputError("sample_scaler is 0: every draw is the mean network, so there is no variance to attribute")
+    if not bayes.model.has_noise:
+        raise InputError(
+            "sample_scaler is 0, or the tuned width: every draw is the mean network, and has no variance to attribute"
+        )
     parts = _parts(bayes.adapter_names, by)
     variances: list[np.ndarray] = []
     deviations = np.zeros((num_samples, len(parts) + 1))

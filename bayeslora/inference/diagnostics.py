@@ -1,7 +1,7 @@
 """Asks a fitted network what :mod:`bayeslora.analysis.tables.diagnostics` judges."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from bayeslora.errors import InputError
 from bayeslora.guides import MeanFieldGuide, MixtureGuide
 from bayeslora.inference.draws import draw_trace
 from bayeslora.inference.predict import predict
+from bayeslora.inference.tuning import as_tuned
 from bayeslora.posterior import Posterior
 from bayeslora.prediction import Prediction
 from bayeslora.recorder import Recorder
@@ -53,6 +54,9 @@ def diagnose(
     The last one refines v and α of every adapter for ``steps`` steps from where the guide is, with the network held
     fixed; ``bayes`` is afterwards what it was before. The cost is that of ``num_samples`` passes over the data, as many
     over at most 100 of its examples for each restart, and some 4 × ``steps`` training steps.
+
+    Where a width was tuned (:meth:`bayeslora.BayesLoRA.tune`) it is left aside, in ``restarts`` too: what is judged is
+    the posterior that was fitted, whose density the first answer needs.
 
     Args:
         bayes: The fitted module.
@@ -92,18 +96,21 @@ def diagnose(
         "seed": seed,
         "progress": progress,
     }
-    prediction = predict(bayes, dataset, **options)
-    answers = [verdicts.importance_sampling(_log_weights(bayes, prediction, seed))]
-    if restarts:
-        chosen = np.sort(np.random.default_rng(seed).permutation(len(dataset))[:RESTART_EXAMPLES])
-        few = [dataset[int(index)] for index in chosen]
-        others = [predict(restart, few, **options).sample_outputs for restart in restarts]
-        answers.append(verdicts.restart_agreement([prediction.sample_outputs[:, chosen], *others]))
-    answers += verdicts.convergence(history)
-    data = _Batches(bayes, dataset, collate, steps, batch_size, seed)
-    answers.append(verdicts.data_drivenness(*_response_to_labels(bayes, data, seed)))
-    if isinstance(bayes.guide, MixtureGuide):
-        answers.append(verdicts.amortization_gap(*_refine(bayes, data, learning_rate, seed)))
+    with ExitStack() as as_fitted:
+        for posterior in (bayes, *restarts):
+            as_fitted.enter_context(as_tuned(posterior, None))
+        prediction = predict(bayes, dataset, **options)
+        answers = [verdicts.importance_sampling(_log_weights(bayes, prediction, seed))]
+        if restarts:
+            chosen = np.sort(np.random.default_rng(seed).permutation(len(dataset))[:RESTART_EXAMPLES])
+            few = [dataset[int(index)] for index in chosen]
+            others = [predict(restart, few, **options).sample_outputs for restart in restarts]
+            answers.append(verdicts.restart_agreement([prediction.sample_outputs[:, chosen], *others]))
+        answers += verdicts.convergence(history)
+        data = _Batches(bayes, dataset, collate, steps, batch_size, seed)
+        answers.append(verdicts.data_drivenness(*_response_to_labels(bayes, data, seed)))
+        if isinstance(bayes.guide, MixtureGuide):
+            answers.append(verdicts.amortization_gap(*_refine(bayes, data, learning_rate, seed)))
     return answers
 
 
@@ -112,16 +119,15 @@ def log_importance_weights(
 ) -> np.ndarray:
     """log p(y, π, Σ, A) − log q(π, Σ, A) at draws of the guide, in nats, shape ``(num_samples,)``.
 
-    The posterior is that of the model given all of ``dataset``, whatever weight η the KL had in training.
+    The posterior is that of the model given all of ``dataset``, whatever weight η the KL had in training, and the guide
+    as it was fitted, without a tuned width.
 
     Raises:
         InputError: for unlabelled data.
     """
-    return _log_weights(
-        bayes,
-        predict(bayes, dataset, num_samples=num_samples, batch_size=batch_size, seed=seed, progress=False),
-        seed,
-    )
+    options: dict[str, Any] = {"num_samples": num_samples, "batch_size": batch_size, "seed": seed}
+    with as_tuned(bayes, None):
+        return _log_weights(bayes, predict(bayes, dataset, **options, progress=False), seed)
 
 
 def _log_weights(bayes: Posterior, prediction: Prediction, seed: int) -> np.ndarray:

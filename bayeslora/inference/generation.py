@@ -116,7 +116,7 @@ def generate(
     _check_arguments(prompts, tokenizer, num_samples, mode, max_new_tokens, temperature, top_p, stops)
     tokens = [_prompt_tokens(prompt, tokenizer) for prompt in prompts]
     _check_prompts(bayes, tokens, max_new_tokens)
-    if bayes.monteclora_config.sample_scaler == 0:  # every draw is the mean
+    if not bayes.model.has_noise:  # every draw is the mean
         num_samples = 0
     order = np.argsort([-len(prompt) for prompt in tokens], kind="stable")
     size = max(batch_size // max(num_samples, 1), 1)

@@ -46,8 +46,9 @@ def run_nuts(
         seed: Of the first chain.
 
     Raises:
-        InputError: where a number of chains, draws or warm-up draws, or the depth, is below 1.
+        InputError: where a number of chains, draws or warm-up draws, or the depth, is below 1, or a width was tuned.
     """
+    model.check_untuned("to draw from the posterior that was fitted")
     sizes = {"num_chains": num_chains, "num_draws": num_draws, "num_warmup": num_warmup}
     for name, value in {**sizes, "max_tree_depth": max_tree_depth}.items():
         if value < 1:

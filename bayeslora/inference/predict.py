@@ -15,7 +15,6 @@ from bayeslora.errors import InputError
 from bayeslora.inference.draws import Draws, Networks, evaluating, run_as
 from bayeslora.inference.prefix import MAX_KEPT_BYTES, Prefix
 from bayeslora.models.language import NOT_SCORED
-from bayeslora.models.tuning import Tuning
 from bayeslora.posterior import Posterior
 from bayeslora.prediction import Prediction
 
@@ -34,7 +33,8 @@ def predict(
     noise_factor: float = 1.0,
     antithetic: bool = False,
 ) -> Prediction:
-    """Average the predictive over draws of the posterior.
+    """Average the predictive over draws of the posterior; with the width and the temperature that were tuned, if any
+    (:func:`bayeslora.inference.tuning.tune`).
 
     Args:
         bayes: The fitted module; its training mode is restored afterwards.
@@ -49,7 +49,8 @@ def predict(
         progress: Show a progress bar.
         first_draw: Use the draws ``first_draw .. first_draw + num_samples - 1`` of ``seed``, to go on in blocks.
         prior: Draw from the prior around the means that the network has now, instead of the posterior.
-        noise_factor: Multiplies every draw's A − μ: below 1 the draws lie closer to the mean than the posterior's.
+        noise_factor: Multiplies every draw's A − μ, on top of a tuned width: below 1 the draws lie closer to the mean
+            than the posterior's.
         antithetic: Draw in mirrored pairs: draw 2k is the same as without, and draw 2k + 1 is its image 2μ − A, as
             likely under the posterior. Averages have less Monte Carlo error, as what is odd in A − μ cancels
             (Hammersley and Morton 1956, *A new Monte Carlo technique: antithetic variates*); a pair is dependent.
@@ -72,8 +73,8 @@ def predict(
             f"{type(bayes.guide).__name__} does not promise it: leave antithetic out, or set "
             "symmetric_rows = True on the guide if no row's sign matters to it"
         )
-    copies, tuning = 1, bayes.model.tuning or Tuning()
-    if bayes.monteclora_config.sample_scaler * tuning.width == 0:  # every draw is the mean network
+    copies = 1
+    if not bayes.model.has_noise:  # every draw is the mean network
         num_samples, copies = 0, max(num_samples, 1)
     examples = read_examples(bayes.model, dataset)
     batches, order = examples.batches(batch_size)
@@ -88,8 +89,8 @@ def predict(
             targets += [] if labels is None else [labels.cpu()]
     labelled = len(targets) == len(outputs)
     drawn = _joined(outputs, dim=1, filling=np.nan).numpy()[:, order]  # (S, n, ...)
-    if bayes.model.labelling.of_classes:
-        drawn = drawn / tuning.temperature
+    if bayes.model.tuning is not None and bayes.model.labelling.of_classes:
+        drawn = drawn / bayes.model.tuning.temperature
     return bayes.model.labelling.summarize(
         np.repeat(drawn, copies, axis=0),
         _joined(targets, dim=0, filling=NOT_SCORED).numpy()[order] if labelled else None,

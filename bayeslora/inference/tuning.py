@@ -1,5 +1,6 @@
 """A tuned width: one number for all noise of a fitted posterior, found on examples that it was not fitted to."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,7 +10,9 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 from tqdm.auto import tqdm
 
+from bayeslora.data.rows import check_kind
 from bayeslora.errors import InputError
+from bayeslora.guides.selection import check_follows_noise
 from bayeslora.inference.predict import predict
 from bayeslora.models.tuning import Tuning
 from bayeslora.posterior import Posterior
@@ -19,7 +22,7 @@ LEAST_EXAMPLES = 20  # fewer say next to nothing about a width
 GRID = (0.0, 0.5, 1.0, 2.0, 4.0)  # tried first; doubled on while the widest is the best
 WIDEST = 64.0
 REFINEMENTS = 4  # further widths between the neighbours of the best
-TEMPERATURES = (0.05, 20.0)
+TEMPERATURES = (0.05, 10.0)  # at 13 the options that a choice lacks would no longer have probability 0
 
 
 def tune(
@@ -34,14 +37,19 @@ def tune(
 ) -> Tuning:
     """Choose the width that predicts held-out labels best, and keep it with the posterior.
 
-    The width multiplies A − μ in every draw; 0 is the mean network, which is tried too. All widths are tried with the
-    same draws, so that the negative log-likelihood is a smooth function of the width.
+    The width multiplies A − μ in every draw, of the posterior and of the prior; 0 is the mean network, which is tried
+    too. All widths are tried with the same draws, those of ``predict`` with this seed: the negative log-likelihood is a
+    smooth function of the width, and ``predict`` has the one that is returned. On these examples it is at most that of
+    the mean and that of the draws as they were fitted; of others nothing is promised.
+
+    The width is in whatever draws from now on, the temperature in ``predict`` and what predicts with it: a network
+    that is merged, exported or run as a draw gives its own logits.
 
     Args:
         bayes: The fitted module; whatever predicts with it uses the width from now on, saved or not.
         dataset: Labelled examples that it was not fitted to, as for :func:`bayeslora.inference.predict.predict`; 20 or
             more.
-        num_samples: Draws of each prediction; about ten are made.
+        num_samples: Draws of each prediction; nine are made, up to four more where the width is above 4.
         with_temperature: For classes: choose a temperature jointly, by which every draw's logits are divided.
         batch_size, seed, progress: As in ``predict``.
 
@@ -58,24 +66,20 @@ def tune(
 
         def nll(width: float) -> float:
             if width not in tried:
-                with at_width(bayes, width):
-                    prediction = predict(
-                        bayes,
-                        dataset,
-                        num_samples=num_samples if width else 0,
-                        batch_size=batch_size,
-                        seed=seed,
-                        antithetic=getattr(bayes.guide, "symmetric_rows", False),
-                        progress=False,
-                    )
-                tried[width] = best_temperature(prediction) if with_temperature else (prediction.nll, 1.0)
+                options: dict[str, Any] = {"num_samples": num_samples if width else 0, "seed": seed}
+                with as_tuned(bayes, Tuning(width)):
+                    prediction = predict(bayes, dataset, **options, batch_size=batch_size, progress=False)
+                tried[width] = _scored(prediction, with_temperature)
                 bar.update()
             return tried[width][0]
 
         best = search(nll)
     score, temperature = tried[best]
-    tuning = Tuning(best, temperature, score, tried[0.0][0], tried[1.0][0], len(dataset), num_samples)
-    bayes.model.tuning = tuning
+    if not math.isfinite(score):
+        raise InputError("no width gives the labels a probability: the mean network's outputs are not finite")
+    bayes.model.tuning = tuning = Tuning(
+        best, temperature, score, tried[0.0][0], tried[1.0][0], len(dataset), num_samples
+    )
     return tuning
 
 
@@ -84,16 +88,34 @@ def search(nll: Callable[[float], float]) -> float:
     widths = list(GRID)
     while min(widths, key=nll) == widths[-1] < WIDEST:
         widths.append(2 * widths[-1])
-    place = widths.index(min(widths, key=nll))
-    low, high = widths[max(place - 1, 0)], widths[min(place + 1, len(widths) - 1)]
-    seen: dict[float, float] = {width: nll(width) for width in widths}
+    for _ in range(REFINEMENTS):
+        widths.sort()
+        place = widths.index(min(widths, key=nll))
+        widths.append(_between(widths[max(place - 1, 0)], widths[place], widths[min(place + 1, len(widths) - 1)], nll))
+    return min(widths, key=nll)
 
-    def between(width: float) -> float:
-        seen[width] = nll(width)
-        return seen[width]
 
-    minimize_scalar(between, bounds=(low, high), method="bounded", options={"maxiter": REFINEMENTS})
-    return float(min(seen, key=lambda width: seen[width]))
+def _between(low: float, best: float, high: float, nll: Callable[[float], float]) -> float:
+    """The lowest point of the parabola through three; the middle of the wider side where that is nothing new."""
+    middle = (best + (high if high - best > best - low else low)) / 2
+    rise, fall = (best - low) * (nll(best) - nll(high)), (best - high) * (nll(best) - nll(low))
+    if not low < best < high or not math.isfinite(rise - fall) or rise == fall:
+        return middle
+    lowest = best - ((best - low) * rise - (best - high) * fall) / (rise - fall) / 2
+    return lowest if abs(lowest - best) > (high - low) / 50 else middle
+
+
+def _scored(prediction: Prediction, with_temperature: bool) -> tuple[float, float]:
+    """Negative log-likelihood and temperature; infinite where it is no number."""
+    with np.errstate(invalid="ignore"):
+        nll = prediction.nll
+    if nll is None:
+        raise InputError(
+            "a width is tuned by the likelihood of labels, and there is none: pass labelled examples, of a kind whose "
+            "Prediction has sample_log_likelihood"
+        )
+    nll, temperature = best_temperature(prediction) if with_temperature else (nll, 1.0)
+    return (nll if math.isfinite(nll) else math.inf), temperature
 
 
 def best_temperature(prediction: Prediction) -> tuple[float, float]:
@@ -104,30 +126,45 @@ def best_temperature(prediction: Prediction) -> tuple[float, float]:
         tempered = log_softmax(log_probs / np.exp(log_temperature), axis=-1)[:, np.arange(len(labels)), labels]
         return float(-(np.logaddexp.reduce(tempered, axis=0) - np.log(len(tempered))).mean())
 
-    bounds = np.log(TEMPERATURES)
-    found = minimize_scalar(nll, bounds=bounds, method="bounded")
+    found = minimize_scalar(nll, bounds=np.log(TEMPERATURES), method="bounded")
     return (float(found.fun), float(np.exp(found.x))) if found.fun < nll(0.0) else (nll(0.0), 1.0)
 
 
 @contextmanager
-def at_width(bayes: Posterior, width: float) -> Iterator[None]:
-    """Inside, draws have this width, and no temperature."""
-    before, bayes.model.tuning = bayes.model.tuning, Tuning(width)
+def as_tuned(bayes: Posterior, tuning: Tuning | None) -> Iterator[None]:
+    """Inside, draws have this width and temperature; as they were fitted if None."""
+    before, bayes.model.tuning = bayes.model.tuning, tuning
     try:
         yield
     finally:
         bayes.model.tuning = before
 
 
+def set_tuning(bayes: Posterior, tuning: Tuning | None) -> None:
+    """Use a width that was found elsewhere; None goes back to draws as they were fitted.
+
+    Raises:
+        InputError: for anything else than a :class:`Tuning`, or a guide whose noise does not follow ε.
+    """
+    if tuning is not None:
+        if not isinstance(tuning, Tuning):
+            raise InputError(f"tuning is a bayeslora.models.Tuning, such as Tuning(width=0.5), or None, got {tuning!r}")
+        _check_follows(bayes)
+    bayes.model.tuning = tuning
+
+
+def _check_follows(bayes: Posterior) -> None:
+    check_follows_noise(bayes.guide, "a width multiplies ε", ", or set follows_noise_schedule = True on one that does")
+
+
 def _check(bayes: Posterior, dataset: Any, num_samples: int, with_temperature: bool) -> None:
     if bayes.monteclora_config.sample_scaler == 0:
         raise InputError("sample_scaler=0 is plain LoRA: it has no noise whose width could be tuned")
-    if not getattr(bayes.guide, "follows_noise_schedule", False):
-        raise InputError(f"a width multiplies ε, and a {type(bayes.guide).__name__} does not follow: use one of the "
-                         "guides that are shipped, or set follows_noise_schedule = True on one that does")  # fmt: skip
+    _check_follows(bayes)
     if num_samples < 1:
         raise InputError(f"num_samples must be at least 1, got {num_samples}")
     if with_temperature and not bayes.model.labelling.of_classes:
         raise InputError("with_temperature=True is for probabilities of classes: leave it out")
+    check_kind(dataset)
     if len(dataset) < LEAST_EXAMPLES:
         raise InputError(f"a width needs at least {LEAST_EXAMPLES} examples to be tuned on, got {len(dataset)}")

@@ -20,6 +20,7 @@ from bayeslora.adapters.drawing import check_in_use, one_at_a_time
 from bayeslora.adapters.groups import adapter_state
 from bayeslora.adapters.provenance import base_tensors, sketch
 from bayeslora.adapters.untrusted import PREFIX, load_state
+from bayeslora.distributed import refuse_sharded
 from bayeslora.errors import InputError
 from bayeslora.files.writing import replacing_folder, sha256_of, sync
 from bayeslora.inference.draws import posterior_sites
@@ -59,6 +60,19 @@ def save_pretrained(bayes: Posterior, folder: str | Path) -> None:
         raise InputError(f"{folder} also holds {foreign[0]!r}, which saving would delete; choose another folder")
     with replacing_folder(folder) as new:
         write_adapter(bayes, new)
+
+
+def save_from_loop(
+    bayes: Posterior, folder: Path, is_main_process: bool | None, state_dict: Mapping[str, Any] | None
+) -> None:
+    """See :meth:`bayeslora.BayesLoRA.save_pretrained`, which training loops call."""
+    if state_dict is not None:
+        refuse_sharded(bayes.model.groups)
+    if is_main_process is None:
+        save_pretrained(bayes, folder)
+    elif is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_adapter(bayes, folder)
 
 
 def write_adapter(bayes: Posterior, folder: Path) -> None:
@@ -129,8 +143,8 @@ def load_posterior(bayes: Posterior, folder: Path, manifest: Mapping[str, Any]) 
     state = load_state(path, expected, f"{path} does not fit this network: it belongs to another model or guide")
     for prefix, module in modules.items():
         module.load_state_dict({n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)})
-    _check_posterior(bayes, path)
     bayes.model.tuning = None if manifest["tuning"] is None else Tuning(**manifest["tuning"])
+    _check_posterior(bayes, path)
 
 
 def _check_posterior(bayes: Posterior, path: Path) -> None:

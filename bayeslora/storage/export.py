@@ -17,7 +17,7 @@ def export_draws(bayes: Posterior, folder: str | Path, num_draws: int, *, seed: 
 
     Each folder holds PEFT's two files and opens with ``peft.PeftModel.from_pretrained``, or in any server that loads
     PEFT adapters: averaging the draws' probabilities is then the posterior predictive. ``folder/draws.json`` names
-    them. The folder appears complete or not at all.
+    them, with the ``temperature`` to divide logits by where one was tuned. The folder appears complete or not at all.
 
     Args:
         bayes: The fitted module.
@@ -29,13 +29,19 @@ def export_draws(bayes: Posterior, folder: str | Path, num_draws: int, *, seed: 
         The draws' folders.
 
     Raises:
-        InputError: for a folder that holds something, fewer than one draw, or plain LoRA (ε = 0).
+        InputError: for a folder that holds something, fewer than one draw, plain LoRA (ε = 0), or a tuned width of 0.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists and holds something: choose another folder")
     if bayes.monteclora_config.sample_scaler == 0:
         raise InputError("sample_scaler=0 is plain LoRA: it has no draws; save_pretrained writes its one adapter")
+    if not bayes.model.has_noise:
+        raise InputError(
+            "the width was tuned to 0, where every draw is the mean: save_pretrained writes it, and "
+            "bayes.tuning = None goes back to draws as they were fitted"
+        )
+    tuning = bayes.model.tuning
     names = [f"draw-{index:03}" for index in range(num_draws)]
     with replacing_folder(folder) as new:
         (new / MEAN_FOLDER).mkdir()
@@ -49,5 +55,6 @@ def export_draws(bayes: Posterior, folder: str | Path, num_draws: int, *, seed: 
             }
             (new / name).mkdir()
             write_peft_files(bayes.network, bayes.kept_keys, new / name, lora_A=matrices)
-        write_json(new / INDEX_FILE, {"seed": seed, "mean": MEAN_FOLDER, "draws": names})
+        tempered = {} if tuning is None or tuning.temperature == 1 else {"temperature": tuning.temperature}
+        write_json(new / INDEX_FILE, {"seed": seed, "mean": MEAN_FOLDER, "draws": names} | tempered)
     return [folder / name for name in names]

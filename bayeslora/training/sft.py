@@ -11,7 +11,7 @@ from bayeslora.errors import InputError
 from bayeslora.models import NextTokenLikelihood
 from bayeslora.posterior import Posterior
 from bayeslora.training.arguments import REFUSED_BY_SFT, check_arguments
-from bayeslora.training.trainer import BayesTrainer, variational_rate
+from bayeslora.training.trainer import BayesTrainer, DropTuning, variational_rate
 
 
 class BayesSFTTrainer(SFTTrainer):
@@ -46,6 +46,7 @@ class BayesSFTTrainer(SFTTrainer):
             check_arguments(args, REFUSED_BY_SFT)
             _check_can_be_done(args)
         super().__init__(model, args, *more, **options)
+        self.add_callback(DropTuning(model))
         self.model_accepts_loss_kwargs = True
         self.variational_learning_rate = variational_rate(self.args, variational_learning_rate)
         model.num_examples = len(self.train_dataset)

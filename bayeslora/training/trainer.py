@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import (
     EarlyStoppingCallback,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 
@@ -37,6 +38,21 @@ from bayeslora.training.monitor import posterior_logs
 from bayeslora.training.parameters import trained_parameters
 
 logger = logging.getLogger(__name__)
+
+
+class DropTuning(TrainerCallback):
+    """A width that was tuned for the adapter as it is ends where its training goes on."""
+
+    def __init__(self, bayes: Posterior):
+        self.bayes = bayes
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        if self.bayes.model.tuning is not None:
+            logger.warning(
+                "%s: that is for the adapter as it was, so training goes on without; tune it again afterwards",
+                self.bayes.model.tuning,
+            )
+            self.bayes.model.tuning = None
 
 
 class BayesTrainer(Trainer):
@@ -98,17 +114,12 @@ class BayesTrainer(Trainer):
         if isinstance(train_dataset, Sized):
             model.num_examples = len(train_dataset)
         self.variational_learning_rate = variational_rate(args, variational_learning_rate)
-        if model.model.tuning is not None:
-            logger.warning(
-                "the width %g was tuned for the adapter as it is: training starts without it", model.model.tuning.width
-            )
-            model.model.tuning = None
         self._ended = False
         self._step_loss: Tensor | float = 0.0
         self._parts: ELBOParts | None = None
         self._parts_steps = 0
         self._norms: dict[str, Tensor] = {}
-        callbacks = [NoiseScheduleCallback(model.noise_schedule), *(callbacks or ())]
+        callbacks = [NoiseScheduleCallback(model.noise_schedule), DropTuning(model), *(callbacks or ())]
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, callbacks=callbacks, **options)
         self.model_accepts_loss_kwargs = True  # whatever the likelihood: what it averages over is counted here
         self.label_names = ["labels"]

@@ -14,7 +14,7 @@ from bayeslora.command.main import main
 from bayeslora.command.parser import build_parser
 from tests.conftest import tiny_network
 
-COMMANDS = ("demo", "fit", "evaluate", "predict", "diagnose", "compare", "report")
+COMMANDS = ("demo", "fit", "evaluate", "predict", "tune", "diagnose", "compare", "report")
 
 
 def data_options(model, data):

@@ -24,6 +24,7 @@ COMMANDS = {
     "fit": ["--model", "nowhere", "--task", "mrpc", "--output", "out"],
     "evaluate": ["nowhere"],
     "predict": ["nowhere", "--text", "a film"],
+    "tune": ["nowhere"],
     "diagnose": ["nowhere"],
     "compare": ["--model", "nowhere", "--task", "mrpc", "--output", "out"],
     "report": ["nowhere"],

@@ -372,6 +372,7 @@ class TestEarlierAdapters:
         bayes = BayesLoRA.from_pretrained(self.FOLDER / "run" / "adapter", self.base())
         epsilon = json.loads((self.FOLDER / "run" / "run.json").read_text())["config"]["sample_scaler"]
         assert [bayes.model.sample_scaler(group) for group in bayes.model.groups] == [epsilon] * len(bayes.model.groups)
+        assert bayes.tuning is None
         found = bayes.predict(tiny_dataset(4), num_samples=2, progress=False).sample_probs
         expected = json.loads((self.FOLDER / "probs.json").read_text())
         np.testing.assert_allclose(found, expected, atol=1e-6)

@@ -10,7 +10,7 @@ import transformers
 from datasets import Dataset
 
 from bayeslora import BayesLoRA, InputError, MonteCLoRAConfig
-from bayeslora.models import ChoiceLikelihood
+from bayeslora.models import ChoiceLikelihood, Tuning
 from bayeslora.tasks.encoding import encode_text
 from bayeslora.training.arguments import REFUSED_BY_SFT
 from tests.language import tiny_language_model, tiny_tokenizer
@@ -216,6 +216,14 @@ def test_plain_training_arguments_are_taken(tmp_path):
     settings = transformers.TrainingArguments(str(tmp_path), max_steps=1, use_cpu=True, disable_tqdm=True)
     sft = BayesSFTTrainer(bayes, settings, train_dataset=rows(4), processing_class=tiny_tokenizer())
     assert sft.train().global_step == 1
+
+
+def test_a_tuned_width_ends_with_a_warning(tmp_path, caplog):
+    bayes = BayesLoRA(tiny_language_model(), MonteCLoRAConfig(r=4))
+    bayes.tuning = Tuning(width=0.5)
+    trainer(tmp_path, bayes, count=4, max_steps=1).train()
+    assert bayes.tuning is None
+    assert "width tuned to 0.5: that is for the adapter as it was" in caplog.text
 
 
 class TestRefused:

@@ -1,0 +1,60 @@
+"""``bayeslora tune``: one width for all noise of a finished run, kept with its adapter."""
+
+import argparse
+import json
+import sys
+
+from bayeslora.errors import InputError
+from bayeslora.models.tuning import Tuning
+from bayeslora.runs import FittedRun, check_is_run, open_run
+from bayeslora.storage.lock import lock_folder
+from bayeslora.storage.run_folder import ADAPTER_FOLDER
+
+
+def run(arguments: argparse.Namespace) -> None:
+    folder, split = arguments.run_dir, arguments.split
+    check_is_run(folder)
+    with lock_folder(folder):
+        fitted = open_run(folder, model=arguments.model, data_dir=arguments.data_dir)
+        _check_split(fitted, split)
+        tuning = fitted.posterior.tune(
+            fitted.data(split, limit=arguments.max_examples, labelled=True),
+            num_samples=arguments.num_samples,
+            with_temperature=arguments.with_temperature,
+            batch_size=arguments.batch_size,
+            seed=arguments.seed,
+            progress=not arguments.json,
+        )
+        fitted.posterior.save_pretrained(folder / ADAPTER_FOLDER)
+    if arguments.json:
+        print(json.dumps({"split": split} | tuning.to_dict()))
+        return
+    _report(tuning, split)
+    print(f"kept in {folder / ADAPTER_FOLDER}; next: bayeslora evaluate {folder}")
+
+
+def _check_split(run: FittedRun, split: str) -> None:
+    """Refuse what it was fitted to, and what it is to be judged by."""
+    judged_by = ("test", *run.task.shift_splits, *run.task.out_of_scope_splits)
+    judged = "is what it is judged by: tuned on it, its scores would no longer be those of new examples"
+    reasons = dict.fromkeys(judged_by, judged) | {"train": "is what it was fitted to, where less noise looks better"}
+    if split in reasons:
+        raise InputError(f"--split {split} {reasons[split]}; tune on validation, or another labelled split")
+    if split == run.labelled_split():
+        print(
+            f"there is no labelled test split: evaluate judges by {split} too, and its scores are now too good",
+            file=sys.stderr,
+        )
+
+
+def _report(tuning: Tuning, split: str) -> None:
+    tempered = tuning.temperature != 1
+    print(f"{'split':24} {split}, {tuning.examples} examples")
+    print(f"{'width':24} {tuning.width:.4f}")
+    print(f"{'temperature':24} {tuning.temperature:.4f}" if tempered else f"{'temperature':24} none")
+    for name, nll in (
+        ("nll, tuned", tuning.nll),
+        ("nll, as fitted", tuning.nll_untuned),
+        ("nll at the mean", tuning.nll_at_mean),
+    ):
+        print(f"{name:24} {nll:.4f}")

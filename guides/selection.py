@@ -1,0 +1,34 @@
+"""Which guide a posterior has, and what is asked of it."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from bayeslora.errors import InputError
+from bayeslora.guides import GUIDES
+from bayeslora.models import MonteCLoRA
+
+
+def guide_for(model: MonteCLoRA, guide: Callable[[MonteCLoRA], nn.Module] | None) -> nn.Module:
+    """The guide given, or the one that the configuration names, for this model and where its network is."""
+    if guide is None:
+        if model.config.guide not in GUIDES:
+            raise InputError(
+                f"no guide {model.config.guide!r}; there are {', '.join(GUIDES)}, or pass a class as guide="
+            )
+        guide = GUIDES[model.config.guide]
+    if isinstance(guide, nn.Module):
+        raise InputError(
+            f"guide= takes a class or function of the model, not a finished {type(guide).__name__}: "
+            "a guide belongs to the model it was built from"
+        )
+    return guide(model).to(next(model.network.parameters()).device)
+
+
+def check_follows_noise(guide: Any, what: str, instead: str = "") -> None:
+    """Refuse a change of ε that a guide would not see; ``instead`` is what else can be done."""
+    if not getattr(guide, "follows_noise_schedule", False):
+        raise InputError(
+            f"{what}, and a {type(guide).__name__} does not follow: use one of the guides that are shipped{instead}"
+        )
