@@ -26,7 +26,6 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from bayeslora.errors import InputError
-from bayeslora.guides.selection import check_follows_noise
 from bayeslora.models.joint import JointModel
 from bayeslora.models.prior import Prior
 
@@ -198,6 +197,14 @@ def start_noise(model: JointModel, guide: Any) -> NoiseSchedule:
             "choose another noise_schedule"
         )
     return schedule(model)
+
+
+def check_follows_noise(guide: Any, what: str, instead: str = "") -> None:
+    """Refuse a change of ε that a guide would not see; ``instead`` is what else can be done."""
+    if not getattr(guide, "follows_noise_schedule", False):
+        raise InputError(
+            f"{what}, and a {type(guide).__name__} does not follow: use one of the guides that are shipped{instead}"
+        )
 
 
 class NoiseScheduleCallback(TrainerCallback):

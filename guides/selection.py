@@ -1,7 +1,6 @@
-"""Which guide a posterior has, and what is asked of it."""
+"""Which guide a posterior has."""
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import nn
 
@@ -24,11 +23,3 @@ def guide_for(model: MonteCLoRA, guide: Callable[[MonteCLoRA], nn.Module] | None
             "a guide belongs to the model it was built from"
         )
     return guide(model).to(next(model.network.parameters()).device)
-
-
-def check_follows_noise(guide: Any, what: str, instead: str = "") -> None:
-    """Refuse a change of ε that a guide would not see; ``instead`` is what else can be done."""
-    if not getattr(guide, "follows_noise_schedule", False):
-        raise InputError(
-            f"{what}, and a {type(guide).__name__} does not follow: use one of the guides that are shipped{instead}"
-        )

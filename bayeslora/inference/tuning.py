@@ -12,9 +12,9 @@ from tqdm.auto import tqdm
 
 from bayeslora.data.rows import check_kind
 from bayeslora.errors import InputError
-from bayeslora.guides.selection import check_follows_noise
 from bayeslora.inference.predict import predict
 from bayeslora.models.tuning import Tuning
+from bayeslora.noise_schedules import check_follows_noise
 from bayeslora.posterior import Posterior
 from bayeslora.prediction import Prediction
 
