@@ -19,15 +19,17 @@ The factors are buffers of the model: what they are at the end is the posterior 
 """
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
 from bayeslora.errors import InputError
-from bayeslora.models.joint import JointModel
 from bayeslora.models.prior import Prior
+
+if TYPE_CHECKING:
+    from bayeslora.models.joint import JointModel
 
 RATE = 0.05  # weight of the newest batch in an average
 RISING_SHARE = 0.5  # of training, over which the cosine rises
@@ -174,7 +176,7 @@ SCHEDULES: dict[str, type[NoiseSchedule]] = {
 }
 
 
-def start_noise(model: JointModel, guide: Any) -> NoiseSchedule:
+def start_noise(model: "JointModel", guide: Any) -> NoiseSchedule:
     """ε as it is where training starts, in the units that the configuration has, and what changes it from there.
 
     Args:

@@ -1,10 +1,9 @@
 """What is tuned once a posterior is fitted, and kept with it."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from bayeslora.errors import InputError
-from bayeslora.files.records import is_integer, is_number
 
 WIDEST = 1e6  # of a width or a temperature, which are some hundred at most
 
@@ -43,27 +42,19 @@ class Tuning:
 
     def __post_init__(self) -> None:
         for name, value in (("width", self.width), ("temperature", self.temperature)):
-            if not is_number(value) or not 0 <= value <= WIDEST or (name == "temperature" and value == 0):
+            if not _is_number(value) or not 0 <= value <= WIDEST or (name == "temperature" and value == 0):
                 least = "0 or more" if name == "width" else "above 0"
                 raise InputError(f"{name} must be a number, {least} and up to {WIDEST:g}, got {value!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; ``Tuning(**values)`` reads them back."""
-        return {name: value if is_number(value) else None for name, value in asdict(self).items()}
-
-    @classmethod
-    def is_dict(cls, values: Any) -> bool:
-        """Whether a value of unknown origin is what :meth:`to_dict` makes."""
-        if not isinstance(values, dict) or values.keys() != {f.name for f in fields(cls)}:
-            return False
-        counts = all(is_integer(values[name]) for name in ("examples", "num_samples"))
-        scores = all(v is None or is_number(v) for v in (values[f"nll{of}"] for of in ("", "_at_mean", "_untuned")))
-        try:
-            return counts and scores and cls(**values) is not None
-        except InputError:
-            return False
+        return {name: value if _is_number(value) else None for name, value in asdict(self).items()}
 
     def __str__(self) -> str:
         tempered = "" if self.temperature == 1 else f", temperature to {self.temperature:.3g}"
         where = f", on {self.examples} examples" if self.examples else ""
         return f"width tuned to {self.width:.3g}{tempered}{where}"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1e100

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,20 @@ def _is_base(value: Any) -> bool:
 
 
 _LATER_ENTRIES: dict[str, Any] = {"kept": [], "tuning": None}  # which earlier adapters do not have
+
+
+def _is_tuning(value: Any) -> bool:
+    """What :meth:`Tuning.to_dict` makes."""
+    if not isinstance(value, dict) or value.keys() != {f.name for f in fields(Tuning)}:
+        return False
+    counts = all(is_integer(value[name]) for name in ("examples", "num_samples"))
+    scores = all(v is None or is_number(v) for v in (value[f"nll{of}"] for of in ("", "_at_mean", "_untuned")))
+    try:
+        return counts and scores and Tuning(**value) is not None
+    except InputError:
+        return False
+
+
 # What each entry of the manifest must be, apart from the configuration's own fields.
 _MANIFEST_ENTRIES: dict[str, Callable[[Any], bool]] = {
     "format": is_integer,
@@ -101,6 +116,6 @@ _MANIFEST_ENTRIES: dict[str, Callable[[Any], bool]] = {
     "adapters": lambda v: is_object_of(v, lambda a: isinstance(a, list) and len(a) == 2 and all(map(is_integer, a))),
     "base": _is_base,
     "kept": is_names,
-    "tuning": lambda v: v is None or Tuning.is_dict(v),
+    "tuning": lambda v: v is None or _is_tuning(v),
     "sha256": lambda v: is_object_of(v, lambda digest: isinstance(digest, str)),
 }
