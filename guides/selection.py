@@ -1,15 +1,16 @@
 """Which guide a posterior has."""
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
 from bayeslora.errors import InputError
 from bayeslora.guides import GUIDES
-from bayeslora.models import MonteCLoRA
+from bayeslora.models.joint import JointModel
 
 
-def guide_for(model: MonteCLoRA, guide: Callable[[MonteCLoRA], nn.Module] | None) -> nn.Module:
+def guide_for(model: JointModel, guide: Callable[[Any], nn.Module] | None) -> nn.Module:
     """The guide given, or the one that the configuration names, for this model and where its network is."""
     if guide is None:
         if model.config.guide not in GUIDES:
