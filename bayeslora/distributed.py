@@ -79,6 +79,14 @@ def on_main_process(action: Callable[[], Result]) -> Result:
     return outcome[0]
 
 
+def leave() -> None:
+    """End this process's part in the group, at the end of a command: gloo's threads can outlive the interpreter, and a
+    thread that is still there when it ends aborts the process."""
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()
+
+
 def refuse_sharded(groups: tuple[AdapterGroup, ...]) -> None:
     """Every lora_A must be whole when a step begins: a draw is made for all of them before the network runs.
 

@@ -6,7 +6,7 @@ from transformers import set_seed
 
 from bayeslora.analysis.metrics.registry import METRICS
 from bayeslora.config import MonteCLoRAConfig
-from bayeslora.distributed import rank
+from bayeslora.distributed import leave, rank
 from bayeslora.errors import InputError
 from bayeslora.module import BayesLoRA
 from bayeslora.options import flags
@@ -41,6 +41,7 @@ def run(arguments: argparse.Namespace, task: Task, config: MonteCLoRAConfig) -> 
     )
     if rank() == 0:
         _report(result, task)
+    leave()
 
 
 def _report(result: FitResult, task: Task) -> None:
