@@ -54,7 +54,7 @@ class JointModel(Prior):
     @property
     def labelling(self) -> "Likelihood":
         """What says all else that depends on the kind of task beside the density of the labels."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must say what labels its outputs")
 
     def forward(self, labels: Tensor | None = None, **inputs: Any) -> Tensor:
         self._register_parameters()
