@@ -4,15 +4,21 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-arviz1 test-newest lint types docs check dist release-check benchmark clean
+.PHONY: demo test test-slow test-arviz1 test-newest lint types docs check dist release-check benchmark clean
 
 demo: $(VENV)/.installed
 	$(BIN)/bayeslora demo --output runs/demo
 
-test: $(VENV)/.installed
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
+PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 
-check: lint types docs test
+test: $(VENV)/.installed
+	$(PYTEST) -m "not slow"
+
+# what takes many processes or a whole experiment: kills, launched trainings, the sdist, the studies' scripts
+test-slow: $(VENV)/.installed
+	$(PYTEST) -m slow
+
+check: lint types docs test test-slow
 
 ARVIZ1_TESTS := $(patsubst %,tests/analysis/test_%.py,inference_data streaming comparison_table plots plots_of_draws \
 	plots_of_uncertainty uncertainty variance)

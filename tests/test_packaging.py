@@ -113,6 +113,7 @@ def built(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_sdist_and_wheel_hold_every_module_and_work_elsewhere(tmp_path):
     """A module that the sdist lacks is missing from the wheel too, which is built from it, as a release's is."""
     source, site = built(tmp_path)

@@ -72,6 +72,7 @@ def probs(bayes: BayesLoRA, examples: list, num_samples: int = 2) -> np.ndarray:
 
 
 class TestWhatIsSavedComesBack:
+    @pytest.mark.slow
     def test_in_a_fresh_process(self, fitted, tmp_path):
         expected = {}
         for name in SUPPORTED:

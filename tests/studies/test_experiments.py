@@ -10,6 +10,8 @@ from bayeslora.study.runner import run_study
 from tests.demo import tiny_encoder
 from tests.scripts import script
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):

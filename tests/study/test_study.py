@@ -446,6 +446,7 @@ class TestGrid:
         with pytest.raises(InputError, match="something else"):
             run_study(self.grid(study, tmp_path), tmp_path, progress=False)
 
+    @pytest.mark.slow
     def test_killed_at_any_moment_it_goes_on(self, study, tmp_path):
         made = self.grid(study, tmp_path, kill_while=str(tmp_path / "flag"))
         (tmp_path / "flag").touch()
@@ -470,6 +471,7 @@ class TestGrid:
         assert sorted(scored_on_test(result)["seed"]) == [0, 1, 2]
         assert self.trainings(tmp_path) == ["0", "1", "2"]
 
+    @pytest.mark.slow
     @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX signals")
     def test_terminated_it_takes_the_cells_process_with_it(self, study, tmp_path):
         file, said = tmp_path / "study.json", tmp_path / "pid"
@@ -492,6 +494,7 @@ class TestGrid:
         with pytest.raises(ProcessLookupError):
             os.kill(int(said.read_text()), 0)
 
+    @pytest.mark.slow
     def test_two_workers_share_a_study(self, study, tmp_path):
         made = self.grid(study, tmp_path)
         made = Study.from_dict({**made.to_dict(), "seeds": [0, 1, 2, 3, 4, 5]})
@@ -527,6 +530,7 @@ class TestGrid:
         assert list(scored_on_test(result)["seed"]) == [0, 1, 2, 3, 4, 5]
         assert self.trainings(tmp_path) == ["0", "1", "2", "3", "4", "5"]
 
+    @pytest.mark.slow
     def test_a_process_for_each_cell(self, study, tmp_path):
         (tmp_path / "flag").touch()
         made = self.grid(study, tmp_path, kill_while=str(tmp_path / "flag"), fail_on_seed=2)

@@ -28,7 +28,10 @@ from tests.workers.distributed_worker import (
 )
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without distributed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without distributed"),
+]
 
 
 def launch(*command, processes=2, **options):

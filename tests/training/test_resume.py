@@ -72,6 +72,7 @@ def resumed(folder, seed=5, **options):
 class TestKilled:
     """SIGKILL in real processes; see tests/workers/kill_at.py for the moments."""
 
+    @pytest.mark.slow
     @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
     def test_at_any_moment(self, tmp_path):
         chance = random.Random(0)
