@@ -147,14 +147,23 @@ def test_public_names_resolve():
         bayeslora.nosuch  # noqa: B018
 
 
-def test_importing_the_package_is_cheap(tmp_path):
-    """No name is used yet: what takes seconds to import, and what draws, stays out until one is."""
-    heavy = ["torch", "transformers", "peft", "pyro", "datasets", "matplotlib", "arviz", "pandas", "scipy", "sklearn"]
-    code = (
-        "import sys, bayeslora, bayeslora.analysis, bayeslora.study;"
-        "bayeslora.InputError, bayeslora.MonteCLoRAConfig, bayeslora.Study, dir(bayeslora.analysis);"
-        f"print([name for name in {heavy} if name in sys.modules])"
-    )
+TABLES_AND_PICTURES = ["datasets", "matplotlib", "arviz", "pandas", "pyarrow", "sklearn"]
+
+
+@pytest.mark.parametrize(
+    ("use", "stays_out"),
+    [
+        (
+            "import bayeslora, bayeslora.analysis, bayeslora.study;"
+            "bayeslora.InputError, bayeslora.MonteCLoRAConfig, bayeslora.Study, dir(bayeslora.analysis)",
+            ["torch", "transformers", "peft", "pyro", "scipy", *TABLES_AND_PICTURES],
+        ),
+        ("from bayeslora import BayesLoRA", TABLES_AND_PICTURES),  # 100 MiB of the process that trains
+    ],
+)
+def test_importing_is_cheap(tmp_path, use, stays_out):
+    """What takes seconds and memory to import stays out until it is used."""
+    code = f"import sys; {use}; print([name for name in {stays_out} if name in sys.modules])"
     command = [sys.executable, "-c", code]
     done = subprocess.run(
         command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, check=True, capture_output=True, text=True

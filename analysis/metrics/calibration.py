@@ -7,7 +7,6 @@ bins depends on them: state their number and kind with it.
 
 import numpy as np
 from numpy.typing import ArrayLike
-from sklearn.metrics import accuracy_score
 
 from bayeslora.analysis.metrics.bins import Bins, bin_scores
 from bayeslora.analysis.metrics.checks import check_probs, check_probs_and_labels
@@ -32,7 +31,7 @@ def accuracy(probs: ArrayLike, labels: ArrayLike) -> float:
         0.75
     """
     probs, labels = check_probs_and_labels(probs, labels)
-    return float(accuracy_score(labels, probs.argmax(axis=1)))
+    return float((probs.argmax(axis=1) == labels).mean())
 
 
 def negative_log_likelihood(probs: ArrayLike, labels: ArrayLike) -> float:
