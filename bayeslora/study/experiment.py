@@ -141,7 +141,9 @@ class Experiment:
 
     def record(self, bayes: Any, trained: Trained) -> dict[str, Any]:
         """A ``run.json``, as :func:`bayeslora.fit` writes it, of what :meth:`train` trained."""
-        record = run_record(bayes, self.arguments, self.arguments.learning_rate, len(self.train_data), self.metadata)
+        record = run_record(
+            bayes, self.arguments, self.arguments.learning_rate, {"train_dataset": self.train_data}, self.metadata
+        )
         return record | {"finished": True, "steps": trained.steps, "metrics": {}, "history": self.history}
 
     def lora_options(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +13,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from peft import get_peft_model
 from transformers import BertTokenizerFast
 
+from bayeslora.adapters.inject import lora_config
 from bayeslora.analysis import area_under_risk_coverage, fit_temperature, predictive_entropy, robustness_table
 from bayeslora.config import PRESETS, MonteCLoRAConfig
 from bayeslora.errors import InputError
@@ -155,6 +158,7 @@ class TestSpec:
             "rslora",
             "dora",
             "adalora",
+            "frozen_a",
             "peft_monteclora",
             "monteclora",
             "monteclora_post_hoc",
@@ -185,6 +189,7 @@ POINTS = {
     "rslora": {},
     "dora": {},
     "adalora": {"learning_rate_scale": 2.0},
+    "frozen_a": {},
     "peft_monteclora": {"buffer_size": 4},
 }
 OURS = (
@@ -266,7 +271,6 @@ def test_one_training_serves_all_that_builds_on_it(study, tmp_path, monkeypatch)
         "LoRA deep ensemble",
         "MonteCLoRA post-hoc, 3 draws",
         "MonteCLoRA post-hoc, 3 draws + temperature*",
-        "MonteCLoRA post-hoc, 3 draws, scale tuned*",
     }
     members = [read_predictions(tmp_path / "out" / only(made, seed=s).folder, "test")["LoRA"] for s in (0, 1)]
     mean, labels = (members[0][0] + members[1][0]) / 2, members[0][1]
@@ -275,6 +279,36 @@ def test_one_training_serves_all_that_builds_on_it(study, tmp_path, monkeypatch)
     assert ensemble["members"] == 2
     assert "summary.md" in {path.name for path in (tmp_path / "out").iterdir()}
     assert not list((tmp_path / "out").rglob("*.safetensors"))  # networks are not kept
+
+
+@pytest.mark.parametrize(("method", "moves"), [("lora", True), ("frozen_a", False)])
+def test_frozen_a_learns_with_b_alone(study, tmp_path, method, moves):
+    made = study(method)
+    experiment = Experiment(made, only(made), tmp_path)
+    started = experiment.network()
+    before = get_peft_model(started, lora_config(started, LoRA().configuration(experiment))).state_dict()
+    after = make_method(MethodSpec(method)).train(experiment).network.state_dict()
+    of_a, of_b = ([name for name in after if f"lora_{letter}" in name] for letter in "AB")
+    assert len(of_a) == len(of_b) > 0
+    assert all(after[name].any() for name in of_b)  # B starts at zero
+    assert {torch.equal(before[name], after[name]) for name in of_a} == {not moves}
+
+
+def test_a_width_is_tuned_where_there_are_enough_validation_examples(study, tmp_path, place):
+    """Twenty say something about a width: the predictor has the lowest NLL on them, and its width is not kept."""
+    ours = {"name": "monteclora", "label": "ours", "predictions": ["mean", "draws", "tuned", "tuned_temperature"]}
+    long = tmp_path / "long"
+    shutil.copytree(place / "reviews", long / "reviews")
+    (long / "reviews" / "validation.csv").write_text((long / "reviews" / "train.csv").read_text())
+    made = study(ours, tasks=[{"name": "reviews", "data_dir": str(long / "reviews"), "text_columns": "text"}])
+    result = run_cell(made, only(made), tmp_path / "out")
+    on_validation = {row["method"]: row["nll"] for row in result["rows"] if row["split"] == "validation"}
+    tuned, both = (on_validation.pop(f"ours, 3 draws, {name}*") for name in ("tuned", "tuned + temperature"))
+    assert set(on_validation) == {"ours, mean", "ours, 3 draws"}
+    assert both <= tuned <= min(on_validation.values()) + 1e-9
+    few = run_cell(study(ours), only(study(ours)), tmp_path / "few")
+    assert not [row for row in few["rows"] if "tuned" in row["method"]]
+    assert few["failures"] == []
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from bayeslora.analysis import mixture_entropy, negative_log_likelihood
+from bayeslora.analysis import mixture_entropy
 from bayeslora.config import MonteCLoRAConfig
 from bayeslora.errors import InputError
 from bayeslora.guides import MixtureGuide
+from bayeslora.inference.tuning import LEAST_EXAMPLES, as_tuned
+from bayeslora.models import Tuning
 from bayeslora.module import BayesLoRA
 from bayeslora.storage.run_folder import ADAPTER_FOLDER, RUN_FILE
 from bayeslora.study.entries import suggest
@@ -28,9 +30,8 @@ from bayeslora.training.monitor import components_in_use, noise_to_signal
 if TYPE_CHECKING:
     from bayeslora.study.experiment import Experiment
 
-PREDICTORS = ("mean", "draws", "mean_temperature", "draws_temperature", "scale_tuned")
-FACTORS = (0.25, 0.5, 1.0, 1.5, 2.0)  # of the noise, tried on validation
-TUNING_DRAWS = 4
+PREDICTORS = ("mean", "draws", "mean_temperature", "draws_temperature", "tuned", "tuned_temperature")
+TUNED = {"tuned": {}, "tuned_temperature": {"with_temperature": True}}
 CONFIG_FIELDS = {f.name for f in dataclasses.fields(MonteCLoRAConfig)} - {"r"}
 
 
@@ -39,10 +40,10 @@ class PosteriorOptions:
     """The options of both methods here.
 
     ``preset`` and ``config``: :class:`bayeslora.MonteCLoRAConfig`'s; a study writes the configuration's fields next to
-    the others. ``predictions``: which of :data:`PREDICTORS`; those with a temperature and ``scale_tuned``, which
-    multiplies the noise by the one of :data:`FACTORS` with the lowest negative log-likelihood, tune on validation
-    examples and are left out where there are none. ``num_samples``: draws, the study's if ``None``;
-    ``antithetic``: in mirrored pairs (:func:`bayeslora.inference.predict.predict`).
+    the others. ``predictions``: which of :data:`PREDICTORS`; those with a temperature, and ``tuned`` (the width that
+    :meth:`bayeslora.BayesLoRA.tune` finds) and ``tuned_temperature`` (both at once), use the labels of validation
+    examples and are left out where there are none, or for a width fewer than 20. ``num_samples``: draws, the study's if
+    ``None``; ``antithetic``: in mirrored pairs (:func:`bayeslora.inference.predict.predict`).
     """
 
     preset: str = "calibrated"
@@ -117,27 +118,38 @@ class PosteriorOptions:
     def fitted_predictors(self, bayes: BayesLoRA, experiment: "Experiment", label: str) -> Iterator[Predictor]:
         """The predictors of a fitted posterior."""
         count = self.num_samples or experiment.study.num_samples
-        mean = cache(lambda split: predict(bayes, experiment.data(split), 0))
-        draws = cache(lambda split: predict(bayes, experiment.data(split), count, antithetic=self.antithetic))
         these = f"{count} antithetic draws" if self.antithetic else f"{count} draws"
         wanted = self.predictions if bayes.sampling else ("mean",)
-        tuned = experiment.has_validation
+
+        def predictor(num_samples: int, tuning: Tuning | None = None) -> Predict:
+            return cache(lambda split: predict(bayes, experiment.data(split), num_samples, self.antithetic, tuning))
+
+        mean, draws = predictor(0), predictor(count)
         if "mean" in wanted:
             yield Predictor(f"{label}, mean" if bayes.sampling else label, mean)
         if "draws" in wanted:
             yield Predictor(f"{label}, {these}", draws, draws=True)
-        if "mean_temperature" in wanted and tuned:
+        if not experiment.has_validation:
+            return
+        if "mean_temperature" in wanted:
             yield Predictor(f"{label}, mean + temperature*", tempered(mean))
-        if "draws_temperature" in wanted and tuned:
+        if "draws_temperature" in wanted:
             yield Predictor(f"{label}, {these} + temperature*", tempered(draws), draws=True)
-        if "scale_tuned" in wanted and tuned:
-            factor = best_factor(bayes, experiment.tuning_data(), self.antithetic)
-            scaled = (
-                draws
-                if factor == 1
-                else cache(lambda split: predict(bayes, experiment.data(split), count, factor, self.antithetic))
+        for name, options in TUNED.items():
+            if name in wanted and len(experiment.data("validation")) >= LEAST_EXAMPLES:
+                found = self.tune(bayes, experiment, count, **options)
+                yield Predictor(f"{label}, {these}, {name.replace('_', ' + ')}*", predictor(count, found), draws=True)
+
+    def tune(self, bayes: BayesLoRA, experiment: "Experiment", num_samples: int, **options: bool) -> Tuning:
+        """What is found on the validation examples; the posterior stays as it was fitted."""
+        with as_tuned(bayes, None):
+            return bayes.tune(
+                experiment.data("validation"),
+                num_samples=num_samples,
+                antithetic=self.antithetic,
+                progress=False,
+                **options,
             )
-            yield Predictor(f"{label}, {these}, scale tuned*", scaled, draws=True)
 
 
 @register
@@ -197,20 +209,17 @@ class PostHocMonteCLoRA(PosteriorOptions, PostHocMethod):
                 yield predictor
 
 
-def predict(bayes: BayesLoRA, data: Any, num_samples: int, factor: float = 1.0, antithetic: bool = False) -> Predicted:
-    """The posterior predictive; at the mean with no samples."""
+def predict(
+    bayes: BayesLoRA, data: Any, num_samples: int, antithetic: bool = False, tuning: Tuning | None = None
+) -> Predicted:
+    """The posterior predictive with a tuned width and temperature; at the mean with no samples."""
     started = time.perf_counter()
-    prediction = bayes.predict(
-        data, num_samples=num_samples, noise_factor=factor, antithetic=antithetic, keep_draws=False, progress=False
-    )
+    with as_tuned(bayes, tuning):
+        prediction = bayes.predict(
+            data, num_samples=num_samples, antithetic=antithetic, keep_draws=False, progress=False
+        )
     information = prediction.mutual_information if num_samples else None
     return Predicted(prediction.probs, prediction.labels, information, time.perf_counter() - started)
-
-
-def best_factor(bayes: BayesLoRA, data: Any, antithetic: bool = False) -> float:
-    """Of :data:`FACTORS`, the one whose noise gives the validation examples the lowest negative log-likelihood."""
-    tried = {factor: predict(bayes, data, TUNING_DRAWS, factor, antithetic) for factor in FACTORS}
-    return min(tried, key=lambda factor: negative_log_likelihood(tried[factor].probs, tried[factor].labels.astype(int)))
 
 
 def posterior_facts(bayes: BayesLoRA) -> dict[str, float]:

@@ -126,6 +126,22 @@ class RsLoRA(LoRA):
 
 @register
 @dataclass(frozen=True)
+class FrozenALoRA(LoRA):
+    """A stays as it starts, and B and the head are trained (Zhang et al. 2023, LoRA-FA): how much of a method's
+    robustness is only that A cannot fit."""
+
+    name: ClassVar[str] = "frozen_a"
+    title: ClassVar[str] = "frozen-A LoRA"
+
+    def training(self, network: nn.Module, experiment: "Experiment") -> dict[str, Any]:
+        for name, parameter in network.named_parameters():
+            if ".lora_A." in name:
+                parameter.requires_grad_(False)
+        return {}
+
+
+@register
+@dataclass(frozen=True)
 class DoRA(LoRA):
     """Magnitude and direction of the weights apart (Liu et al. 2024)."""
 
