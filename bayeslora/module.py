@@ -117,7 +117,7 @@ class BayesLoRA(Posterior):
     def predict(
         self,
         dataset: Any,
-        num_samples: int = 16,
+        num_samples: int | str = 16,
         *,
         batch_size: int = 32,
         seed: int | None = 0,
@@ -127,6 +127,7 @@ class BayesLoRA(Posterior):
         prior: bool = False,
         noise_factor: float = 1.0,
         antithetic: bool = False,
+        tolerance: float = 0.02,
     ) -> Prediction:
         """Posterior predictive: the mean over draws of the whole network.
 
@@ -150,6 +151,7 @@ class BayesLoRA(Posterior):
                 prior=prior,
                 noise_factor=noise_factor,
                 antithetic=antithetic,
+                tolerance=tolerance,
             )
 
     def tune(
@@ -161,6 +163,7 @@ class BayesLoRA(Posterior):
         batch_size: int = 32,
         seed: int = 0,
         progress: bool = True,
+        antithetic: bool = False,
     ) -> Tuning:
         """Choose one width for all noise by held-out labels, zero included, and keep it with the posterior.
 
@@ -180,6 +183,7 @@ class BayesLoRA(Posterior):
                 batch_size=batch_size,
                 seed=seed,
                 progress=progress,
+                antithetic=antithetic,
             )
 
     @property

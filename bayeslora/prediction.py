@@ -48,9 +48,13 @@ class Prediction:
 
     ``labels`` (n,) is ``None`` for unlabelled data, and for texts. An attribute of another kind is ``None``, and so are
     draws that were not kept. There are S draws; S is 1 at the mean (``num_samples=0``).
+
+    ``monte_carlo_error`` (n,) is the standard error that S draws leave in the probability of an example's class (the
+    largest over classes), or in the mean of a number: it falls as :math:`S^{-1/2}`. ``None`` for texts and at the mean.
     """
 
     labels: Array
+    monte_carlo_error: Array = field(default=None, kw_only=True, repr=False)
 
     def __getattr__(self, name: str) -> Any:
         if name in _OF_SOME_KINDS:

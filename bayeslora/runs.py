@@ -41,14 +41,14 @@ class FittedRun:
         return self.record.get("history", [])
 
     def predict(
-        self, texts: Sequence[str], pairs: Sequence[str] | None = None, *, num_samples: int = 16, **options: Any
+        self, texts: Sequence[str], pairs: Sequence[str] | None = None, *, num_samples: int | str = 16, **options: Any
     ) -> Prediction:
         """The posterior predictive of texts, as ``bayeslora predict --text`` has it.
 
         Args:
             texts: One text for each example.
             pairs: The second text of each, for a task on pairs.
-            num_samples: Draws of the posterior; 0 is its mean.
+            num_samples: Draws of the posterior; 0 is its mean, ``"auto"`` as many as it takes.
             options: Further options of :meth:`bayeslora.BayesLoRA.predict`.
 
         Raises:

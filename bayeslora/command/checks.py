@@ -21,6 +21,11 @@ from bayeslora.tasks.load import load_task
 
 def check_fit(arguments: argparse.Namespace) -> tuple[Task, MonteCLoRAConfig]:
     task = _read_task(arguments, arguments.task)
+    if arguments.tune == "validation" and not ("validation" in task.splits and task.is_labelled("validation")):
+        raise InputError(
+            f"--tune needs labels that are not trained on, and task {task.name!r} has no labelled validation split: "
+            "say which share of the training examples to hold out, such as --tune 0.1"
+        )
     return task, configuration(arguments, task.kind)
 
 
@@ -29,6 +34,12 @@ def check_predict(arguments: argparse.Namespace) -> tuple[()]:
         raise InputError("--max-examples is a subset of a split: leave it out beside --text")
     if arguments.text_pair and not arguments.text:
         raise InputError("--text-pair goes with --text: leave it out beside --split")
+    return ()
+
+
+def check_evaluate(arguments: argparse.Namespace) -> tuple[()]:
+    if arguments.generate and arguments.num_samples == "auto":
+        raise InputError("--generate writes with a number of draws: give one for --num-samples in place of auto")
     return ()
 
 

@@ -25,11 +25,14 @@ def run(arguments: argparse.Namespace, task: Task, config: MonteCLoRAConfig) -> 
         raise InputError("--mode post_hoc puts a posterior on a trained LoRA: say which with --adapter RUN/adapter")
     length = arguments.max_length
     evaluated = "validation" in task.splits and task.is_labelled("validation")
+    validation = task.encode(tokenizer, "validation", max_length=length) if evaluated else None
+    bayes = BayesLoRA(network, config, likelihood=task.likelihood())
     result = fit(
-        BayesLoRA(network, config, likelihood=task.likelihood()),
+        bayes,
         task.encode(tokenizer, "train", max_length=length, limit=arguments.max_train_examples, labelled=True),
-        task.encode(tokenizer, "validation", max_length=length) if evaluated else None,
+        validation,
         output_dir=arguments.output,
+        tune=validation if arguments.tune == "validation" else arguments.tune,
         resume=arguments.resume,
         metadata={
             "model": arguments.model,
@@ -41,6 +44,8 @@ def run(arguments: argparse.Namespace, task: Task, config: MonteCLoRAConfig) -> 
     )
     if rank() == 0:
         _report(result, task)
+        if bayes.tuning is not None:
+            print(f"  {bayes.tuning}")
     leave()
 
 

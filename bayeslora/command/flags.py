@@ -24,6 +24,12 @@ def number(name: str, takes: Range = COUNT) -> Callable[[str], Any]:
     return parse
 
 
+def number_or(word: str, name: str, takes: Range) -> Callable[[str], Any]:
+    """For argparse: a number in a range, or a ``word``."""
+    parse = number(name, takes)
+    return lambda text: text if text == word else parse(text)
+
+
 def word(text: str) -> str:
     """For argparse: something rather than nothing, as an unset variable of the shell leaves."""
     if not text.strip():

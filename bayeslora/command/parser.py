@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from bayeslora._version import __version__
-from bayeslora.command.flags import add_options, number, path, sentence, word
+from bayeslora.command.flags import add_options, number, number_or, path, sentence, word
 from bayeslora.config import PRESETS, MonteCLoRAConfig
 from bayeslora.errors import InputError
-from bayeslora.options import COUNT, FROM_ZERO, LENGTH, NOT_NEGATIVE, SEED, Range, flags, ranges
+from bayeslora.options import COUNT, FROM_ZERO, LENGTH, NOT_NEGATIVE, POSITIVE, SEED, Range, flags, ranges
 from bayeslora.training.budget import FitOptions, TrainingBudget
 
 EXAMPLES = """\
@@ -111,13 +111,28 @@ def _add_fit(commands: Any) -> None:
     parser.add_argument("--output", type=path, required=True, metavar="DIR", help="a new folder for the run")
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run in --output")
     parser.add_argument("--adapter", type=path, metavar="DIR", help="start from this PEFT adapter (--mode post_hoc)")
+    parser.add_argument(
+        "--tune",
+        nargs="?",
+        const="validation",
+        type=number_or("validation", "tune", Range(float, 0, 1, above=True, below=True)),
+        metavar="SHARE",
+        help="at the end, choose how wide the noise is: by the validation split, or by this share of the training "
+        "examples, such as 0.1, held out of training",
+    )
     _add_training_options(parser)
     _add_method_options(parser)
 
 
 def _add_evaluate(commands: Any) -> None:
-    parser = _command(commands, "evaluate", "predict:run_evaluate", "score a fitted run on a labelled split")
-    _add_run_options(parser)
+    parser = _command(
+        commands,
+        "evaluate",
+        "predict:run_evaluate",
+        "score a fitted run on a labelled split",
+        check="check_evaluate",
+    )
+    _add_run_options(parser, auto=True)
     _add_antithetic(parser)
     _add_untuned(parser)
     parser.add_argument("--split", type=word, help="default: test where it is labelled, else validation")
@@ -142,7 +157,7 @@ def _add_predict(commands: Any) -> None:
         "One JSON object a line on standard output: probabilities, entropy and mutual information (nats).",
         check="check_predict",
     )
-    _add_run_options(parser)
+    _add_run_options(parser, auto=True)
     _add_antithetic(parser)
     _add_untuned(parser)
     source = parser.add_mutually_exclusive_group(required=True)
@@ -315,9 +330,11 @@ def _add_method_options(parser: argparse.ArgumentParser, *, several: bool = Fals
     add_options(group, MonteCLoRAConfig, flags(MonteCLoRAConfig), several=lists, default=lambda field: None)
 
 
-def _add_run_options(parser: argparse.ArgumentParser, *, num_samples: int = 16, takes: Range = FROM_ZERO) -> None:
+def _add_run_options(
+    parser: argparse.ArgumentParser, *, num_samples: int = 16, takes: Range = FROM_ZERO, auto: bool = False
+) -> None:
     parser.add_argument("run_dir", type=path, metavar="RUN_DIR", help="what fit wrote")
-    _add_prediction_options(parser, num_samples=num_samples, takes=takes)
+    _add_prediction_options(parser, num_samples=num_samples, takes=takes, auto=auto)
 
 
 def _add_antithetic(parser: argparse.ArgumentParser) -> None:
@@ -329,13 +346,25 @@ def _add_untuned(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_prediction_options(
-    parser: argparse.ArgumentParser, *, num_samples: int = 16, takes: Range = FROM_ZERO
+    parser: argparse.ArgumentParser, *, num_samples: int = 16, takes: Range = FROM_ZERO, auto: bool = False
 ) -> None:
     parser.add_argument(
         "--model", type=word, metavar="PATH_OR_HUB_NAME", help="where the base model is now, if it moved"
     )
     parser.add_argument("--data-dir", type=path, metavar="DIR", help="where the data is now, if it moved")
     what = "draws of the posterior" + ("; 0 is its mean" if takes == FROM_ZERO else "")
-    parser.add_argument("--num-samples", type=number("num_samples", takes), default=num_samples, help=what)
+    if auto:
+        parse = number_or("auto", "num_samples", takes)
+        parser.add_argument(
+            "--num-samples", type=parse, default=num_samples, help=f"{what}; auto is as many as --tolerance takes"
+        )
+        parser.add_argument(
+            "--tolerance",
+            type=number("tolerance", POSITIVE),
+            default=0.02,
+            help="with --num-samples auto: the Monte Carlo error to reach, of a probability on average",
+        )
+    else:
+        parser.add_argument("--num-samples", type=number("num_samples", takes), default=num_samples, help=what)
     parser.add_argument("--batch-size", type=number("batch_size"), default=32)
     parser.add_argument("--seed", type=number("seed", SEED), default=0, help="decides the draws")

@@ -22,6 +22,9 @@ def run_predict(arguments: argparse.Namespace) -> None:
     else:
         data = run.data(arguments.split, limit=arguments.max_examples)
     prediction = _predict(run, data, arguments)
+    if prediction.monte_carlo_error is not None:
+        draws = f"{len(prediction.sample_outputs)} draws"
+        print(f"{draws}: Monte Carlo error {prediction.monte_carlo_error.mean():.3f} on average", file=sys.stderr)
     for index in range(len(data)):
         of = {"text": arguments.text[index]} if arguments.text else {"index": index}
         print(json.dumps(of | prediction.row(index), ensure_ascii=not shows_unicode(sys.stdout)))
@@ -31,10 +34,15 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     run = _open(arguments)
     split = arguments.split or run.labelled_split()
     data = run.data(split, limit=arguments.max_examples, labelled=True)
-    scores = {"split": split, "examples": len(data), "num_samples": arguments.num_samples}
+    prediction = _predict(run, data, arguments, progress=not arguments.json)
+    drawn = prediction.sample_outputs
+    count = arguments.num_samples if drawn is None or not arguments.num_samples else len(drawn)
+    scores: dict[str, Any] = {"split": split, "examples": len(data), "num_samples": count}
     tuning = run.posterior.tuning
     scores |= {} if tuning is None else {"tuned_width": tuning.width, "tuned_temperature": tuning.temperature}
-    scores |= _predict(run, data, arguments, progress=not arguments.json).scores(run.task)
+    scores |= prediction.scores(run.task)
+    if prediction.monte_carlo_error is not None:
+        scores["monte_carlo_error"] = float(prediction.monte_carlo_error.mean())
     if arguments.generate:
         scores |= _judge(run, split, arguments)
     if arguments.json:
@@ -58,6 +66,7 @@ def _predict(run: FittedRun, data: Any, arguments: argparse.Namespace, *, progre
         batch_size=arguments.batch_size,
         seed=arguments.seed,
         antithetic=arguments.antithetic,
+        tolerance=arguments.tolerance,
         progress=progress,
     )
 

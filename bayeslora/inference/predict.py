@@ -1,6 +1,9 @@
 """Posterior predictive: average over whole networks, each one coherent draw of all adapters."""
 
-from collections.abc import Iterator, Sequence
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,12 +21,17 @@ from bayeslora.models.language import NOT_SCORED
 from bayeslora.posterior import Posterior
 from bayeslora.prediction import Prediction
 
+logger = logging.getLogger(__name__)
+
+FIRST_DRAWS = 16  # of num_samples="auto", from which it learns how many more it takes
+MOST_DRAWS = 256
+
 
 def predict(
     bayes: Posterior,
     dataset: Any,
     *,
-    num_samples: int = 16,
+    num_samples: int | str = 16,
     batch_size: int = 32,
     seed: int | None = 0,
     keep_draws: bool = True,
@@ -32,6 +40,7 @@ def predict(
     prior: bool = False,
     noise_factor: float = 1.0,
     antithetic: bool = False,
+    tolerance: float = 0.02,
 ) -> Prediction:
     """Average the predictive over draws of the posterior; with the width and the temperature that were tuned, if any
     (:func:`bayeslora.inference.tuning.tune`).
@@ -40,7 +49,8 @@ def predict(
         bayes: The fitted module; its training mode is restored afterwards.
         dataset: Encoded examples, numbered rows that are dicts, such as a ``datasets.Dataset``, a list or torch's
             ``Subset``; ``labels`` (or ``label``) are optional. See :mod:`bayeslora.data.checks`.
-        num_samples: S; each draw is one network for all examples. 0 runs the posterior mean instead.
+        num_samples: S; each draw is one network for all examples. 0 runs the posterior mean instead. ``"auto"``: as
+            many as ``tolerance`` takes, 16 to 256.
         batch_size: Rows of one forward pass, examples times draws: a batch of fewer examples is run for several draws
             at once, where the network keeps its examples in rows. Changes memory and speed, not the result beyond
             rounding (1e-6 in the probabilities of a float32 network).
@@ -54,17 +64,21 @@ def predict(
         antithetic: Draw in mirrored pairs: draw 2k is the same as without, and draw 2k + 1 is its image 2μ − A, as
             likely under the posterior. Averages have less Monte Carlo error, as what is odd in A − μ cancels
             (Hammersley and Morton 1956, *A new Monte Carlo technique: antithetic variates*); a pair is dependent.
+        tolerance: With ``num_samples="auto"``, for :attr:`~bayeslora.Prediction.monte_carlo_error`, averaged over the
+            examples: of probabilities, or of numbers in their own unit. Where 256 draws leave more, a warning says so.
 
     Whatever the network computes before its first adapter is computed once for all draws of a batch
     (:mod:`bayeslora.inference.prefix`).
 
     Raises:
         InputError: for an empty data set, a row that the network cannot read, texts without labels, a negative number
-            of draws, ``antithetic`` with a guide that does not promise symmetry (``symmetric_rows``), or a layer that a
-            draw does not reach.
+            of draws, ``"auto"`` for what has no ``monte_carlo_error`` (texts), ``antithetic`` with a guide that does
+            not promise symmetry (``symmetric_rows``), or a layer that a draw does not reach.
     """
-    if num_samples < 0:
-        raise InputError(f"num_samples must be 0 (the mean network) or more, got {num_samples}")
+    if num_samples != "auto" and (not isinstance(num_samples, int) or num_samples < 0):
+        raise InputError(f"num_samples must be 0 (the mean network) or more, or 'auto', got {num_samples!r}")
+    if num_samples == "auto" and not (isinstance(tolerance, int | float) and tolerance > 0):
+        raise InputError(f"tolerance must be positive, got {tolerance!r}")
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
     if antithetic and not prior and not getattr(bayes.guide, "symmetric_rows", False):
@@ -73,30 +87,95 @@ def predict(
             f"{type(bayes.guide).__name__} does not promise it: leave antithetic out, or set "
             "symmetric_rows = True on the guide if no row's sign matters to it"
         )
-    copies = 1
-    if not bayes.model.has_noise:  # every draw is the mean network
-        num_samples, copies = 0, max(num_samples, 1)
     examples = read_examples(bayes.model, dataset)
     batches, order = examples.batches(batch_size)
-    outputs: list[Tensor] = []
-    targets: list[Tensor] = []
-    with evaluating(bayes):
+
+    def outputs(first: int, count: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Of draws from the ``first`` on, ``(count, n, ...)``, and labels; the mean's ``count`` times without noise."""
+        noisy = bayes.model.has_noise
         draws = Draws(
-            bayes, num_samples, seed, first=first_draw, prior=prior, noise_factor=noise_factor, antithetic=antithetic
+            bayes,
+            count if noisy else 0,
+            seed,
+            first=first_draw + first,
+            prior=prior,
+            noise_factor=noise_factor,
+            antithetic=antithetic,
         )
-        for output, labels in run_batches(bayes, batches, examples.collate, draws, batch_size, progress):
-            outputs.append(output)
-            targets += [] if labels is None else [labels.cpu()]
-    labelled = len(targets) == len(outputs)
-    drawn = _joined(outputs, dim=1, filling=np.nan).numpy()[:, order]  # (S, n, ...)
-    if bayes.model.tuning is not None and bayes.model.labelling.of_classes:
-        drawn = drawn / bayes.model.tuning.temperature
-    return bayes.model.labelling.summarize(
-        np.repeat(drawn, copies, axis=0),
-        _joined(targets, dim=0, filling=NOT_SCORED).numpy()[order] if labelled else None,
-        bayes.network,
-        keep=keep_draws,
-    )
+        parts = [*run_batches(bayes, batches, examples.collate, draws, batch_size, progress)]
+        drawn = _joined([output for output, _ in parts], dim=1, filling=np.nan).numpy()[:, order]
+        labels = [labels.cpu() for _, labels in parts if labels is not None]
+        known = _joined(labels, dim=0, filling=NOT_SCORED).numpy()[order] if len(labels) == len(parts) else None
+        if bayes.model.tuning is not None and bayes.model.labelling.of_classes:
+            drawn = drawn / bayes.model.tuning.temperature
+        return drawn if noisy else np.repeat(drawn, max(count, 1), axis=0), known
+
+    def summary(drawn: np.ndarray, labels: np.ndarray | None, keep: bool = True) -> Prediction:
+        return bayes.model.labelling.summarize(drawn, labels, bayes.network, keep=keep)
+
+    def error(drawn: np.ndarray, labels: np.ndarray | None) -> np.ndarray | None:
+        said = summary(drawn, labels).sample_outputs
+        return None if said is None else monte_carlo_error(said, mirrored=antithetic)
+
+    with evaluating(bayes):
+        if num_samples == "auto":
+            drawn, labels = _enough(outputs, error, tolerance)
+        else:
+            drawn, labels = outputs(0, num_samples)
+    return replace(summary(drawn, labels, keep_draws), monte_carlo_error=error(drawn, labels))
+
+
+def monte_carlo_error(said: np.ndarray, *, mirrored: bool = False) -> np.ndarray | None:
+    """Standard error of the mean over draws, ``(n,)``: of an example's numbers, the one that is known worst.
+
+    Args:
+        said: What every draw says, ``(S, n, ...)``.
+        mirrored: Draws 2k and 2k + 1 are images of each other: only pairs are independent.
+
+    Returns:
+        None where there are fewer than two independent draws.
+
+    Example:
+        >>> import numpy as np
+        >>> said = np.random.default_rng(0).normal(size=(400, 3, 2))  # a standard error of 1/20
+        >>> monte_carlo_error(said).round(3)
+        array([0.051, 0.049, 0.051])
+    """
+    if mirrored:
+        said = said[: len(said) // 2 * 2].reshape(-1, 2, *said.shape[1:]).mean(1)
+    if len(said) < 2:
+        return None
+    errors = said.std(0, ddof=1) / np.sqrt(len(said))
+    return errors.reshape(len(errors), -1).max(1)
+
+
+def _enough(
+    outputs: Callable[[int, int], tuple[np.ndarray, np.ndarray | None]],
+    error: Callable[[np.ndarray, np.ndarray | None], np.ndarray | None],
+    tolerance: float,
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Outputs of as many draws as it takes for their mean error to be at most ``tolerance``, and labels."""
+    drawn, labels = outputs(0, FIRST_DRAWS)
+    while True:
+        found = error(drawn, labels)
+        if found is None:
+            raise InputError(
+                "num_samples='auto' draws until the error of what is predicted is small, and this kind of task says "
+                "none of it: give a number of draws"
+            )
+        if not found.mean() > tolerance:
+            return drawn, labels
+        if len(drawn) == MOST_DRAWS:
+            logger.warning(
+                "%d draws leave a Monte Carlo error of %.3g, above the tolerance of %.3g",
+                len(drawn),
+                found.mean(),
+                tolerance,
+            )
+            return drawn, labels
+        needed = 2 * math.ceil(len(drawn) * (float(found.mean()) / tolerance) ** 2 / 2)
+        more, _ = outputs(len(drawn), min(max(needed, len(drawn) + 8), MOST_DRAWS) - len(drawn))
+        drawn = np.concatenate([drawn, more])
 
 
 def _joined(parts: Sequence[Tensor], *, dim: int, filling: float) -> Tensor:

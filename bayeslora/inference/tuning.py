@@ -34,6 +34,7 @@ def tune(
     batch_size: int = 32,
     seed: int = 0,
     progress: bool = True,
+    antithetic: bool = False,
 ) -> Tuning:
     """Choose the width that predicts held-out labels best, and keep it with the posterior.
 
@@ -51,7 +52,7 @@ def tune(
             more.
         num_samples: Draws of each prediction; nine are made, up to four more where the width is above 4.
         with_temperature: For classes: choose a temperature jointly, by which every draw's logits are divided.
-        batch_size, seed, progress: As in ``predict``.
+        batch_size, seed, progress, antithetic: As in ``predict``.
 
     Returns:
         What was chosen, and the negative log-likelihood with it, at the mean and with the width 1.
@@ -60,15 +61,26 @@ def tune(
         InputError: for too few or unlabelled examples, plain LoRA, a temperature without classes, or a guide whose
             noise does not follow ε.
     """
-    _check(bayes, dataset, num_samples, with_temperature)
+    check_tunable(bayes, dataset)
+    if num_samples < 1:
+        raise InputError(f"num_samples must be at least 1, got {num_samples}")
+    if with_temperature and not bayes.model.labelling.of_classes:
+        raise InputError("with_temperature=True is for probabilities of classes: leave it out")
     tried: dict[float, tuple[float, float]] = {}
     with tqdm(total=len(GRID) + REFINEMENTS, desc="tune", unit="width", disable=None if progress else True) as bar:
 
         def nll(width: float) -> float:
             if width not in tried:
-                options: dict[str, Any] = {"num_samples": num_samples if width else 0, "seed": seed}
                 with as_tuned(bayes, Tuning(width)):
-                    prediction = predict(bayes, dataset, **options, batch_size=batch_size, progress=False)
+                    prediction = predict(
+                        bayes,
+                        dataset,
+                        num_samples=num_samples if width else 0,
+                        batch_size=batch_size,
+                        seed=seed,
+                        progress=False,
+                        antithetic=antithetic,
+                    )
                 tried[width] = _scored(prediction, with_temperature)
                 bar.update()
             return tried[width][0]
@@ -157,14 +169,15 @@ def _check_follows(bayes: Posterior) -> None:
     check_follows_noise(bayes.guide, "a width multiplies ε", ", or set follows_noise_schedule = True on one that does")
 
 
-def _check(bayes: Posterior, dataset: Any, num_samples: int, with_temperature: bool) -> None:
+def check_tunable(bayes: Posterior, dataset: Any) -> None:
+    """Refuse a posterior without a width, and too few examples.
+
+    Raises:
+        InputError: saying which.
+    """
     if bayes.monteclora_config.sample_scaler == 0:
         raise InputError("sample_scaler=0 is plain LoRA: it has no noise whose width could be tuned")
     _check_follows(bayes)
-    if num_samples < 1:
-        raise InputError(f"num_samples must be at least 1, got {num_samples}")
-    if with_temperature and not bayes.model.labelling.of_classes:
-        raise InputError("with_temperature=True is for probabilities of classes: leave it out")
     check_kind(dataset)
     if len(dataset) < LEAST_EXAMPLES:
         raise InputError(f"a width needs at least {LEAST_EXAMPLES} examples to be tuned on, got {len(dataset)}")

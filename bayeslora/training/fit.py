@@ -19,9 +19,11 @@ from transformers import (
 from transformers.integrations import TensorBoardCallback
 
 from bayeslora.data.checks import check_to_learn_from
-from bayeslora.distributed import check_parallelism, on_main_process
+from bayeslora.distributed import check_parallelism, on_main_process, rank
 from bayeslora.errors import InputError
 from bayeslora.files.writing import write_json
+from bayeslora.inference.tuning import check_tunable
+from bayeslora.inference.tuning import tune as tune_width
 from bayeslora.posterior import Posterior
 from bayeslora.storage.checkpoint import load_adapter, save_pretrained
 from bayeslora.storage.lock import lock_folder
@@ -33,6 +35,7 @@ from bayeslora.storage.run_folder import (
 )
 from bayeslora.training.arguments import check_evaluated, check_fit_arguments, check_names, check_resumable
 from bayeslora.training.budget import FitOptions
+from bayeslora.training.held_out import hold_out
 from bayeslora.training.metrics import Metrics
 from bayeslora.training.monitor import BriefProgress, GroupedTensorBoard
 from bayeslora.training.record import begin_run, refuse_other_content, run_record
@@ -71,6 +74,7 @@ def fit(
     early_stopping: int | None = FitOptions.early_stopping,
     best_metric: str = FitOptions.best_metric,
     seed: int = FitOptions.seed,
+    tune: Any = None,
     resume: bool = False,
     progress: bool = True,
     compute_metrics: Callable[[EvalPrediction], dict[str, Any]] | None = None,
@@ -98,6 +102,9 @@ def fit(
         best_metric: ``"loss"`` (at the mean, nats) or an evaluation metric such as ``"accuracy"``; decides the best
             checkpoint, smaller loss or NLL or ECE or Brier better, larger otherwise.
         seed: Decides data order, dropout and noise; the same seed gives the same run.
+        tune: At the end, choose how wide the noise is, as :meth:`bayeslora.BayesLoRA.tune` does: by these labelled
+            examples, which are none of the training's, or by a share of the training examples, such as 0.1, that is
+            held out of training.
         resume: Continue an interrupted run from its last whole checkpoint, with the same arguments, as if it had
             never stopped; a finished run's result is loaded.
         progress: Show progress bars and print logs.
@@ -139,14 +146,17 @@ def fit(
     )
     options.check(eval_dataset)
     check_names(trainer_arguments)
-    data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+    train_dataset, tuning_set = hold_out(train_dataset, tune, seed)
+    data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "tune": tuning_set}
     collate = check_to_learn_from(bayes.model, {n: part for n, part in data.items() if part is not None}, batch_size)
+    if tuning_set is not None:
+        check_tunable(bayes, tuning_set)
     metrics = Metrics(bayes, compute_metrics, best_metric)
     selection = {"eval_strategy": "no"} if eval_dataset is None else metrics.selection()
     arguments, compiled = fit_settings(options, len(train_dataset), output_dir, selection, progress, trainer_arguments)
     _check_arguments(arguments, bayes.network.get_base_model(), eval_dataset, best_metric)
     rate = variational_rate(arguments, variational_learning_rate)
-    record = run_record(bayes, arguments, rate, len(train_dataset), metadata)
+    record = run_record(bayes, arguments, rate, data, metadata)
     if compiled is not None:
         bayes.compile(**compiled)
     with ExitStack() as stack:
@@ -167,6 +177,8 @@ def fit(
             )
             trainer.get_train_dataloader()
         result = _train(trainer, checkpoint, output_dir, progress, stack)
+        if tuning_set is not None:
+            tune_width(bayes, tuning_set, progress=progress and rank() == 0)
         on_main_process(lambda: _close_run(bayes, record, result))
     bayes.eval()
     return result

@@ -73,7 +73,7 @@ def read_record(run_file: Path) -> dict[str, Any]:
 
 def _check_same_run(output_dir: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     """A resumed run goes on with the settings it began with; a field that came later had its default."""
-    defaults = {"config": MonteCLoRAConfig().to_dict(), "training": {}}
+    defaults = {"config": MonteCLoRAConfig().to_dict(), "training": {"tuning_examples": 0}}
     for part, missing in defaults.items():
         began = {**missing, **before[part]}
         for name, value in now[part].items():
@@ -88,10 +88,11 @@ def run_record(
     bayes: Posterior,
     arguments: TrainingArguments,
     variational_learning_rate: float,
-    num_examples: int,
+    data: Mapping[str, Any],
     metadata: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """What ``run.json`` says of a run that begins."""
+    """What ``run.json`` says of a run that begins; ``data`` is what it trains, evaluates and tunes on."""
+    num_examples, tuning_set = len(data["train_dataset"]), data.get("tune")
     return {
         **(metadata or {}),
         "finished": False,
@@ -100,6 +101,7 @@ def run_record(
             **{name: _plain(getattr(arguments, name)) for name in RECORDED if hasattr(arguments, name)},
             "variational_learning_rate": variational_learning_rate,
             "train_examples": num_examples,
+            "tuning_examples": 0 if tuning_set is None else len(tuning_set),
             "processes": arguments.world_size,
         },
         "train_examples": num_examples,

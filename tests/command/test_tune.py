@@ -142,3 +142,52 @@ def test_a_split_that_is_all_there_is_to_judge_by(tunable, capsys):
     shutil.copy(f"{folder}/unlabelled.csv", f"{folder}/test.csv")
     assert main(["tune", str(tunable), "--num-samples", "2", "--json"]) == 0
     assert "evaluate judges by validation too" in capsys.readouterr().err
+
+
+class TestFit:
+    """``bayeslora fit --tune``."""
+
+    def fit(self, model, data, folder, *words):
+        command = ["fit", "--model", str(model), "--task", "reviews", "--data-dir", str(data), "--text-columns", "text"]
+        small = ["--rank", "2", "--target-modules", "query", "value", "--max-length", "16", "--max-steps", "2"]
+        return main([*command, "--output", str(folder / "fitted"), *small, *words])
+
+    def test_by_the_validation_split(self, tunable, model, tmp_path, capsys):
+        assert self.fit(model, tmp_path / "reviews", tmp_path, "--tune") == 0
+        tuning = open_run(tmp_path / "fitted").posterior.tuning
+        assert tuning.examples == LABELLED
+        assert str(tuning) in capsys.readouterr().out
+
+    def test_by_a_share_of_the_training_examples(self, model, data, tmp_path):
+        assert self.fit(model, data, tmp_path, "--tune", "0.75") == 0
+        record = json.loads((tmp_path / "fitted" / "run.json").read_text())
+        held = record["training"]["tuning_examples"]
+        assert held == open_run(tmp_path / "fitted").posterior.tuning.examples >= 20
+        assert held == round(0.75 * (held + record["train_examples"]))
+
+    def test_without_a_validation_split(self, model, data, tmp_path, capsys):
+        alone = tmp_path / "alone"
+        alone.mkdir()
+        shutil.copy(data / "train.csv", alone)
+        assert self.fit(model, alone, tmp_path, "--tune") == 2
+        assert "has no labelled validation split" in capsys.readouterr().err
+        assert not (tmp_path / "fitted").exists()
+
+    @pytest.mark.parametrize("share", ["0", "1", "2", "test"])
+    def test_a_share_is_a_share(self, model, data, tmp_path, capsys, share):
+        assert self.fit(model, data, tmp_path, "--tune", share) == 2
+        assert "--tune" in capsys.readouterr().err
+
+
+def test_as_many_draws_as_it_takes(tunable, capsys):
+    loose, tight = (
+        answer(capsys, "evaluate", tunable, "--split", "validation", "--num-samples", "auto", "--tolerance", tolerance)
+        for tolerance in (0.5, 1e-9)
+    )
+    assert loose["num_samples"] == 16
+    assert tight["num_samples"] == 256
+    assert tight["monte_carlo_error"] < loose["monte_carlo_error"]
+    assert main(["predict", str(tunable), "--text", "a good film", "--num-samples", "8"]) == 0
+    assert "8 draws: Monte Carlo error 0.0" in capsys.readouterr().err
+    said = complaint(capsys, "evaluate", tunable, "--num-samples", "auto", "--generate")
+    assert "give one for --num-samples" in said
