@@ -164,6 +164,7 @@ class BayesLoRA(Posterior):
         seed: int = 0,
         progress: bool = True,
         antithetic: bool = False,
+        agreement: float | None = None,
     ) -> Tuning:
         """Choose one width for all noise by held-out labels, zero included, and keep it with the posterior.
 
@@ -184,6 +185,7 @@ class BayesLoRA(Posterior):
                 seed=seed,
                 progress=progress,
                 antithetic=antithetic,
+                agreement=agreement,
             )
 
     @property

@@ -21,6 +21,8 @@ class Tuning:
         nll_untuned: That of draws as they were fitted, likewise.
         examples: How many there were.
         num_samples: Draws of each prediction.
+        agreement: Share of the examples of which draws on average say what the mean network says, where that was the
+            rule; None where the width was found by labels.
 
     Raises:
         InputError: for a width below 0, a temperature that is not above 0, or one that is no finite number.
@@ -39,6 +41,7 @@ class Tuning:
     nll_untuned: float | None = None
     examples: int = 0
     num_samples: int = 0
+    agreement: float | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("width", self.width), ("temperature", self.temperature)):
@@ -53,7 +56,8 @@ class Tuning:
     def __str__(self) -> str:
         tempered = "" if self.temperature == 1 else f", temperature to {self.temperature:.3g}"
         where = f", on {self.examples} examples" if self.examples else ""
-        return f"width tuned to {self.width:.3g}{tempered}{where}"
+        kept = "" if self.agreement is None else f", keeping {self.agreement:.1%} of the mean network's answers"
+        return f"width tuned to {self.width:.3g}{tempered}{where}{kept}"
 
 
 def _is_number(value: Any) -> bool:

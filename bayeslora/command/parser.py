@@ -174,11 +174,20 @@ def _add_tune(commands: Any) -> None:
         "tune:run",
         "choose how wide a fitted run's noise is by held-out labels",
         "One width multiplies all noise; 0, the mean network, is tried too. It is kept in RUN_DIR/adapter, and\n"
-        "evaluate, predict and report use it, unless --untuned. It costs some ten predictions of the split.",
+        "evaluate, predict and report use it, unless --untuned. It costs some ten predictions of the split.\n"
+        "Without labels, --agreement takes the widest noise that leaves so many answers as they are.",
     )
     _add_run_options(parser, takes=COUNT)
-    parser.add_argument("--split", type=word, default="validation", help="labelled, and neither train nor test")
+    parser.add_argument(
+        "--split", type=word, default="validation", help="neither train nor test; labelled, without --agreement"
+    )
     parser.add_argument("--with-temperature", action="store_true", help="for classes: choose a temperature too")
+    parser.add_argument(
+        "--agreement",
+        type=number("agreement", Range(float, 0, 1, above=True)),
+        metavar="SHARE",
+        help="for classes, without labels: the share of the mean network's answers to keep, such as 0.95",
+    )
     parser.add_argument("--max-examples", type=number("max_examples"), help="a random subset of this size")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output, nothing else")
 

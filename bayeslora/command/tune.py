@@ -18,9 +18,10 @@ def run(arguments: argparse.Namespace) -> None:
         fitted = open_run(folder, model=arguments.model, data_dir=arguments.data_dir)
         _check_split(fitted, split)
         tuning = fitted.posterior.tune(
-            fitted.data(split, limit=arguments.max_examples, labelled=True),
+            fitted.data(split, limit=arguments.max_examples, labelled=arguments.agreement is None),
             num_samples=arguments.num_samples,
             with_temperature=arguments.with_temperature,
+            agreement=arguments.agreement,
             batch_size=arguments.batch_size,
             seed=arguments.seed,
             progress=not arguments.json,
@@ -51,6 +52,9 @@ def _report(tuning: Tuning, split: str) -> None:
     tempered = tuning.temperature != 1
     print(f"{'split':24} {split}, {tuning.examples} examples")
     print(f"{'width':24} {tuning.width:.4f}")
+    if tuning.agreement is not None:
+        print(f"{'agreement':24} {tuning.agreement:.4f}")
+        return
     print(f"{'temperature':24} {tuning.temperature:.4f}" if tempered else f"{'temperature':24} none")
     for name, nll in (
         ("nll, tuned", tuning.nll),

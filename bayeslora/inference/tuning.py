@@ -3,6 +3,8 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from bayeslora.prediction import Prediction
 LEAST_EXAMPLES = 20  # fewer say next to nothing about a width
 GRID = (0.0, 0.5, 1.0, 2.0, 4.0)  # tried first; doubled on while the widest is the best
 WIDEST = 64.0
+BISECTIONS = 5  # between the widest that keeps the answers and the narrowest that does not
 REFINEMENTS = 4  # further widths between the neighbours of the best
 TEMPERATURES = (0.05, 10.0)  # at 13 the options that a choice lacks would no longer have probability 0
 
@@ -35,6 +38,7 @@ def tune(
     seed: int = 0,
     progress: bool = True,
     antithetic: bool = False,
+    agreement: float | None = None,
 ) -> Tuning:
     """Choose the width that predicts held-out labels best, and keep it with the posterior.
 
@@ -43,36 +47,42 @@ def tune(
     smooth function of the width, and ``predict`` has the one that is returned. On these examples it is at most that of
     the mean and that of the draws as they were fitted; of others nothing is promised.
 
+    Without labels, ``agreement`` takes the widest noise that leaves the answers alone: the mean over draws prefers the
+    same class as the mean network for that share of the examples. They must be new to the network too: of what it knows
+    by heart, no noise changes its mind. Nothing is promised of the likelihood then.
+
     The width is in whatever draws from now on, the temperature in ``predict`` and what predicts with it: a network
     that is merged, exported or run as a draw gives its own logits.
 
     Args:
         bayes: The fitted module; whatever predicts with it uses the width from now on, saved or not.
-        dataset: Labelled examples that it was not fitted to, as for :func:`bayeslora.inference.predict.predict`; 20 or
-            more.
+        dataset: Examples that it was not fitted to, as for :func:`bayeslora.inference.predict.predict`; 20 or more,
+            labelled unless ``agreement`` is given.
         num_samples: Draws of each prediction; nine are made, up to four more where the width is above 4.
         with_temperature: For classes: choose a temperature jointly, by which every draw's logits are divided.
         batch_size, seed, progress, antithetic: As in ``predict``.
+        agreement: For classes: in place of labels, the share of the mean network's answers to keep, such as 0.95.
 
     Returns:
         What was chosen, and the negative log-likelihood with it, at the mean and with the width 1.
 
     Raises:
-        InputError: for too few or unlabelled examples, plain LoRA, a temperature without classes, or a guide whose
-            noise does not follow ε.
+        InputError: for too few or unlabelled examples, plain LoRA, a temperature or an agreement without classes, or a
+            guide whose noise does not follow ε.
     """
     check_tunable(bayes, dataset)
     if num_samples < 1:
         raise InputError(f"num_samples must be at least 1, got {num_samples}")
     if with_temperature and not bayes.model.labelling.of_classes:
         raise InputError("with_temperature=True is for probabilities of classes: leave it out")
-    tried: dict[float, tuple[float, float]] = {}
+    _check_agreement(bayes, agreement, with_temperature)
+    tried: dict[float, Prediction] = {}
     with tqdm(total=len(GRID) + REFINEMENTS, desc="tune", unit="width", disable=None if progress else True) as bar:
 
-        def nll(width: float) -> float:
+        def at(width: float) -> Prediction:
             if width not in tried:
                 with as_tuned(bayes, Tuning(width)):
-                    prediction = predict(
+                    tried[width] = predict(
                         bayes,
                         dataset,
                         num_samples=num_samples if width else 0,
@@ -81,18 +91,42 @@ def tune(
                         progress=False,
                         antithetic=antithetic,
                     )
-                tried[width] = _scored(prediction, with_temperature)
                 bar.update()
-            return tried[width][0]
+            return tried[width]
 
-        best = search(nll)
-    score, temperature = tried[best]
-    if not math.isfinite(score):
-        raise InputError("no width gives the labels a probability: the mean network's outputs are not finite")
-    bayes.model.tuning = tuning = Tuning(
-        best, temperature, score, tried[0.0][0], tried[1.0][0], len(dataset), num_samples
-    )
+        tuning = _by_labels(at, with_temperature) if agreement is None else _by_agreement(at, agreement)
+    bayes.model.tuning = tuning = replace(tuning, examples=len(dataset), num_samples=num_samples)
     return tuning
+
+
+def _by_labels(at: Callable[[float], Prediction], with_temperature: bool) -> Tuning:
+    scored = cache(lambda width: _scored(at(width), with_temperature))
+    best = search(lambda width: scored(width)[0])
+    nll, temperature = scored(best)
+    if not math.isfinite(nll):
+        raise InputError("no width gives the labels a probability: the mean network's outputs are not finite")
+    return Tuning(best, temperature, nll, scored(0.0)[0], scored(1.0)[0])
+
+
+def _by_agreement(at: Callable[[float], Prediction], least: float) -> Tuning:
+    def kept(width: float) -> float:
+        return float((at(width).probs.argmax(-1) == at(0.0).probs.argmax(-1)).mean())
+
+    best = widest(lambda width: kept(width) >= least)
+    return Tuning(best, agreement=kept(best))
+
+
+def widest(holds: Callable[[float], bool]) -> float:
+    """The largest width that was tried and for which a rule holds, by doubling and bisection; 0 is taken to hold."""
+    low, high = 0.0, 1.0
+    while holds(high):
+        low, high = high, 2 * high
+        if low >= WIDEST:
+            return low
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low
 
 
 def search(nll: Callable[[float], float]) -> float:
@@ -163,6 +197,17 @@ def set_tuning(bayes: Posterior, tuning: Tuning | None) -> None:
             raise InputError(f"tuning is a bayeslora.models.Tuning, such as Tuning(width=0.5), or None, got {tuning!r}")
         _check_follows(bayes)
     bayes.model.tuning = tuning
+
+
+def _check_agreement(bayes: Posterior, agreement: float | None, with_temperature: bool) -> None:
+    if agreement is None:
+        return
+    if not isinstance(agreement, int | float) or isinstance(agreement, bool) or not 0 < agreement <= 1:
+        raise InputError(f"agreement is a share of the examples, above 0 and at most 1, got {agreement!r}")
+    if not bayes.model.labelling.of_classes:
+        raise InputError("agreement is between answers, for classes: tune by labels instead")
+    if with_temperature:
+        raise InputError("a temperature needs labels: leave with_temperature or agreement out")
 
 
 def _check_follows(bayes: Posterior) -> None:

@@ -96,10 +96,14 @@ _LATER_ENTRIES: dict[str, Any] = {"kept": [], "tuning": None}  # which earlier a
 
 def _is_tuning(value: Any) -> bool:
     """What :meth:`Tuning.to_dict` makes."""
-    if not isinstance(value, dict) or value.keys() != {f.name for f in fields(Tuning)}:
+    if not isinstance(value, dict):
+        return False
+    value = {"agreement": None, **value}  # came later
+    if value.keys() != {f.name for f in fields(Tuning)}:
         return False
     counts = all(is_integer(value[name]) for name in ("examples", "num_samples"))
-    scores = all(v is None or is_number(v) for v in (value[f"nll{of}"] for of in ("", "_at_mean", "_untuned")))
+    names = ("nll", "nll_at_mean", "nll_untuned", "agreement")
+    scores = all(value[name] is None or is_number(value[name]) for name in names)
     try:
         return counts and scores and Tuning(**value) is not None
     except InputError:

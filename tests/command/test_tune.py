@@ -68,6 +68,16 @@ def test_is_kept_and_used(tunable, capsys):
     assert answer(capsys, "tune", tunable, "--with-temperature") == found  # begins anew
 
 
+def test_without_labels(tunable, capsys):
+    found = answer(capsys, "tune", tunable, "--agreement", "0.9")
+    assert found["agreement"] >= 0.9
+    assert found["nll"] is None
+    assert main(["tune", str(tunable), "--agreement", "1"]) == 0
+    assert "agreement                1.0000" in capsys.readouterr().out
+    assert "keeping 100.0% of the mean network's answers" in str(open_run(tunable).posterior.tuning)
+    assert "a temperature needs labels" in complaint(capsys, "tune", tunable, "--agreement", "1", "--with-temperature")
+
+
 def test_for_people(tunable, capsys):
     assert main(["tune", str(tunable), "--num-samples", "4", "--max-examples", "20", "--seed", "3"]) == 0
     captured = capsys.readouterr()
@@ -180,6 +190,7 @@ class TestFit:
 
 
 def test_as_many_draws_as_it_takes(tunable, capsys):
+    set_width(tunable, width=64.0)  # of next to no noise
     loose, tight = (
         answer(capsys, "evaluate", tunable, "--split", "validation", "--num-samples", "auto", "--tolerance", tolerance)
         for tolerance in (0.5, 1e-9)

@@ -15,7 +15,9 @@ from bayeslora.inference.attribution import attribute_variance
 from bayeslora.inference.diagnostics import log_importance_weights
 from bayeslora.inference.generation import token_uncertainty
 from bayeslora.inference.mcmc import run_nuts
+from bayeslora.inference.tuning import BISECTIONS
 from bayeslora.models import ChoiceLikelihood, Tuning
+from bayeslora.storage.manifest import _is_tuning
 from tests.conftest import tiny_batch, tiny_dataset, tiny_network
 from tests.language import questions, tiny_language_model
 from tests.modules import module, randomize_b
@@ -100,6 +102,52 @@ class TestNegativeLogLikelihood:
         bayes, data = KINDS["choices"]()
         bayes.tuning = Tuning(width=1.0, temperature=10.0)
         assert (bayes.predict(data[1:2] + data[:1], **QUICK).probs[0, 2:] == 0).all()
+
+
+class TestAgreement:
+    """Without labels: the widest noise that leaves the answers alone."""
+
+    @pytest.mark.parametrize("kind", ["classes", "choices"])
+    @pytest.mark.parametrize("least", [0.6, 0.9, 1.0])
+    def test_holds_and_is_kept(self, kind, least):
+        bayes, data = KINDS[kind]()
+        unlabelled = [{name: value for name, value in row.items() if name != "labels"} for row in data]
+        tuning = bayes.tune(unlabelled, agreement=least, **QUICK)
+        tuned, mean = (bayes.predict(data, num_samples=n, progress=False).probs.argmax(-1) for n in (4, 0))
+        assert (tuned == mean).mean() == tuning.agreement >= least
+        assert tuning.nll is None
+        assert bayes.tuning == tuning
+
+    def test_a_wider_step_does_not_hold(self):
+        bayes = noisy()
+        width = bayes.tune(DATA, agreement=0.9, **QUICK).width
+        mean = bayes.predict(DATA, num_samples=0, progress=False).probs.argmax(-1)
+        bayes.tuning = Tuning(width + max(width, 1) / 2**BISECTIONS)
+        assert (bayes.predict(DATA, num_samples=4, progress=False).probs.argmax(-1) == mean).mean() < 0.9
+
+    @pytest.mark.parametrize("bad", [0, 1.1, -0.5, True, "all", float("nan")])
+    def test_a_share_is_a_share(self, bad):
+        with pytest.raises(InputError, match="agreement is a share"):
+            noisy().tune(DATA, agreement=bad, **QUICK)
+
+    @pytest.mark.parametrize("kind", ["numbers", "texts"])
+    def test_between_answers(self, kind):
+        bayes, data = KINDS[kind]()
+        with pytest.raises(InputError, match="agreement is between answers"):
+            bayes.tune(data, agreement=0.9, **QUICK)
+
+    def test_a_temperature_needs_labels(self):
+        with pytest.raises(InputError, match="a temperature needs labels"):
+            noisy().tune(DATA, agreement=0.9, with_temperature=True, **QUICK)
+
+    def test_comes_back_from_disk(self, tmp_path):
+        bayes = noisy()
+        tuning = bayes.tune(DATA, agreement=0.9, **QUICK)
+        bayes.save_pretrained(tmp_path / "adapter")
+        assert BayesLoRA.from_pretrained(tmp_path / "adapter", tiny_network()).tuning == tuning
+        manifest = json.loads((tmp_path / "adapter" / "bayeslora.json").read_text())
+        del manifest["tuning"]["agreement"]  # as before there was one
+        assert _is_tuning(manifest["tuning"])
 
 
 class TestWhateverDraws:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from bayeslora.inference.tuning import GRID, REFINEMENTS, WIDEST, search
+from bayeslora.inference.tuning import BISECTIONS, GRID, REFINEMENTS, WIDEST, search, widest
 
 
 class TestSearch:
@@ -29,3 +29,20 @@ class TestSearch:
 
     def test_overflow_is_avoided(self):
         assert search(lambda width: (width - 0.6) ** 2 if width < 0.7 else math.inf) == pytest.approx(0.6, abs=0.05)
+
+
+class TestWidest:
+    @pytest.mark.parametrize("limit", [0.0, 0.01, 0.4, 1.0, 1.5, 3.1, 20.0, 63.0])
+    def test_the_largest_that_holds_and_the_next_step_does_not(self, limit):
+        """Both public programs of TFB return the smallest that violates."""
+        seen = []
+        found = widest(lambda width: seen.append(width) or width <= limit)
+        assert found <= limit
+        assert found == max([width for width in seen if width <= limit], default=0.0)
+        violating = min(width for width in seen if width > limit)
+        assert violating - found <= max(found, 1.0) / 2**BISECTIONS * 1.01
+
+    def test_stops_at_the_widest(self):
+        seen = []
+        assert widest(lambda width: seen.append(width) or True) == WIDEST
+        assert max(seen) == WIDEST

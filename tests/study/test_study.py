@@ -26,7 +26,7 @@ from bayeslora.study.compare import compare, two_methods
 from bayeslora.study.differences import grid_differences, selective_differences
 from bayeslora.study.experiment import Experiment
 from bayeslora.study.methods.base import Lineup, all_methods, make_method
-from bayeslora.study.methods.monteclora import PostHocMonteCLoRA
+from bayeslora.study.methods.monteclora import TUNED, PostHocMonteCLoRA
 from bayeslora.study.methods.peft import LoRA
 from bayeslora.study.predictions import read_predictions
 from bayeslora.study.runner import run_study
@@ -296,7 +296,7 @@ def test_frozen_a_learns_with_b_alone(study, tmp_path, method, moves):
 
 def test_a_width_is_tuned_where_there_are_enough_validation_examples(study, tmp_path, place):
     """Twenty say something about a width: the predictor has the lowest NLL on them, and its width is not kept."""
-    ours = {"name": "monteclora", "label": "ours", "predictions": ["mean", "draws", "tuned", "tuned_temperature"]}
+    ours = {"name": "monteclora", "label": "ours", "predictions": ["mean", "draws", *TUNED]}
     long = tmp_path / "long"
     shutil.copytree(place / "reviews", long / "reviews")
     (long / "reviews" / "validation.csv").write_text((long / "reviews" / "train.csv").read_text())
@@ -304,7 +304,8 @@ def test_a_width_is_tuned_where_there_are_enough_validation_examples(study, tmp_
     result = run_cell(made, only(made), tmp_path / "out")
     on_validation = {row["method"]: row["nll"] for row in result["rows"] if row["split"] == "validation"}
     tuned, both = (on_validation.pop(f"ours, 3 draws, {name}*") for name in ("tuned", "tuned + temperature"))
-    assert set(on_validation) == {"ours, mean", "ours, 3 draws"}
+    assert set(on_validation) == {"ours, mean", "ours, 3 draws", "ours, 3 draws, agreement"}
+    del on_validation["ours, 3 draws, agreement"]
     assert both <= tuned <= min(on_validation.values()) + 1e-9
     few = run_cell(study(ours), only(study(ours)), tmp_path / "few")
     assert not [row for row in few["rows"] if "tuned" in row["method"]]

@@ -30,8 +30,12 @@ from bayeslora.training.monitor import components_in_use, noise_to_signal
 if TYPE_CHECKING:
     from bayeslora.study.experiment import Experiment
 
-PREDICTORS = ("mean", "draws", "mean_temperature", "draws_temperature", "tuned", "tuned_temperature")
-TUNED = {"tuned": {}, "tuned_temperature": {"with_temperature": True}}
+TUNED: dict[str, dict[str, Any]] = {
+    "agreement": {"agreement": 0.95},
+    "tuned": {},
+    "tuned_temperature": {"with_temperature": True},
+}
+PREDICTORS = ("mean", "draws", "mean_temperature", "draws_temperature", *TUNED)
 CONFIG_FIELDS = {f.name for f in dataclasses.fields(MonteCLoRAConfig)} - {"r"}
 
 
@@ -40,15 +44,16 @@ class PosteriorOptions:
     """The options of both methods here.
 
     ``preset`` and ``config``: :class:`bayeslora.MonteCLoRAConfig`'s; a study writes the configuration's fields next to
-    the others. ``predictions``: which of :data:`PREDICTORS`; those with a temperature, and ``tuned`` (the width that
+    the others. ``predictions``: which of :data:`PREDICTORS`. Those with a temperature, and ``tuned`` (the width that
     :meth:`bayeslora.BayesLoRA.tune` finds) and ``tuned_temperature`` (both at once), use the labels of validation
-    examples and are left out where there are none, or for a width fewer than 20. ``num_samples``: draws, the study's if
-    ``None``; ``antithetic``: in mirrored pairs (:func:`bayeslora.inference.predict.predict`).
+    examples; ``agreement`` is a width that leaves 95 % of the answers to them as they are. They are left out where
+    there are no such examples, for a width fewer than 20. ``num_samples``: draws, the study's if ``None``;
+    ``antithetic``: in mirrored pairs (:func:`bayeslora.inference.predict.predict`).
     """
 
     preset: str = "calibrated"
     config: Mapping[str, Any] = field(default_factory=dict)
-    predictions: tuple[str, ...] = PREDICTORS
+    predictions: tuple[str, ...] = ("mean", "draws", "mean_temperature", "draws_temperature", "tuned")
     num_samples: int | None = None
     antithetic: bool = False
 
@@ -138,9 +143,10 @@ class PosteriorOptions:
         for name, options in TUNED.items():
             if name in wanted and len(experiment.data("validation")) >= LEAST_EXAMPLES:
                 found = self.tune(bayes, experiment, count, **options)
-                yield Predictor(f"{label}, {these}, {name.replace('_', ' + ')}*", predictor(count, found), draws=True)
+                title = name.replace("_", " + ") + ("" if name == "agreement" else "*")  # which needs no labels
+                yield Predictor(f"{label}, {these}, {title}", predictor(count, found), draws=True)
 
-    def tune(self, bayes: BayesLoRA, experiment: "Experiment", num_samples: int, **options: bool) -> Tuning:
+    def tune(self, bayes: BayesLoRA, experiment: "Experiment", num_samples: int, **options: Any) -> Tuning:
         """What is found on the validation examples; the posterior stays as it was fitted."""
         with as_tuned(bayes, None):
             return bayes.tune(
