@@ -6,7 +6,7 @@ choice; here they are asked before ``TrainingArguments`` has chosen it. Nor does
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -77,6 +77,14 @@ def on_main_process(action: Callable[[], Result]) -> Result:
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+def average(tensors: Iterable[torch.Tensor]) -> None:
+    """Make each tensor its mean over the processes, in place; every rank calls it."""
+    if world_size() > 1:
+        for tensor in tensors:
+            distributed.all_reduce(tensor)
+            tensor /= world_size()
 
 
 def leave() -> None:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from bayeslora.distributed import average
 from bayeslora.errors import InputError
 from bayeslora.models.prior import Prior
 
@@ -69,6 +70,14 @@ class NoiseSchedule:
     def see_gradients(self) -> None:
         """After the backward passes of an optimizer step, before the gradients are used."""
 
+    def measured(self) -> list[Tensor]:
+        """The buffers that it has measured on this process's batches."""
+        return []
+
+    def agree(self) -> None:
+        """Take the mean over all processes of what each has measured; every rank calls it."""
+        average(self.measured())
+
     def set(self, factors: Tensor | float) -> None:
         """Multiply ε by ``factors``, of shape ``(adapters,)`` in network order or a number, from now on."""
         sizes = [len(group) for group in self.model.groups]
@@ -103,6 +112,9 @@ class EntropySchedule(NoiseSchedule):
         super().__init__(model)
         self.set(LEAST)
 
+    def measured(self) -> list[Tensor]:
+        return [self._buffer(group) for group in self.model.groups]
+
     def see_logits(self, logits: Tensor) -> None:
         log_probs = logits.detach().float().log_softmax(-1)
         entropy = -(log_probs.exp() * log_probs).sum(-1).mean()
@@ -128,6 +140,9 @@ class LearnedSchedule(NoiseSchedule):
             )
         model.register_buffer("losses", torch.zeros(3, device=model.groups[0].device))
         self.set(LEAST)
+
+    def measured(self) -> list[Tensor]:
+        return [self.model.losses, *(self._buffer(group) for group in self.model.groups)]
 
     def see_loss(self, loss: Tensor) -> None:
         known = self.model.losses
@@ -218,6 +233,9 @@ class NoiseScheduleCallback(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.schedule.begin_step(state.global_step / state.max_steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.schedule.agree()  # before a checkpoint is saved
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.schedule.see_gradients()

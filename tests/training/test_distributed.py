@@ -126,6 +126,16 @@ class TestFit:
             assert resumed["metrics"]["eval_loss"] == whole["metrics"]["eval_loss"]
             assert [e.get("elbo/task") for e in resumed["history"]] == [e.get("elbo/task") for e in whole["history"]]
 
+    def test_noise_follows_what_both_have_learned(self, ranks):
+        """L₀ is the mean over the batches of both, and a run that was interrupted ends like one that was not."""
+        first, second = ranks("training", "learned")
+        (whole, _, resumed), (other, _, other_resumed) = first, second
+        assert whole["ended"] == other["ended"] == resumed["ended"] == other_resumed["ended"]
+        assert whole["losses"] != other["losses"]
+        seen, start, _ = whole["kept"]
+        assert seen == len(whole["losses"]) == 6
+        assert start == pytest.approx(np.mean([*whole["losses"], *other["losses"]]), rel=1e-5)
+
     def test_number_of_examples_is_the_whole_training_set(self, ranks):
         assert both(ranks("training", "num_examples")) == 24
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -167,11 +168,32 @@ def training(folder, rank):
     result = run(folder / "broken", resumed, evaluate=held_out, **every, callbacks=[diary], resume=True)
     yield "resumed", diary.seen() | {"ended": digest(resumed), "metrics": result.metrics, "history": result.history}
 
+    yield "learned", learned(folder, rank)
+
     apart = new(seed=rank, base_seed=rank)
     before = digest(apart)
     diary = Diary(apart)
     run(folder / "apart", apart, max_steps=2, callbacks=[diary])
     yield "apart", diary.seen() | {"before": before, "ended": digest(apart)}
+
+
+def learned(folder, rank):
+    """Noise that follows the loss of both ranks, in a run and in one that is interrupted and resumed."""
+    options = {"noise_units": "relative", "sample_scaler": 1.0, "noise_schedule": "learned"}
+    ended = []
+    for name, stop_at in (("whole", None), ("again", 5), ("again", None)):
+        bayes, losses = new(**options), []
+        see = bayes.noise_schedule.see_loss
+        bayes.noise_schedule.see_loss = lambda loss, see=see, losses=losses: losses.append(float(loss)) or see(loss)
+        begun = {
+            "callbacks": [Diary(bayes, stop_at=stop_at)],
+            "save_steps": 2,
+            "resume": name == "again" and not stop_at,
+        }
+        error_of(partial(run, folder / f"learned-{name}", bayes, **begun), KeyboardInterrupt)
+        distributed.barrier()
+        ended.append({"ended": digest(bayes), "losses": losses, "kept": bayes.model.losses.tolist()})
+    return ended
 
 
 def coverage(folder, rank):
