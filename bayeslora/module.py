@@ -41,7 +41,8 @@ class BayesLoRA(Posterior):
     Args:
         network: Any transformers model PEFT can adapt, or a PeftModel with one active LoRA adapter (trained or
             not), whose own LoRA settings are then kept.
-        config: Hyperparameters; the defaults when ``None``.
+        config: Hyperparameters; when ``None`` the preset ``"learned"``, or ``"constant"`` with a guide of your own,
+            whose noise need not follow a schedule.
         guide: A guide class (or any function of the model that returns a Pyro guide); ``config.guide`` names one
             when ``None``.
         likelihood: See :class:`bayeslora.models.MonteCLoRA`.
@@ -70,7 +71,8 @@ class BayesLoRA(Posterior):
     ):
         if isinstance(network, Posterior):
             raise InputError("this is a BayesLoRA already: pass the network itself, or go on with this one")
-        config = config or MonteCLoRAConfig()
+        if config is None:
+            config = MonteCLoRAConfig.preset("learned" if guide is None else "constant")
         if isinstance(network, PeftModel):
             config = with_lora_fields(config, network)
         model = MonteCLoRA(network, config, likelihood=likelihood)

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from bayeslora import InputError, MonteCLoRAConfig
+from bayeslora.config import default_preset
 
 
 @pytest.mark.parametrize(
@@ -73,5 +74,9 @@ def test_presets():
     assert MonteCLoRAConfig.preset("constant") == MonteCLoRAConfig()
     calibrated = MonteCLoRAConfig(sample_scaler=0.25, noise_schedule="entropy")
     assert MonteCLoRAConfig.preset("calibrated") == calibrated
-    with pytest.raises(InputError, match="calibrated, constant"):
+    learned = MonteCLoRAConfig(sample_scaler=8.0, noise_units="relative", noise_schedule="learned")
+    assert MonteCLoRAConfig.preset("learned") == learned
+    assert {default_preset(kind) for kind in ("classification", "regression", "choice", "text")} == {"learned"}
+    assert [default_preset(kind, "post_hoc") for kind in ("choice", "text")] == ["calibrated", "constant"]
+    with pytest.raises(InputError, match="learned, calibrated, constant"):
         MonteCLoRAConfig.preset("sharp")

@@ -77,7 +77,7 @@ def configuration(arguments: argparse.Namespace, kind: str, **changes: Any) -> M
     if given["target_modules"] == ["all-linear"]:
         given["target_modules"] = "all-linear"
     options = {name: value for name, value in (given | changes).items() if value is not None}
-    return MonteCLoRAConfig.preset(arguments.preset or default_preset(kind), **options)
+    return MonteCLoRAConfig.preset(arguments.preset or default_preset(kind, arguments.mode), **options)
 
 
 def _study_from_file(arguments: argparse.Namespace) -> Study:

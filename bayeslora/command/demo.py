@@ -6,7 +6,7 @@ from pathlib import Path
 
 from bayeslora.analysis import plot_calibration, plot_posterior_spread, save_arviz, to_arviz
 from bayeslora.assets.fetch import demo_encoder, rated_sentences
-from bayeslora.config import MonteCLoRAConfig
+from bayeslora.config import MonteCLoRAConfig, default_preset
 from bayeslora.module import BayesLoRA
 from bayeslora.storage.run_folder import ADAPTER_FOLDER
 from bayeslora.study.compare import Comparison, compare
@@ -61,7 +61,7 @@ def run_demo(
     result = compare(
         DEMO_MODEL,
         task,
-        MonteCLoRAConfig.preset("calibrated"),
+        MonteCLoRAConfig.preset(default_preset(task.kind)),
         output_dir=output,
         seeds=[seed],
         train_examples=train_examples,

@@ -332,8 +332,8 @@ def _add_method_options(parser: argparse.ArgumentParser, *, several: bool = Fals
     group.add_argument(
         "--preset",
         choices=sorted(PRESETS),
-        help="calibrated: noise that follows certainty, default for classes and choices; constant: even "
-        "noise, default for numbers and texts; paper: the paper's small noise",
+        help="learned: noise that grows as the loss falls, the default; calibrated: noise that follows certainty, for "
+        "classes and choices; constant: even noise; paper: the paper's small noise",
     )
     lists = ("target_modules", "r") if several else ("target_modules",)
     add_options(group, MonteCLoRAConfig, flags(MonteCLoRAConfig), several=lists, default=lambda field: None)

@@ -10,7 +10,7 @@ import pandas as pd
 
 from bayeslora.analysis import to_markdown
 from bayeslora.analysis.metrics.registry import METRICS
-from bayeslora.config import MonteCLoRAConfig
+from bayeslora.config import MonteCLoRAConfig, default_preset
 from bayeslora.errors import InputError
 from bayeslora.study.predictions import read_predictions
 from bayeslora.study.runner import run_study
@@ -70,7 +70,7 @@ def compare(
     Args:
         model: A folder, a hub name, or ``"demo"``.
         task: From :func:`bayeslora.load_task`; classification.
-        config: MonteCLoRA's hyperparameters, the preset ``"calibrated"`` if ``None``; its adapter is LoRA's too.
+        config: MonteCLoRA's hyperparameters, the preset ``"learned"`` if ``None``; its adapter is LoRA's too.
         output_dir: A study's folder, with one run folder per method and seed, and ``comparison.md``. Calling again with
             the same settings continues: finished runs are read, not repeated.
         seeds: One pair of runs each.
@@ -92,7 +92,7 @@ def compare(
         >>> result.table["seeds"]["count"].xs("test").to_dict()
         {'LoRA': 1, 'LoRA + temperature*': 1, 'MonteCLoRA, mean': 1, 'MonteCLoRA, 2 draws': 1}
     """
-    config = config or MonteCLoRAConfig.preset("calibrated")
+    config = config or MonteCLoRAConfig.preset(default_preset(task.kind))
     if config.mode == "post_hoc":
         raise InputError("compare starts both methods from scratch, but mode='post_hoc' needs a trained LoRA")
     if not task.scores_probabilities:

@@ -104,14 +104,14 @@ def test_fit_writes_a_run(run):
 @pytest.mark.parametrize(
     ("labels", "words", "schedule", "scale"),
     [
-        (("0", "1"), [], "entropy", 0.25),
+        (("0", "1"), [], "learned", 8.0),
         (("0", "1"), ["--preset", "constant"], "constant", 0.1),
-        (("0", "1"), ["--sample-scaler", "0.5"], "entropy", 0.5),
-        (("0.25", "1.75"), [], "constant", 0.1),
+        (("0", "1"), ["--sample-scaler", "0.5"], "learned", 0.5),
+        (("0.25", "1.75"), [], "learned", 8.0),
     ],
     ids=["classes", "classes_constant", "classes_scaled", "numbers"],
 )
-def test_the_default_preset_is_the_one_for_the_labels(model, tmp_path, labels, words, schedule, scale):
+def test_the_default_preset_is_for_every_kind_of_label(model, tmp_path, labels, words, schedule, scale):
     if "." in labels[0]:
         model = shutil.copytree(model, tmp_path / "one_output")
         tiny_network(num_labels=1).save_pretrained(model)

@@ -141,6 +141,7 @@ class TestSpec:
             ([{"name": "monteclora", "sample_scalar": 1}], "did you mean 'sample_scaler'"),
             (["monteclora", "temperature"], "builds on 'lora', which the study does not train"),
             (["lora", {"name": "lora", "label": "LoRA"}], "two methods are called 'LoRA'"),
+            (["lora", "temperature", {"name": "temperature", "base": "LoRA"}], "two methods are called 'temperature"),
             (["temperature"], "builds on 'lora'"),
             (["nowhere:Method"], "cannot import nowhere"),
             (["tests.workers.study_methods:Prier"], "did you mean 'Prior'"),

@@ -169,11 +169,7 @@ class Lineup:
             InputError: for an unknown method or option, two of one label, a base that the study does not train.
         """
         made = [(spec, make_method(spec)) for spec in specs]
-        labels = [method.label for _, method in made]
-        for label in labels:
-            if labels.count(label) > 1:
-                raise InputError(f"two methods are called {label!r}: give one of them another label")
-        if "labels" in labels:
+        if any(method.label == "labels" for _, method in made):
             raise InputError("no method can be called 'labels': labels lie beside predictions; give it another label")
         trained = {method.label: method for _, method in made if isinstance(method, TrainedMethod)}
         lineup = cls(
@@ -182,7 +178,12 @@ class Lineup:
             {label: [] for label in trained},
             {label: [] for label in trained},
         )
+        called: set[tuple[str, str | None]] = set()  # a label, and what it builds on
         for spec, method in made:
+            base = lineup.base(method) if isinstance(method, PostHocMethod | AcrossSeeds) else None
+            if (method.label, base) in called:
+                raise InputError(f"two methods are called {method.label!r}: give one of them another label")
+            called.add((method.label, base))
             if isinstance(method, TrainedMethod):
                 lineup.specs[method.label].append(spec)
             elif isinstance(method, PostHocMethod):

@@ -51,7 +51,7 @@ class PosteriorOptions:
     ``antithetic``: in mirrored pairs (:func:`bayeslora.inference.predict.predict`).
     """
 
-    preset: str = "calibrated"
+    preset: str = "learned"
     config: Mapping[str, Any] = field(default_factory=dict)
     predictions: tuple[str, ...] = ("mean", "draws", "mean_temperature", "draws_temperature", "tuned")
     num_samples: int | None = None
@@ -60,7 +60,8 @@ class PosteriorOptions:
     title: ClassVar[str]
 
     def default_label(self) -> str:
-        preset = [] if self.preset == "calibrated" else [self.preset]
+        usual = next(f.default for f in dataclasses.fields(self) if f.name == "preset")  # type: ignore[arg-type]
+        preset = [] if self.preset == usual else [self.preset]
         changed = [*preset, *(f"{name}={value}" for name, value in self.config.items())]
         return f"{self.title} ({', '.join(changed)})" if changed else self.title
 
@@ -200,6 +201,8 @@ class GaussianPosterior(MonteCLoRAMethod):
 @dataclass(frozen=True)
 class PostHocMonteCLoRA(PosteriorOptions, PostHocMethod):
     """A posterior around a finished LoRA: a second training of the same budget moves v and α only."""
+
+    preset: str = "calibrated"  # nothing is left to learn
 
     name: ClassVar[str] = "monteclora_post_hoc"
     title: ClassVar[str] = "MonteCLoRA post-hoc"
