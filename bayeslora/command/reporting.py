@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm.auto import tqdm
 
 from bayeslora.analysis.report.page import RunResults, SplitResults, report_html
@@ -21,6 +22,7 @@ from bayeslora.storage.run_folder import RUN_FILE
 from bayeslora.study.spec import SETTINGS_FILE
 from bayeslora.tasks.base import Task
 from bayeslora.training.budget import RECORDED
+from bayeslora.training.monitor import relative_noise_by_adapter
 
 SPREAD_DRAWS = 32
 METHOD_FACTS = tuple(field.name for field in flags(MonteCLoRAConfig))
@@ -235,6 +237,10 @@ def _facts(run: FittedRun, num_samples: int) -> dict[str, str]:
         "trained parameters": f"{trained:,} in the network, {variational:,} in the guide",
         "adapters": f"{len(bayes.adapter_names)}",
     }
+    noise = relative_noise_by_adapter(bayes)
+    if noise:
+        low, middle, high = np.quantile([*noise.values()], (0, 0.5, 1))
+        facts["relative noise ρ of the adapters"] = f"{low:.2g} to {high:.2g}, median {middle:.2g}"
     if bayes.tuning is not None:
         facts["tuned"] = str(bayes.tuning)
     facts |= {name: _show(training[name]) for name in TRAINING_FACTS if training.get(name) not in (None, -1)}

@@ -47,6 +47,12 @@ def relative_noise(bayes: Posterior) -> Tensor | None:
     return deviations * (3 * torch.tensor(columns, device=deviations.device)).sqrt()
 
 
+def relative_noise_by_adapter(bayes: Posterior) -> dict[str, float]:
+    """:func:`relative_noise` by the adapters' names; empty for plain LoRA, and where the guide has no formula."""
+    found = relative_noise(bayes) if bayes.sampling and isinstance(bayes.guide, Guide) else None
+    return {} if found is None else dict(zip(bayes.adapter_names, found.tolist(), strict=True))
+
+
 def noise_deviations(bayes: Posterior) -> Tensor | None:
     """Standard deviation of an entry of A around μ, for every adapter; None where the guide has no formula for it."""
     variances = [bayes.guide.noise_variance(group) for group in bayes.model.groups]

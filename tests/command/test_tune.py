@@ -1,6 +1,7 @@
 """``bayeslora tune``: what it keeps, who uses it, and which splits it refuses."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -107,9 +108,13 @@ def test_report_says_so(tunable, tmp_path, capsys, width):
     set_width(tunable, width=width, examples=30)
     words = ["report", str(tunable), "--num-samples", "2", "--no-diagnostics", "--output", str(tmp_path / "page.html")]
     assert main(words) == 0
-    assert f"width tuned to {width:g}, on 30 examples" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    tuned = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert f"width tuned to {width:g}, on 30 examples" in tuned
     assert main([*words, "--untuned"]) == 0
-    assert "width tuned" not in (tmp_path / "page.html").read_text(encoding="utf-8")
+    untuned = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "width tuned" not in untuned
+    of_both = [re.search(r"relative noise ρ.*?([\d.e-]+) to ", page, re.S)[1] for page in (tuned, untuned)]
+    assert float(of_both[0]) == pytest.approx(width * float(of_both[1]), rel=0.05)
 
 
 def test_diagnose_says_that_it_is_left_aside(tunable, capsys):

@@ -387,6 +387,9 @@ class TestLogs:
         columns = np.array([group.columns for group in bayes.model.groups for _ in group.adapters])
         relative = np.sqrt((drawn.noise_scale**2).mean(0) * 3 * columns)  # over PEFT's 1/√(3·n_in)
         assert entry["posterior/relative_noise_mean"] == pytest.approx(relative.mean(), rel=0.1)
+        kept = json.loads((tmp_path / "run.json").read_text())["relative_noise"]
+        assert list(kept) == bayes.adapter_names
+        assert list(kept.values()) == pytest.approx(list(relative), rel=0.3)  # of each adapter, in 150 draws
         for group in bayes.model.groups:
             for adapter, mean in zip(group.adapters, group.mean().detach().mT.numpy(), strict=True):
                 squares = ((drawn.A[adapter.name] - mean) ** 2).mean((1, 2)) / (mean**2).mean()
