@@ -2,6 +2,8 @@
 
 import math
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -140,3 +142,15 @@ def test_findings(model, tmp_path, capsys):
     assert printed.startswith("\n2 settings")
     assert printed.count("from LoRA + temperature*, in the ") == 2
     assert printed.count(", from LoRA\n") == 4  # a table of differences for each domain
+
+
+def test_parts_of_ag_news(tmp_path):
+    rows = pd.DataFrame({"text": [f"text {i}" for i in range(7600)], "label": np.arange(7600) % 4, "idx": range(7600)})
+    rows.to_parquet(tmp_path / "test.parquet")
+    script("studies/ag_news_parts").main(tmp_path / "test.parquet", tmp_path / "parts")
+    parts = {
+        split: pd.read_parquet(tmp_path / "parts" / f"{split}.parquet") for split in ("train", "validation", "test")
+    }
+    assert {split: len(part) for split, part in parts.items()} == {"train": 4000, "validation": 1600, "test": 2000}
+    assert sorted(pd.concat(parts.values())["text"]) == sorted(rows["text"])
+    assert (pd.concat(parts.values()).merge(rows, on="text").eval("label_x == label_y")).all()
