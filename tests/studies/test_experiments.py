@@ -1,6 +1,7 @@
 """Every experiment runs, small."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -10,6 +11,7 @@ import torch
 from bayeslora.study import Study
 from bayeslora.study.runner import run_study
 from tests.demo import tiny_encoder
+from tests.modules import module
 from tests.scripts import script
 
 pytestmark = pytest.mark.slow
@@ -154,3 +156,23 @@ def test_parts_of_ag_news(tmp_path):
     assert {split: len(part) for split, part in parts.items()} == {"train": 4000, "validation": 1600, "test": 2000}
     assert sorted(pd.concat(parts.values())["text"]) == sorted(rows["text"])
     assert (pd.concat(parts.values()).merge(rows, on="text").eval("label_x == label_y")).all()
+
+
+def test_growth(model, capsys):
+    growth = script("studies/growth")
+    rows = growth.main(model=model, train_examples=48, examples=40, epochs=1, draws=2)
+    assert [way for way, _ in rows] == list(growth.WAYS)
+    assert all(row["tuned"] >= 0 and row["rho"] > 0 for (way, _), row in rows.items() if way != "LoRA")
+    assert capsys.readouterr().out.count("width") == len(rows) - 1
+
+
+def test_a_cycle_of_the_kl_has_a_mean_weight_of_one():
+    bayes = module()
+    cycle = script("studies/growth").KLCycle(bayes, 5)
+    weights = []
+    for step in range(10):
+        cycle.on_step_begin(None, SimpleNamespace(global_step=step), None)
+        weights.append(bayes.elbo.kl_weight)
+    assert weights[:5] == weights[5:]
+    assert np.mean(weights) == pytest.approx(1, abs=0.02)  # 2 + 4 + ... + 32 = 62 of 63
+    assert weights[1] / weights[0] == pytest.approx(2)
