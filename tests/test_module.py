@@ -178,6 +178,7 @@ class TestOneDrawOneFunction:
         assert torch.equal(after, bayes.eval()(**inputs_only(batch)).logits)
 
 
+@pytest.mark.slow
 def test_data_driven_posterior():
     """Labels decide v, far more than seeds do; without data it stays at the prior.
 

@@ -207,6 +207,7 @@ def test_diagnose_for_people_and_programs(run, capsys):
         assert re.search(rf"^{name} +\S+ +{one['verdict']} +{re.escape(one['advice'])}$", text, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_compare_continues_and_refuses_other_settings(model, data, tmp_path, capsys):
     command = [
         "compare",

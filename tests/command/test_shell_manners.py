@@ -420,6 +420,7 @@ def test_answers_are_valid_json_in_any_encoding(runs, encoding, monkeypatch):
     assert stdout.errors == "strict"  # as it was
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="pipes of POSIX")
 def test_head_ends_a_command_quietly(runs):
     with Reader() as pipe:

@@ -9,6 +9,8 @@ import pytest
 from tests.demo import tiny_encoder
 from tests.scripts import ROOT, names_of, script
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):

@@ -7,6 +7,8 @@ import pytest
 from tests.language import OFFICIAL, tiny_language_model, tiny_tokenizer, write
 from tests.scripts import script
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def place(tmp_path):

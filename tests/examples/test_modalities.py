@@ -10,6 +10,8 @@ from bayeslora import BayesLoRA, InputError, MonteCLoRAConfig, fit
 from bayeslora.models import CategoricalLikelihood
 from tests.scripts import script
 
+pytestmark = pytest.mark.slow
+
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 KINDS = ("vision", "speech")
 

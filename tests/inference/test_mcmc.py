@@ -16,6 +16,7 @@ def standard_error(draws):
     return float(draws.std()) / np.sqrt(float(az.ess(draws)))
 
 
+@pytest.mark.slow
 def test_nuts_finds_the_closed_form():
     """Mean and second moments of A, the mean of c = Σπ², and Σ's prior; every bound from the chains' ESS."""
     before = torch.get_default_dtype()

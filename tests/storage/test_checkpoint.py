@@ -75,6 +75,7 @@ class TestRoundTrip:
         assert all(map(torch.equal, head(bayes), head(again)))
         assert not torch.equal(logits(bayes), logits(tiny_network(kind).eval()))
 
+    @pytest.mark.slow
     def test_fresh_process(self, tmp_path):
         """Equal draws under equal seeds, both guides: nothing but the base model and the folder crosses over."""
         tiny_network().save_pretrained(tmp_path / "base")

@@ -284,7 +284,7 @@ class TestSharedWeights:
 
 
 @pytest.mark.filterwarnings(
-    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning" @ pytest.mark.slow
 )  # Dynamo looks there
 class TestCompile:
     @pytest.fixture(autouse=True)

@@ -85,7 +85,7 @@ def test_a_run_records_every_option(tmp_path):
     data = tiny_dataset(24)
     fit(new(), data, data[:8], output_dir=tmp_path / "run", progress=False, **OTHER)
     recorded = json.loads((tmp_path / "run" / "run.json").read_text())["training"]
-    assert recorded.keys() == {*RECORDED, "train_examples", "processes"}
+    assert recorded.keys() == {*RECORDED, "train_examples", "tuning_examples", "processes"}
     for name, value in OTHER.items():
         if name in TRAINER_NAMES:
             assert recorded[TRAINER_NAMES[name]] == value
@@ -142,7 +142,7 @@ def test_every_flag_of_the_method_reaches_the_configuration():
         words += [f"--{flag_of(fields[name]).replace('_', '-')}", *map(str, values)]
     config = configuration(build_parser().parse_args([*FIT, *words]), "classification")
     assert {name: getattr(config, name) for name in METHOD} == METHOD
-    assert configuration(build_parser().parse_args(FIT), "regression") == MonteCLoRAConfig()
+    assert configuration(build_parser().parse_args(FIT), "regression") == MonteCLoRAConfig.preset("learned")
 
 
 def test_choices_are_those_that_the_configuration_takes():
