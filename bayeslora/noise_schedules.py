@@ -9,9 +9,10 @@ The factors are buffers of the model: what they are at the end is the posterior 
                  that the means are found before the noise is large.
 ``"entropy"``    1 − H/log C, with H the predictive entropy of training examples, averaged over some 20 batches, from 0
                  on: little noise while the network is unsure, and more the more certain it becomes.
-``"learned"``    1 − L/L₀, with L the running loss of training batches and L₀ that of the first ten, from 0 on: no noise
-                 before the adapter has learned something, and all of it when it knows the examples by heart. For a
-                 task of any kind; L is the negative log-likelihood, or the squared error of numbers.
+``"learned"``    (1 − L/L₀)², with L the running loss of training batches and L₀ that of the first ten, from 0 on: no
+                 noise before the adapter has learned something, little while it is half way, and all of it when it
+                 knows the examples by heart. For a task of any kind; L is the negative log-likelihood, or the squared
+                 error of numbers.
 ``"per_layer"``  As the posterior's standard deviation in a Laplace approximation with one variance for each adapter:
                  :math:`F_k^{-1/2}`, with :math:`F_k` the mean squared gradient of the entries of μ (an empirical
                  Fisher information), averaged over some 20 steps; divided by the adapters' geometric mean.
@@ -123,7 +124,7 @@ class EntropySchedule(NoiseSchedule):
 
 
 class LearnedSchedule(NoiseSchedule):
-    """Follows the share of the loss that has gone.
+    """Follows the square of the share of the loss that has gone.
 
     ``bayes.model.losses`` holds the number of batches seen (up to ten), L₀ and L; it is saved with the posterior. A
     loss that is not finite is passed over.
@@ -154,7 +155,7 @@ class LearnedSchedule(NoiseSchedule):
         learned = torch.stack([(seen + 1).clamp(max=FIRST_BATCHES), first, running])
         known.copy_(torch.where(loss.isfinite(), learned, known))
         _, first, running = known
-        self.set((1 - running / first).clamp(LEAST, 1).nan_to_num(LEAST))
+        self.set((1 - running / first).clamp(0, 1).square().clamp(min=LEAST).nan_to_num(LEAST))
 
 
 class PerLayerSchedule(NoiseSchedule):

@@ -50,7 +50,8 @@ class Prediction:
     draws that were not kept. There are S draws; S is 1 at the mean (``num_samples=0``).
 
     ``monte_carlo_error`` (n,) is the standard error that S draws leave in the probability of an example's class (the
-    largest over classes), or in the mean of a number: it falls as :math:`S^{-1/2}`. ``None`` for texts and at the mean.
+    largest over classes), or in the mean of a number: it falls as :math:`S^{-1/2}`. ``None`` for texts, and where
+    fewer than two draws (or mirrored pairs) are independent.
     """
 
     labels: Array

@@ -6,7 +6,6 @@ from bayeslora.analysis import to_markdown
 from bayeslora.config import MonteCLoRAConfig
 from bayeslora.errors import InputError
 from bayeslora.study.compare import two_methods
-from bayeslora.study.methods.monteclora import PREDICTORS
 from bayeslora.study.runner import run_study
 from bayeslora.study.spec import TRAINING_OPTIONS, Study
 from bayeslora.study.summary import headline
@@ -34,7 +33,8 @@ def run(arguments: argparse.Namespace, given: Study | tuple[MonteCLoRAConfig, li
 def _study_from_flags(arguments: argparse.Namespace, config: MonteCLoRAConfig, tasks: list[Task]) -> Study:
     values = two_methods(config, tasks[0], arguments.test_split)
     if arguments.methods:
-        chosen = {"monteclora": values["methods"][-1] | {"predictions": list(PREDICTORS)}}
+        ours = {name: value for name, value in values["methods"][-1].items() if name != "predictions"}
+        chosen = {"monteclora": ours}
         values["methods"] = [chosen.get(name, name) for name in arguments.methods]
     training = {name: value for name, value in vars(arguments).items() if name in TRAINING_OPTIONS}
     return Study.from_dict(

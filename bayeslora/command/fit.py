@@ -5,6 +5,7 @@ import argparse
 from transformers import set_seed
 
 from bayeslora.analysis.metrics.registry import METRICS
+from bayeslora.command.tune import warn_of_judging
 from bayeslora.config import MonteCLoRAConfig
 from bayeslora.distributed import leave, rank
 from bayeslora.errors import InputError
@@ -25,6 +26,8 @@ def run(arguments: argparse.Namespace, task: Task, config: MonteCLoRAConfig) -> 
         raise InputError("--mode post_hoc puts a posterior on a trained LoRA: say which with --adapter RUN/adapter")
     length = arguments.max_length
     evaluated = "validation" in task.splits and task.is_labelled("validation")
+    if arguments.tune == "validation":
+        warn_of_judging(task, "validation")
     validation = task.encode(tokenizer, "validation", max_length=length) if evaluated else None
     bayes = BayesLoRA(network, config, likelihood=task.likelihood())
     result = fit(

@@ -178,6 +178,7 @@ def _add_tune(commands: Any) -> None:
         "Without labels, --agreement takes the widest noise that leaves so many answers as they are.",
     )
     _add_run_options(parser, takes=COUNT)
+    _add_antithetic(parser)
     parser.add_argument(
         "--split", type=word, default="validation", help="neither train nor test; labelled, without --agreement"
     )

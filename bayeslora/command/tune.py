@@ -9,6 +9,7 @@ from bayeslora.models.tuning import Tuning
 from bayeslora.runs import FittedRun, check_is_run, open_run
 from bayeslora.storage.lock import lock_folder
 from bayeslora.storage.run_folder import ADAPTER_FOLDER
+from bayeslora.tasks.base import Task
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -16,12 +17,13 @@ def run(arguments: argparse.Namespace) -> None:
     check_is_run(folder)
     with lock_folder(folder):
         fitted = open_run(folder, model=arguments.model, data_dir=arguments.data_dir)
-        _check_split(fitted, split)
+        _check_split(fitted, split, judges=arguments.agreement is None)
         tuning = fitted.posterior.tune(
             fitted.data(split, limit=arguments.max_examples, labelled=arguments.agreement is None),
             num_samples=arguments.num_samples,
             with_temperature=arguments.with_temperature,
             agreement=arguments.agreement,
+            antithetic=arguments.antithetic,
             batch_size=arguments.batch_size,
             seed=arguments.seed,
             progress=not arguments.json,
@@ -34,14 +36,20 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"kept in {folder / ADAPTER_FOLDER}; next: bayeslora evaluate {folder}")
 
 
-def _check_split(run: FittedRun, split: str) -> None:
-    """Refuse what it was fitted to, and what it is to be judged by."""
+def _check_split(run: FittedRun, split: str, *, judges: bool) -> None:
+    """Refuse what it was fitted to, and what it is to be judged by; ``judges``: its labels are looked at."""
     judged_by = ("test", *run.task.shift_splits, *run.task.out_of_scope_splits)
     judged = "is what it is judged by: tuned on it, its scores would no longer be those of new examples"
     reasons = dict.fromkeys(judged_by, judged) | {"train": "is what it was fitted to, where less noise looks better"}
     if split in reasons:
         raise InputError(f"--split {split} {reasons[split]}; tune on validation, or another labelled split")
-    if split == run.labelled_split():
+    if judges:
+        warn_of_judging(run.task, split)
+
+
+def warn_of_judging(task: Task, split: str) -> None:
+    """Say where there is no other labelled split to judge by than the one that was tuned on."""
+    if not ("test" in task.splits and task.is_labelled("test")):
         print(
             f"there is no labelled test split: evaluate judges by {split} too, and its scores are now too good",
             file=sys.stderr,

@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -75,9 +76,11 @@ def predict(
             of draws, ``"auto"`` for what has no ``monte_carlo_error`` (texts), ``antithetic`` with a guide that does
             not promise symmetry (``symmetric_rows``), or a layer that a draw does not reach.
     """
-    if num_samples != "auto" and (not isinstance(num_samples, int) or num_samples < 0):
-        raise InputError(f"num_samples must be 0 (the mean network) or more, or 'auto', got {num_samples!r}")
-    if num_samples == "auto" and not (isinstance(tolerance, int | float) and tolerance > 0):
+    if num_samples != "auto" and (isinstance(num_samples, bool) or not isinstance(num_samples, Integral)):
+        raise InputError(f"num_samples must be a whole number, or 'auto', got {num_samples!r}")
+    if num_samples != "auto" and num_samples < 0:
+        raise InputError(f"num_samples must be 0 (the mean network) or more, got {num_samples}")
+    if num_samples == "auto" and not (isinstance(tolerance, Real) and tolerance > 0):
         raise InputError(f"tolerance must be positive, got {tolerance!r}")
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
@@ -113,16 +116,21 @@ def predict(
     def summary(drawn: np.ndarray, labels: np.ndarray | None, keep: bool = True) -> Prediction:
         return bayes.model.labelling.summarize(drawn, labels, bayes.network, keep=keep)
 
-    def error(drawn: np.ndarray, labels: np.ndarray | None) -> np.ndarray | None:
-        said = summary(drawn, labels).sample_outputs
-        return None if said is None else monte_carlo_error(said, mirrored=antithetic)
+    def error(summarized: Prediction) -> np.ndarray | None:
+        said = summarized.sample_outputs
+        if said is None:
+            return None
+        apart = first_draw % 2 if antithetic else 0  # the image of a draw that is not among these
+        return monte_carlo_error(said[apart:], mirrored=antithetic)
 
     with evaluating(bayes):
         if num_samples == "auto":
-            drawn, labels = _enough(outputs, error, tolerance)
+            drawn, labels = _enough(outputs, lambda *drawn: error(summary(*drawn)), tolerance)
         else:
-            drawn, labels = outputs(0, num_samples)
-    return replace(summary(drawn, labels, keep_draws), monte_carlo_error=error(drawn, labels))
+            drawn, labels = outputs(0, int(num_samples))
+    found = summary(drawn, labels)
+    kept = found if keep_draws else summary(drawn, labels, keep=False)
+    return replace(kept, monte_carlo_error=error(found))
 
 
 def monte_carlo_error(said: np.ndarray, *, mirrored: bool = False) -> np.ndarray | None:
@@ -146,7 +154,7 @@ def monte_carlo_error(said: np.ndarray, *, mirrored: bool = False) -> np.ndarray
     if len(said) < 2:
         return None
     errors = said.std(0, ddof=1) / np.sqrt(len(said))
-    return errors.reshape(len(errors), -1).max(1)
+    return np.fmax.reduce(errors.reshape(len(errors), -1), axis=1)  # NaN lies beyond an example's end
 
 
 def _enough(
@@ -173,7 +181,8 @@ def _enough(
                 tolerance,
             )
             return drawn, labels
-        needed = 2 * math.ceil(len(drawn) * (float(found.mean()) / tolerance) ** 2 / 2)
+        times = min(float(found.mean()) / tolerance, MOST_DRAWS) ** 2
+        needed = 2 * math.ceil(len(drawn) * times / 2)
         more, _ = outputs(len(drawn), min(max(needed, len(drawn) + 8), MOST_DRAWS) - len(drawn))
         drawn = np.concatenate([drawn, more])
 

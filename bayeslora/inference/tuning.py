@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -58,7 +59,8 @@ def tune(
         bayes: The fitted module; whatever predicts with it uses the width from now on, saved or not.
         dataset: Examples that it was not fitted to, as for :func:`bayeslora.inference.predict.predict`; 20 or more,
             labelled unless ``agreement`` is given.
-        num_samples: Draws of each prediction; nine are made, up to four more where the width is above 4.
+        num_samples: Draws of each prediction. Nine are made, up to four more where the width is above 4; with
+            ``agreement`` seven to thirteen.
         with_temperature: For classes: choose a temperature jointly, by which every draw's logits are divided.
         batch_size, seed, progress, antithetic: As in ``predict``.
         agreement: For classes: in place of labels, the share of the mean network's answers to keep, such as 0.95.
@@ -71,13 +73,14 @@ def tune(
             guide whose noise does not follow ε.
     """
     check_tunable(bayes, dataset)
-    if num_samples < 1:
-        raise InputError(f"num_samples must be at least 1, got {num_samples}")
+    if isinstance(num_samples, bool) or not isinstance(num_samples, Integral) or num_samples < 1:
+        raise InputError(f"num_samples must be a whole number of at least 1, got {num_samples!r}")
     if with_temperature and not bayes.model.labelling.of_classes:
         raise InputError("with_temperature=True is for probabilities of classes: leave it out")
     _check_agreement(bayes, agreement, with_temperature)
     tried: dict[float, Prediction] = {}
-    with tqdm(total=len(GRID) + REFINEMENTS, desc="tune", unit="width", disable=None if progress else True) as bar:
+    total = len(GRID) + REFINEMENTS if agreement is None else 2 + BISECTIONS
+    with tqdm(total=total, desc="tune", unit="width", disable=None if progress else True) as bar:
 
         def at(width: float) -> Prediction:
             if width not in tried:

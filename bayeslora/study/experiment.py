@@ -113,7 +113,7 @@ class Experiment:
         return self.data("train")
 
     def tuning_data(self) -> list[dict[str, Any]]:
-        """The validation examples for learning curves and for tuning by prediction.
+        """The validation examples for learning curves.
 
         Raises:
             InputError: there is no labelled validation split besides what is scored.

@@ -92,7 +92,7 @@ class Study:
         trainer: Further fields of ``transformers.TrainingArguments`` for all, such as ``bf16: true``.
         lora: Options of every adapter: ``lora_alpha``, ``target_modules``, ``lora_dropout``, ...
         curve_points: Evaluations on the validation split while training; 0 records no learning curve.
-        curve_examples: Of the validation split, for the curve and wherever a method tunes its own noise.
+        curve_examples: Of the validation split, for the curve.
         keep_adapters: Keep what was trained; else only predictions, scores and curves stay.
         retries: How often to repeat a cell that failed otherwise than by diverging or by bad input.
 

@@ -178,7 +178,7 @@ def fit(
             trainer.get_train_dataloader()
         result = _train(trainer, checkpoint, output_dir, progress, stack)
         if tuning_set is not None:
-            tune_width(bayes, tuning_set, progress=progress and rank() == 0)
+            _tune(trainer, tuning_set, output_dir, progress)
         on_main_process(lambda: _close_run(bayes, record, result))
     bayes.eval()
     return result
@@ -231,6 +231,14 @@ def _train(
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
     return FitResult(metrics, trainer.state.log_history, trainer.state.global_step, output_dir)
+
+
+def _tune(trainer: BayesTrainer, tuning_set: Any, output_dir: Path, progress: bool) -> None:
+    """On every process, each with the same result; what was trained is safe before."""
+    bayes = trainer.bayes
+    on_main_process(lambda: save_pretrained(bayes, output_dir / ADAPTER_FOLDER))
+    size = trainer.args.per_device_train_batch_size
+    tune_width(bayes, tuning_set, batch_size=size, progress=progress and rank() == 0)
 
 
 def _choose_reports(trainer: BayesTrainer, progress: bool, stack: ExitStack) -> None:

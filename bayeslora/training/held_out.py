@@ -1,9 +1,10 @@
 """Examples that a width is tuned on: given, or held out of training."""
 
-from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
+from torch.utils.data import Subset
 
 from bayeslora.data.rows import check_kind
 from bayeslora.errors import InputError
@@ -28,7 +29,12 @@ def hold_out(dataset: Any, tune: Any, seed: int) -> tuple[Any, Any]:
     """
     if tune is None:
         return dataset, None
-    if isinstance(tune, bool) or not isinstance(tune, int | float):
+    if tune is dataset:
+        raise InputError(
+            "tune is the training data itself, by which less noise looks better: pass other examples, or a share such "
+            "as tune=0.1 that is held out of training"
+        )
+    if isinstance(tune, bool) or not isinstance(tune, Real):
         return dataset, tune
     check_kind(dataset)
     if not 0 < tune < 1:
@@ -43,7 +49,8 @@ def hold_out(dataset: Any, tune: Any, seed: int) -> tuple[Any, Any]:
     return _taken(dataset, np.sort(order[count:])), _taken(dataset, np.sort(order[:count]))
 
 
-def _taken(dataset: Any, places: Sequence[int] | np.ndarray) -> Any:
+def _taken(dataset: Any, places: np.ndarray) -> Any:
     if hasattr(dataset, "select"):
         return dataset.select(places)
-    return [dataset[int(place)] for place in places]
+    subset = Subset(dataset, places.tolist())
+    return list(subset) if isinstance(dataset, list) else subset  # what makes its rows anew goes on doing so

@@ -9,6 +9,7 @@ from trl import SFTConfig, SFTTrainer
 
 from bayeslora.errors import InputError
 from bayeslora.models import NextTokenLikelihood
+from bayeslora.noise_schedules import NoiseScheduleCallback
 from bayeslora.posterior import Posterior
 from bayeslora.training.arguments import REFUSED_BY_SFT, check_arguments
 from bayeslora.training.trainer import BayesTrainer, DropTuning, variational_rate
@@ -46,6 +47,7 @@ class BayesSFTTrainer(SFTTrainer):
             check_arguments(args, REFUSED_BY_SFT)
             _check_can_be_done(args)
         super().__init__(model, args, *more, **options)
+        self.add_callback(NoiseScheduleCallback(model.noise_schedule))
         self.add_callback(DropTuning(model))
         self.model_accepts_loss_kwargs = True
         self.variational_learning_rate = variational_rate(self.args, variational_learning_rate)

@@ -77,6 +77,9 @@ def test_without_labels(tunable, capsys):
     assert "agreement                1.0000" in capsys.readouterr().out
     assert "keeping 100.0% of the mean network's answers" in str(open_run(tunable).posterior.tuning)
     assert "a temperature needs labels" in complaint(capsys, "tune", tunable, "--agreement", "1", "--with-temperature")
+    (tunable.parent / "reviews" / "validation.csv").rename(tunable.parent / "reviews" / "fresh.csv")
+    (tunable.parent / "reviews" / "test.csv").unlink(missing_ok=True)
+    assert answer(capsys, "tune", tunable, "--agreement", "0.9", "--split", "fresh")["split"] == "fresh"
 
 
 def test_for_people(tunable, capsys):

@@ -92,7 +92,7 @@ class TestAuto:
     def test_says_where_the_most_are_too_few(self, caplog, monkeypatch):
         monkeypatch.setattr(prediction_module, "MOST_DRAWS", 24)
         with caplog.at_level(logging.WARNING):
-            found = noisy().predict(DATA, "auto", tolerance=1e-4, progress=False)
+            found = noisy().predict(DATA, "auto", tolerance=1e-300, progress=False)
         assert len(found.sample_log_probs) == 24
         assert "24 draws leave a Monte Carlo error of" in caplog.text
 
@@ -100,9 +100,25 @@ class TestAuto:
         bayes = noisy(sample_scaler=0.0)
         assert bayes.predict(DATA, "auto", progress=False).monte_carlo_error.max() < 1e-12
 
-    @pytest.mark.parametrize("bad", ["many", 2.5, -1, None])
+    def test_numpys_numbers_are_numbers(self):
+        assert len(noisy().predict(DATA, np.int64(3), progress=False).sample_log_probs) == 3
+
+    def test_from_an_odd_draw_on_pairs_are_those_of_the_draws(self):
+        bayes = noisy(sample_scaler=1e-3)
+        odd, even = (
+            bayes.predict(DATA, num_samples=17, first_draw=first, antithetic=True, progress=False) for first in (1, 2)
+        )
+        assert odd.monte_carlo_error.mean() < 3 * even.monte_carlo_error.mean()
+
+    def test_what_lies_beyond_the_end_of_an_example_has_no_error(self):
+        said = np.random.default_rng(0).normal(size=(9, 2, 3))
+        expected = monte_carlo_error(said[:, :, :2])
+        said[:, :, 2] = np.nan
+        np.testing.assert_array_equal(monte_carlo_error(said), expected)
+
+    @pytest.mark.parametrize("bad", ["many", 2.5, -1, None, True])
     def test_anything_else_is_refused(self, bad):
-        with pytest.raises(InputError, match="num_samples must be 0"):
+        with pytest.raises(InputError, match="num_samples must be"):
             noisy().predict(DATA, bad, progress=False)
 
     @pytest.mark.parametrize("bad", [0, -0.1, "small", float("nan")])

@@ -162,7 +162,10 @@ def test_growth(model, capsys):
     growth = script("studies/growth")
     rows = growth.main(model=model, train_examples=48, examples=40, epochs=1, draws=2)
     assert [way for way, _ in rows] == list(growth.WAYS)
-    assert all(row["tuned"] >= 0 and row["rho"] > 0 for (way, _), row in rows.items() if way != "LoRA")
+    rho = {way: row["rho"] for (way, _), row in rows.items() if way != "LoRA"}
+    assert rho["constant"] == pytest.approx(8, rel=0.2)
+    assert rho["second half"] == pytest.approx(rho["constant"] / 3, rel=0.3)  # the last of three steps begins at 2/3
+    assert rho["KL cycle"] < rho["learned"] < rho["cosine"]
     assert capsys.readouterr().out.count("width") == len(rows) - 1
 
 

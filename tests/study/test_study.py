@@ -142,6 +142,11 @@ class TestSpec:
             (["monteclora", "temperature"], "builds on 'lora', which the study does not train"),
             (["lora", {"name": "lora", "label": "LoRA"}], "two methods are called 'LoRA'"),
             (["lora", "temperature", {"name": "temperature", "base": "LoRA"}], "two methods are called 'temperature"),
+            (
+                ["lora", "dora", *({"name": "monteclora_post_hoc", "base": base} for base in ("lora", "dora"))],
+                "two methods are called 'MonteCLoRA post-hoc'",
+            ),
+            (["lora", {"name": "monteclora_post_hoc", "label": "LoRA"}], "two methods are called 'LoRA'"),
             (["temperature"], "builds on 'lora'"),
             (["nowhere:Method"], "cannot import nowhere"),
             (["tests.workers.study_methods:Prier"], "did you mean 'Prior'"),

@@ -283,8 +283,9 @@ class TestSharedWeights:
         self.assert_one_draw(bayes)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(
-    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning" @ pytest.mark.slow
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
 )  # Dynamo looks there
 class TestCompile:
     @pytest.fixture(autouse=True)

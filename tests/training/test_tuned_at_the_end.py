@@ -1,9 +1,12 @@
 """fit(tune=): a width by examples of their own, or by a share that is held out of training."""
 
 import json
+import sys
 
 import datasets
+import numpy as np
 import pytest
+import torch
 from transformers import TrainerCallback
 
 from bayeslora import BayesLoRA, InputError
@@ -37,6 +40,22 @@ class TestHoldOut:
     def test_a_share_is_a_share(self, share):
         with pytest.raises(InputError, match="a share of the training examples"):
             hold_out(tiny_dataset(100), share, seed=0)
+
+    def test_not_the_training_data(self):
+        data = tiny_dataset(60)
+        with pytest.raises(InputError, match="tune is the training data itself"):
+            hold_out(data, data, seed=0)
+
+    def test_rows_that_are_made_anew_go_on_being_so(self):
+        class Augmented(torch.utils.data.Dataset):
+            def __len__(self):
+                return 60
+
+            def __getitem__(self, index):
+                return {"labels": float(torch.rand(()))}
+
+        train, _ = hold_out(Augmented(), np.float32(0.5), seed=0)
+        assert train[0] != train[0]
 
     def test_too_few(self):
         with pytest.raises(InputError, match=r"tune=0.1 holds out 5 of 50 training examples, .* at least 20"):
@@ -82,6 +101,27 @@ class TestFit:
         run(tmp_path / "run", second, epochs=2, tune=HELD, resume=True)
         assert second.tuning == whole.tuning
         assert equal(state(second), state(whole))
+
+    def test_what_was_trained_is_safe_where_tuning_fails(self, tmp_path, monkeypatch):
+        """As for want of memory; its batches are the evaluation's, and the run can be resumed."""
+        asked = {}
+
+        def fails(bayes, data, **options):
+            asked.update(options)
+            raise MemoryError
+
+        with monkeypatch.context() as patched:
+            patched.setattr(sys.modules["bayeslora.training.fit"], "tune_width", fails)
+            with pytest.raises(MemoryError):
+                run(tmp_path / "run", new(sample_scaler=0.3), tune=HELD)
+        assert asked["batch_size"] == 4  # the training's
+        first = BayesLoRA.from_pretrained(tmp_path / "run" / "adapter", base())
+        second = new(sample_scaler=0.3)
+        run(tmp_path / "run", second, tune=HELD, resume=True)
+        assert second.tuning is not None
+        assert first.tuning is None
+        second.tuning = None
+        assert equal(state(first), state(second))
 
     @pytest.mark.parametrize(("before", "after"), [(HELD, None), (None, HELD)])
     def test_it_is_not_another_run_s(self, tmp_path, before, after):

@@ -90,9 +90,14 @@ class TrainedMethod(Method):
 
 @dataclass(frozen=True)
 class PostHocMethod(Method):
-    """A method that takes a finished training of ``base`` (a method's name or label) and predicts otherwise."""
+    """A method that takes a finished training of ``base`` (a method's name or label) and predicts otherwise.
+
+    ``shows_base``: its predictors are called by what it builds on too, so that another base makes other names.
+    """
 
     base: str = "lora"
+
+    shows_base: ClassVar[bool] = True
 
     @abstractmethod
     def predictors(self, trained: Trained, experiment: "Experiment", predict: Predict) -> Iterator[Predictor]:
@@ -181,9 +186,10 @@ class Lineup:
         called: set[tuple[str, str | None]] = set()  # a label, and what it builds on
         for spec, method in made:
             base = lineup.base(method) if isinstance(method, PostHocMethod | AcrossSeeds) else None
-            if (method.label, base) in called:
+            name = (method.label, base if getattr(method, "shows_base", True) else None)
+            if name in called:
                 raise InputError(f"two methods are called {method.label!r}: give one of them another label")
-            called.add((method.label, base))
+            called.add(name)
             if isinstance(method, TrainedMethod):
                 lineup.specs[method.label].append(spec)
             elif isinstance(method, PostHocMethod):

@@ -204,6 +204,7 @@ class PostHocMonteCLoRA(PosteriorOptions, PostHocMethod):
 
     preset: str = "calibrated"  # nothing is left to learn
 
+    shows_base: ClassVar[bool] = False
     name: ClassVar[str] = "monteclora_post_hoc"
     title: ClassVar[str] = "MonteCLoRA post-hoc"
 

@@ -135,7 +135,7 @@ class FrozenALoRA(LoRA):
 
     def training(self, network: nn.Module, experiment: "Experiment") -> dict[str, Any]:
         for name, parameter in network.named_parameters():
-            if ".lora_A." in name:
+            if ".lora_A." in name or ".lora_embedding_A." in name:
                 parameter.requires_grad_(False)
         return {}
 
