@@ -76,11 +76,8 @@ def predict(
             of draws, ``"auto"`` for what has no ``monte_carlo_error`` (texts), ``antithetic`` with a guide that does
             not promise symmetry (``symmetric_rows``), or a layer that a draw does not reach.
     """
-    if num_samples != "auto" and (isinstance(num_samples, bool) or not isinstance(num_samples, Integral)):
-        raise InputError(f"num_samples must be a whole number, or 'auto', got {num_samples!r}")
-    if num_samples != "auto" and num_samples < 0:
-        raise InputError(f"num_samples must be 0 (the mean network) or more, got {num_samples}")
-    if num_samples == "auto" and not (isinstance(tolerance, Real) and tolerance > 0):
+    count = None if num_samples == "auto" else _count(num_samples)
+    if count is None and not (isinstance(tolerance, Real) and tolerance > 0):
         raise InputError(f"tolerance must be positive, got {tolerance!r}")
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
@@ -124,13 +121,21 @@ def predict(
         return monte_carlo_error(said[apart:], mirrored=antithetic)
 
     with evaluating(bayes):
-        if num_samples == "auto":
+        if count is None:
             drawn, labels = _enough(outputs, lambda *drawn: error(summary(*drawn)), tolerance)
         else:
-            drawn, labels = outputs(0, int(num_samples))
+            drawn, labels = outputs(0, count)
     found = summary(drawn, labels)
     kept = found if keep_draws else summary(drawn, labels, keep=False)
     return replace(kept, monte_carlo_error=error(found))
+
+
+def _count(num_samples: Any) -> int:
+    if isinstance(num_samples, bool) or not isinstance(num_samples, Integral):
+        raise InputError(f"num_samples must be a whole number, or 'auto', got {num_samples!r}")
+    if num_samples < 0:
+        raise InputError(f"num_samples must be 0 (the mean network) or more, got {num_samples}")
+    return int(num_samples)
 
 
 def monte_carlo_error(said: np.ndarray, *, mirrored: bool = False) -> np.ndarray | None:

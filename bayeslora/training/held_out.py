@@ -37,12 +37,13 @@ def hold_out(dataset: Any, tune: Any, seed: int) -> tuple[Any, Any]:
     if isinstance(tune, bool) or not isinstance(tune, Real):
         return dataset, tune
     check_kind(dataset)
-    if not 0 < tune < 1:
+    share = float(tune)
+    if not 0 < share < 1:
         raise InputError(f"tune is a share of the training examples, above 0 and below 1, or a data set, got {tune!r}")
-    count = round(tune * len(dataset))
+    count = round(share * len(dataset))
     if count < LEAST_EXAMPLES or len(dataset) - count < 1:
         raise InputError(
-            f"tune={tune:g} holds out {count} of {len(dataset)} training examples, and a width needs at least "
+            f"tune={share:g} holds out {count} of {len(dataset)} training examples, and a width needs at least "
             f"{LEAST_EXAMPLES}: hold out more, or pass a data set"
         )
     order = np.random.default_rng(seed).permutation(len(dataset))
@@ -52,5 +53,6 @@ def hold_out(dataset: Any, tune: Any, seed: int) -> tuple[Any, Any]:
 def _taken(dataset: Any, places: np.ndarray) -> Any:
     if hasattr(dataset, "select"):
         return dataset.select(places)
-    subset = Subset(dataset, places.tolist())
-    return list(subset) if isinstance(dataset, list) else subset  # what makes its rows anew goes on doing so
+    if isinstance(dataset, list):
+        return [dataset[place] for place in places]
+    return Subset(dataset, places.tolist())  # what makes its rows anew goes on doing so

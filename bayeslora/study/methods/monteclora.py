@@ -60,7 +60,7 @@ class PosteriorOptions:
     title: ClassVar[str]
 
     def default_label(self) -> str:
-        usual = next(f.default for f in dataclasses.fields(self) if f.name == "preset")  # type: ignore[arg-type]
+        usual = next(f.default for f in dataclasses.fields(self) if f.name == "preset")
         preset = [] if self.preset == usual else [self.preset]
         changed = [*preset, *(f"{name}={value}" for name, value in self.config.items())]
         return f"{self.title} ({', '.join(changed)})" if changed else self.title
