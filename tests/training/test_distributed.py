@@ -132,6 +132,8 @@ class TestFit:
         (whole, _, resumed), (other, _, other_resumed) = first, second
         assert whole["ended"] == other["ended"] == resumed["ended"] == other_resumed["ended"]
         assert whole["losses"] != other["losses"]
+        assert whole["tuning"] == other["tuning"] == resumed["tuning"] == other_resumed["tuning"]
+        assert "on 24 examples" in whole["tuning"]
         seen, start, _ = whole["kept"]
         assert seen == len(whole["losses"]) == 6
         assert start == pytest.approx(np.mean([*whole["losses"], *other["losses"]]), rel=1e-5)

@@ -188,11 +188,14 @@ def learned(folder, rank):
         begun = {
             "callbacks": [Diary(bayes, stop_at=stop_at)],
             "save_steps": 2,
+            "tune": tiny_dataset(24, seed=3),
             "resume": name == "again" and not stop_at,
         }
         error_of(partial(run, folder / f"learned-{name}", bayes, **begun), KeyboardInterrupt)
         distributed.barrier()
-        ended.append({"ended": digest(bayes), "losses": losses, "kept": bayes.model.losses.tolist()})
+        ended.append(
+            {"ended": digest(bayes), "losses": losses, "kept": bayes.model.losses.tolist(), "tuning": str(bayes.tuning)}
+        )
     return ended
 
 
