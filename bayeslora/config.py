@@ -35,7 +35,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "noise": "shared",
         "scale_init": 1.0,
     },
-    # Noise in units of each layer, which grows as the loss goes: for every kind of task.
+    # Noise in units of each layer, which grows with what is learned: for every kind of task.
     "learned": {"sample_scaler": 8.0, "noise_units": "relative", "noise_schedule": "learned"},
     # Noise that grows with the certainty of the predictions: for classes and choices.
     "calibrated": {"sample_scaler": 0.25, "noise_schedule": "entropy"},
@@ -220,7 +220,8 @@ class MonteCLoRAConfig:
     def preset(cls, name: str, **changes: Any) -> "MonteCLoRAConfig":
         """A named set of hyperparameters with ``changes`` on top.
 
-        ``"learned"``: ρ is 8 times the square of the share of the loss that has gone, for whatever is learned.
+        ``"learned"``: ρ is 8 times the square of the share that has been learned of the labels' probability, for every
+        kind of task.
         ``"calibrated"``: ε is 0.25 times the certainty of the predictions, for classes and choices. ``"constant"``: the
         defaults of this class. ``"paper"``: the paper's (Tables 3 and 4), with little noise.
 

@@ -9,10 +9,10 @@ The factors are buffers of the model: what they are at the end is the posterior 
                  that the means are found before the noise is large.
 ``"entropy"``    1 − H/log C, with H the predictive entropy of training examples, averaged over some 20 batches, from 0
                  on: little noise while the network is unsure, and more the more certain it becomes.
-``"learned"``    (1 − L/L₀)², with L the running loss of training batches and L₀ that of the first ten, from 0 on: no
-                 noise before the adapter has learned something, little while it is half way, and all of it when it
-                 knows the examples by heart. For a task of any kind; L is the negative log-likelihood, or the squared
-                 error of numbers.
+``"learned"``    (1 − U/U₀)², with U = 1 − exp(−L) the probability that the labels of training batches lack (L is their
+                 running negative log-likelihood; of texts a token's) and U₀ that of the first ten batches: no noise
+                 before the adapter has learned something, little while it is unsure of its own training examples,
+                 and all of it when it knows them by heart. Of numbers U is the squared error.
 ``"per_layer"``  As the posterior's standard deviation in a Laplace approximation with one variance for each adapter:
                  :math:`F_k^{-1/2}`, with :math:`F_k` the mean squared gradient of the entries of μ (an empirical
                  Fisher information), averaged over some 20 steps; divided by the adapters' geometric mean.
@@ -124,9 +124,9 @@ class EntropySchedule(NoiseSchedule):
 
 
 class LearnedSchedule(NoiseSchedule):
-    """Follows the square of the share of the loss that has gone.
+    """Follows the square of the share that has been learned of what there was to learn.
 
-    ``bayes.model.losses`` holds the number of batches seen (up to ten), L₀ and L; it is saved with the posterior. A
+    ``bayes.model.losses`` holds the number of batches seen (up to ten), U₀ and U; it is saved with the posterior. A
     loss that is not finite is passed over.
     """
 

@@ -166,6 +166,10 @@ class NextTokenLikelihood(Likelihood):
             return super().weights(outputs)
         return outputs[:, 1].mean().clamp(min=1 / len(outputs)).expand(len(outputs))
 
+    def unlearned(self, outputs: Tensor, labels: Tensor, loss: Tensor) -> Tensor:
+        """The probability that a token lacks, by the geometric mean over all that are scored."""
+        return -torch.expm1(outputs[:, 0].sum() / outputs[:, 1].sum().clamp(min=1))
+
     def count(self, labels: Tensor) -> Tensor:
         """The scored tokens, where they are averaged over; else the texts."""
         return super().count(labels) if self.reduction == "sum" else (labels[:, 1:] != NOT_SCORED).sum()

@@ -97,9 +97,10 @@ class Likelihood(PyroModule):
         return torch.tensor(len(labels), device=labels.device)
 
     def unlearned(self, outputs: Tensor, labels: Tensor, loss: Tensor) -> Tensor:
-        """How far a batch is from known by heart, where it would be 0: the negative log-likelihood, ``loss``, unless a
-        density can be above 1."""
-        return loss
+        """How far a batch is from known by heart, where it would be 0: 1 − exp(−``loss``), with ``loss`` the negative
+        log-likelihood of an example: the probability that its label lacks, by the geometric mean. A likelihood whose
+        density can be above 1 has to say otherwise."""
+        return -torch.expm1(-loss)
 
     def label_names(self, network: nn.Module) -> tuple[str, ...] | None:
         """Names of the classes in order, or None where there are none."""
