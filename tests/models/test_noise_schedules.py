@@ -10,7 +10,7 @@ from bayeslora import BayesLoRA, InputError, MonteCLoRAConfig
 from bayeslora.config import NOISE_SCHEDULES
 from bayeslora.data.batches import Collator
 from bayeslora.guides import GaussianGuide
-from bayeslora.models import ChoiceLikelihood, Likelihood
+from bayeslora.models import ChoiceLikelihood, Likelihood, NextTokenLikelihood
 from bayeslora.noise_schedules import SCHEDULES, NoiseScheduleCallback
 from tests.conftest import tiny_batch, tiny_dataset, tiny_network
 from tests.language import tiny_language_model
@@ -134,7 +134,7 @@ def test_entropy_follows_certainty():
 
 
 class TestLearned:
-    """(1 − L/L₀)²."""
+    """(1 − U/U₀)²."""
 
     def factor(self, bayes):
         return float(bayes.noise_schedule.get().max())
@@ -181,15 +181,16 @@ class TestLearned:
         assert torch.equal(other.model.losses, bayes.model.losses)
         assert self.factor(other) == self.factor(bayes) > 0.01
 
-    @pytest.mark.parametrize("kind", ["classes", "numbers", "choices", "texts"])
+    @pytest.mark.parametrize("kind", ["classes", "numbers", "choices", "texts", "summed texts"])
     def test_of_every_kind_of_task(self, kind):
-        """L is what the batch's loss was, of numbers the squared error: nothing beside it."""
+        """U is 1 − exp(−L) of what the batch's loss was, of texts a token's; of numbers the squared error."""
         bayes, batch = self.learner(kind)
         optimizer, seen = torch.optim.AdamW(bayes.parameters(), lr=1e-2), []
         for _ in range(12):
             output = bayes(**batch)
             error = (output.logits.squeeze(-1) - batch["labels"]).square().mean() if kind == "numbers" else None
-            seen.append(float(bayes.elbo.parts.task if error is None else error))
+            loss = float(bayes.elbo.parts.task) / (4 if kind == "summed texts" else 1)  # four tokens a text
+            seen.append(1 - math.exp(-loss) if error is None else float(error))
             optimizer.zero_grad()
             output.loss.backward()
             optimizer.step()
@@ -214,7 +215,8 @@ class TestLearned:
         if kind == "choices":
             answer = torch.tensor([0, 0, 0, 1, 1]).expand(3, 2, 5)
             batch |= {"answer_mask": answer, "labels": torch.tensor([0, 1, 1])}
-        likelihood = ChoiceLikelihood("AB") if kind == "choices" else None
+        likelihoods = {"choices": ChoiceLikelihood("AB"), "summed texts": NextTokenLikelihood("sum")}
+        likelihood = likelihoods.get(kind)
         return BayesLoRA(tiny_language_model("llama", layers=1), config, likelihood=likelihood).train(), batch
 
     @pytest.mark.parametrize("accumulated", [1, 3])
