@@ -220,9 +220,8 @@ class MonteCLoRAConfig:
     def preset(cls, name: str, **changes: Any) -> "MonteCLoRAConfig":
         """A named set of hyperparameters with ``changes`` on top.
 
-        ``"learned"``: ρ is 8 times the square of the share that has been learned of the labels' probability, for every
-        kind of task.
-        ``"calibrated"``: ε is 0.25 times the certainty of the predictions, for classes and choices. ``"constant"``: the
+        ``"learned"``: ρ is 8 where the adapter knows its training examples by heart, and less before, for every kind of
+        task. ``"calibrated"``: ε is 0.25 times the certainty of the predictions, for classes and choices. ``"constant"``: the
         defaults of this class. ``"paper"``: the paper's (Tables 3 and 4), with little noise.
 
         Raises:

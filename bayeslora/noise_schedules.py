@@ -9,10 +9,11 @@ The factors are buffers of the model: what they are at the end is the posterior 
                  that the means are found before the noise is large.
 ``"entropy"``    1 − H/log C, with H the predictive entropy of training examples, averaged over some 20 batches, from 0
                  on: little noise while the network is unsure, and more the more certain it becomes.
-``"learned"``    (1 − U/U₀)², with U = 1 − exp(−L) the probability that the labels of training batches lack (L is their
-                 running negative log-likelihood; of texts a token's) and U₀ that of the first ten batches: no noise
-                 before the adapter has learned something, little while it is unsure of its own training examples,
-                 and all of it when it knows them by heart. Of numbers U is the squared error.
+``"learned"``    s²(3 − 2s), with s = 1 − U/U₀ the share that has been learned: U = 1 − exp(−L) is the probability that the
+                 labels of training batches lack (L is their running negative log-likelihood; of texts a token's; of
+                 numbers U is the squared error), and U₀ that of the first ten batches. No noise before the adapter has
+                 learned something, little while it is unsure of its own training examples, and all of it when it
+                 knows them by heart.
 ``"per_layer"``  As the posterior's standard deviation in a Laplace approximation with one variance for each adapter:
                  :math:`F_k^{-1/2}`, with :math:`F_k` the mean squared gradient of the entries of μ (an empirical
                  Fisher information), averaged over some 20 steps; divided by the adapters' geometric mean.
@@ -124,7 +125,7 @@ class EntropySchedule(NoiseSchedule):
 
 
 class LearnedSchedule(NoiseSchedule):
-    """Follows the square of the share that has been learned of what there was to learn.
+    """Follows the share that has been learned of what there was to learn, along an S.
 
     ``bayes.model.losses`` holds the number of batches seen (up to ten), U₀ and U; it is saved with the posterior. A
     loss that is not finite is passed over.
@@ -155,7 +156,8 @@ class LearnedSchedule(NoiseSchedule):
         learned = torch.stack([(seen + 1).clamp(max=FIRST_BATCHES), first, running])
         known.copy_(torch.where(loss.isfinite(), learned, known))
         _, first, running = known
-        self.set((1 - running / first).clamp(0, 1).square().clamp(min=LEAST).nan_to_num(LEAST))
+        learned = (1 - running / first).clamp(0, 1)
+        self.set((learned**2 * (3 - 2 * learned)).clamp(min=LEAST).nan_to_num(LEAST))
 
 
 class PerLayerSchedule(NoiseSchedule):

@@ -133,8 +133,12 @@ def test_entropy_follows_certainty():
     assert schedule.get().max() == pytest.approx(1e-3, rel=1e-4)
 
 
+def along_an_s(share):
+    return share**2 * (3 - 2 * share)
+
+
 class TestLearned:
-    """(1 − U/U₀)²."""
+    """s²(3 − 2s), s = 1 − U/U₀."""
 
     def factor(self, bayes):
         return float(bayes.noise_schedule.get().max())
@@ -153,9 +157,9 @@ class TestLearned:
         assert bayes.model.losses.tolist() == pytest.approx([10, 1.4, 1.4])
         self.see(bayes, 0.4, 0.2)
         running = 0.95 * (0.95 * 1.4 + 0.05 * 0.4) + 0.05 * 0.2
-        assert self.factor(bayes) == pytest.approx((1 - running / 1.4) ** 2)
+        assert self.factor(bayes) == pytest.approx(along_an_s(1 - running / 1.4))
         self.see(bayes, *[0.35] * 400)
-        assert self.factor(bayes) == pytest.approx(0.75**2, rel=1e-4)
+        assert self.factor(bayes) == pytest.approx(along_an_s(0.75), rel=1e-4)
         self.see(bayes, *[0.0] * 800)
         assert 0.999 < self.factor(bayes) <= 1
         self.see(bayes, *[5.0] * 400)  # worse than at first
@@ -241,7 +245,7 @@ class TestLearned:
         assert seen == 10
         assert 0.4 < first < 1.0
         assert running < first
-        assert self.factor(bayes) == pytest.approx((1 - running / first) ** 2, rel=1e-3)
+        assert self.factor(bayes) == pytest.approx(along_an_s(1 - running / first), rel=1e-3)
         assert self.factor(bayes) > 1.1e-3
 
     def test_others_do_not_look_at_the_loss(self, monkeypatch):
