@@ -221,8 +221,8 @@ class MonteCLoRAConfig:
         """A named set of hyperparameters with ``changes`` on top.
 
         ``"learned"``: ρ is 8 where the adapter knows its training examples by heart, and less before, for every kind of
-        task. ``"calibrated"``: ε is 0.25 times the certainty of the predictions, for classes and choices. ``"constant"``: the
-        defaults of this class. ``"paper"``: the paper's (Tables 3 and 4), with little noise.
+        task. ``"calibrated"``: ε is 0.25 times the certainty of the predictions, for classes and choices.
+        ``"constant"``: the defaults of this class. ``"paper"``: the paper's (Tables 3 and 4), with little noise.
 
         Raises:
             InputError: for a name that there is not, or a change that is out of range.

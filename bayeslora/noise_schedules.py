@@ -9,10 +9,10 @@ The factors are buffers of the model: what they are at the end is the posterior 
                  that the means are found before the noise is large.
 ``"entropy"``    1 − H/log C, with H the predictive entropy of training examples, averaged over some 20 batches, from 0
                  on: little noise while the network is unsure, and more the more certain it becomes.
-``"learned"``    s²(3 − 2s), with s = 1 − U/U₀ the share that has been learned: U = 1 − exp(−L) is the probability that the
-                 labels of training batches lack (L is their running negative log-likelihood; of texts a token's; of
-                 numbers U is the squared error), and U₀ that of the first ten batches. No noise before the adapter has
-                 learned something, little while it is unsure of its own training examples, and all of it when it
+``"learned"``    s²(3 − 2s), with s = 1 − U/U₀ the share that has been learned: U = 1 − exp(−L) is the probability that
+                 the labels of training batches lack (L is their running negative log-likelihood; of texts a token's;
+                 of numbers U is the squared error), and U₀ that of the first ten batches. No noise before the adapter
+                 has learned something, little while it is unsure of its own training examples, and all of it when it
                  knows them by heart.
 ``"per_layer"``  As the posterior's standard deviation in a Laplace approximation with one variance for each adapter:
                  :math:`F_k^{-1/2}`, with :math:`F_k` the mean squared gradient of the entries of μ (an empirical
