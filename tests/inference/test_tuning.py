@@ -301,8 +301,9 @@ class TestRefused:
             bayes.tuning = Tuning(width=0.5)
 
     def test_no_draws(self):
-        with pytest.raises(InputError, match="num_samples must be at least 1, got 0"):
-            noisy().tune(DATA, num_samples=0)
+        for bad in (0, "auto", True, 2.5):
+            with pytest.raises(InputError, match=f"num_samples must be a whole number of at least 1, got {bad!r}"):
+                noisy().tune(DATA, num_samples=bad)
 
     def test_a_broken_network(self):
         bayes, data = numbers()
