@@ -6,6 +6,7 @@ arguments.
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -112,3 +113,12 @@ def _prompting(entries: Sequence[str]) -> dict[str, Any]:
         except ValueError:
             given[name] = value
     return given
+
+
+def warn_of_judging(task: Task, split: str) -> None:
+    """Say where there is no other labelled split to judge by than the one that was tuned on."""
+    if not ("test" in task.splits and task.is_labelled("test")):
+        print(
+            f"there is no labelled test split: evaluate judges by {split} too, and its scores are now too good",
+            file=sys.stderr,
+        )

@@ -5,7 +5,7 @@ import argparse
 from transformers import set_seed
 
 from bayeslora.analysis.metrics.registry import METRICS
-from bayeslora.command.tune import warn_of_judging
+from bayeslora.command.checks import warn_of_judging
 from bayeslora.config import MonteCLoRAConfig
 from bayeslora.distributed import leave, rank
 from bayeslora.errors import InputError

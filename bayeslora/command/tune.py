@@ -2,14 +2,13 @@
 
 import argparse
 import json
-import sys
 
+from bayeslora.command.checks import warn_of_judging
 from bayeslora.errors import InputError
 from bayeslora.models.tuning import Tuning
 from bayeslora.runs import FittedRun, check_is_run, open_run
 from bayeslora.storage.lock import lock_folder
 from bayeslora.storage.run_folder import ADAPTER_FOLDER
-from bayeslora.tasks.base import Task
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -45,15 +44,6 @@ def _check_split(run: FittedRun, split: str, *, judges: bool) -> None:
         raise InputError(f"--split {split} {reasons[split]}; tune on validation, or another labelled split")
     if judges:
         warn_of_judging(run.task, split)
-
-
-def warn_of_judging(task: Task, split: str) -> None:
-    """Say where there is no other labelled split to judge by than the one that was tuned on."""
-    if not ("test" in task.splits and task.is_labelled("test")):
-        print(
-            f"there is no labelled test split: evaluate judges by {split} too, and its scores are now too good",
-            file=sys.stderr,
-        )
 
 
 def _report(tuning: Tuning, split: str) -> None:

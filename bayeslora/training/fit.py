@@ -18,6 +18,7 @@ from transformers import (
 )
 from transformers.integrations import TensorBoardCallback
 
+from bayeslora.data.batches import Collator
 from bayeslora.data.checks import check_to_learn_from
 from bayeslora.distributed import check_parallelism, on_main_process, rank
 from bayeslora.errors import InputError
@@ -148,22 +149,18 @@ def fit(
     check_names(trainer_arguments)
     train_dataset, tuning_set = hold_out(train_dataset, tune, seed)
     data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "tune": tuning_set}
-    collate = check_to_learn_from(bayes.model, {n: part for n, part in data.items() if part is not None}, batch_size)
-    if tuning_set is not None:
-        check_tunable(bayes, tuning_set)
+    collate = _check_data(bayes, data, batch_size)
     metrics = Metrics(bayes, compute_metrics, best_metric)
     selection = {"eval_strategy": "no"} if eval_dataset is None else metrics.selection()
     arguments, compiled = fit_settings(options, len(train_dataset), output_dir, selection, progress, trainer_arguments)
     _check_arguments(arguments, bayes.network.get_base_model(), eval_dataset, best_metric)
     rate = variational_rate(arguments, variational_learning_rate)
     record = run_record(bayes, arguments, rate, data, metadata)
-    if compiled is not None:
-        bayes.compile(**compiled)
+    _compile(bayes, compiled)
     with ExitStack() as stack:
         checkpoint, finished = on_main_process(lambda: _open_folder(output_dir, resume, record, stack))
         if finished is not None:
-            bayes.num_examples = len(train_dataset)
-            return _load_finished(bayes, finished, output_dir, arguments)
+            return _load_finished(bayes, finished, output_dir, arguments, len(train_dataset))
         with _refusing(output_dir, resume):
             trainer = BayesTrainer(
                 bayes,
@@ -177,11 +174,24 @@ def fit(
             )
             trainer.get_train_dataloader()
         result = _train(trainer, checkpoint, output_dir, progress, stack)
-        if tuning_set is not None:
-            _tune(trainer, tuning_set, output_dir, progress)
+        _tune(trainer, tuning_set, output_dir, progress)
         on_main_process(lambda: _close_run(bayes, record, result))
     bayes.eval()
     return result
+
+
+def _check_data(bayes: Posterior, data: Mapping[str, Any], batch_size: int) -> Collator:
+    """Refuse data that cannot be learnt from, evaluated or tuned on; what makes batches of it."""
+    given = {name: part for name, part in data.items() if part is not None}
+    collate = check_to_learn_from(bayes.model, given, batch_size)
+    if "tune" in given:
+        check_tunable(bayes, given["tune"])
+    return collate
+
+
+def _compile(bayes: Posterior, options: Mapping[str, Any] | None) -> None:
+    if options is not None:
+        bayes.compile(**options)
 
 
 def _check_arguments(arguments: TrainingArguments, network: nn.Module, eval_dataset: Any, best_metric: str) -> None:
@@ -202,8 +212,9 @@ def _open_folder(
 
 
 def _load_finished(
-    bayes: Posterior, record: Mapping[str, Any], output_dir: Path, arguments: TrainingArguments
+    bayes: Posterior, record: Mapping[str, Any], output_dir: Path, arguments: TrainingArguments, num_examples: int
 ) -> FitResult:
+    bayes.num_examples = num_examples
     load_adapter(bayes, output_dir / ADAPTER_FOLDER)
     bayes.to(arguments.device).eval()
     return FitResult(record["metrics"], record["history"], record["steps"], output_dir)
@@ -235,6 +246,8 @@ def _train(
 
 def _tune(trainer: BayesTrainer, tuning_set: Any, output_dir: Path, progress: bool) -> None:
     """On every process, each with the same result; what was trained is safe before."""
+    if tuning_set is None:
+        return
     bayes = trainer.bayes
     on_main_process(lambda: save_pretrained(bayes, output_dir / ADAPTER_FOLDER))
     size = trainer.args.per_device_train_batch_size
