@@ -76,6 +76,7 @@ class MonteCLoRAConfig:
         noise_units: Of the sample scaler. ``"absolute"``: it is ε, the paper's, the same for all layers, however wide.
             ``"relative"``: it is ρ, the standard deviation of an entry of A − μ where training starts, over that of
             the A that PEFT starts with, :math:`(3 n_{in})^{-1/2}`; the same ρ means the same in layers of any width.
+            ``"trained"``: over the root mean square of the A that the posterior is put on.
         kl_weight: η, the weight of the KL. ``None`` means 1e-2 for ``normalization="paper"`` (the paper's own 1e-5
             is too weak to hold v: the noise shrinks until the training set is fitted without it) and 1, the
             evidence lower bound, for ``normalization="elbo"``.
@@ -101,6 +102,9 @@ class MonteCLoRAConfig:
         alpha_init: ``"random"`` (log α uniform on [0, 1)) or ``"ones"``.
         scale_init: Initial value of every entry of v; where the KL is smallest when ``None``, so that v moves only
             where the data pull. 1 is the Wishart prior's own scale.
+        wishart_scale: Of the Wisharts. ``"diagonal"``: I_r in the prior, diag(v) in the posterior. ``"full"``: FFᵀ and
+            F diag(v) Fᵀ, with a lower triangular F for each adapter that is not trained: the identity, unless
+            :meth:`bayeslora.BayesLoRA.from_adapter` finds another.
 
     Raises:
         InputError: naming the first argument that is out of range.
@@ -127,8 +131,8 @@ class MonteCLoRAConfig:
 
     num_components: int = option(4, "N, the number of components", Range(most=MAX_COMPONENTS))
     sample_scaler: float = option(0.1, "ε, the scale of the noise; 0 is plain LoRA", NOT_NEGATIVE)
-    noise_units: Literal["absolute", "relative"] = option(
-        "absolute", "of the sample scaler: of A itself, or of the scale at which a layer's A starts"
+    noise_units: Literal["absolute", "relative", "trained"] = option(
+        "absolute", "of the sample scaler: of A itself, of the scale at which a layer's A starts, or of a trained A"
     )
     kl_weight: float | None = option(None, "η, the weight of the KL", NOT_NEGATIVE)
     cooperation: float = option(1.0, "λ_C, the weight of the cooperative loss", NOT_NEGATIVE)
@@ -146,6 +150,7 @@ class MonteCLoRAConfig:
     degrees_of_freedom: float | None = option(None, "ν of the Wisharts", NOT_NEGATIVE, flag=False)
     alpha_init: Literal["random", "ones"] = "random"
     scale_init: float | None = option(None, "the initial v of the Wishart", POSITIVE, flag=False)
+    wishart_scale: Literal["diagonal", "full"] = "diagonal"
 
     def __post_init__(self) -> None:
         for name in ("target_modules", "modules_to_save", "layers_to_transform"):

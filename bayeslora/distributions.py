@@ -103,14 +103,16 @@ def _kl_mixture_weights(q: Dirichlet, p: MixtureWeights) -> Tensor:
 
 
 class WishartCholesky(TorchDistribution):
-    r"""Lower Cholesky factor :math:`L` of :math:`\Sigma = L L^\top \sim W_r(\mathrm{diag}(v), \nu)`.
+    r"""Lower Cholesky factor :math:`L` of :math:`\Sigma = L L^\top \sim W_r(V, \nu)` with
+    :math:`V = F\,\mathrm{diag}(v)\,F^\top`.
 
-    Bartlett's decomposition: :math:`L = \mathrm{diag}(\sqrt v)\,T` with :math:`T` lower triangular,
+    Bartlett's decomposition: :math:`L = F\,\mathrm{diag}(\sqrt v)\,T` with :math:`T` lower triangular,
     :math:`T_{ii}^2 \sim \chi^2(\nu - i)` for :math:`i = 0..r-1` and :math:`T_{ij} \sim N(0, 1)` below the diagonal.
 
     Args:
         df: Degrees of freedom ν, a number of at least r.
-        scale: v, the diagonal of the scale matrix, positive, shape ``batch_shape + (r,)``.
+        scale: v, positive, shape ``batch_shape + (r,)``: the diagonal of the scale matrix V where there is no F.
+        factor: F, lower triangular with a positive diagonal, shape ``batch_shape + (r, r)``; the identity if None.
 
     References:
         Bartlett (1933); paper section 4.1, :math:`E[\Sigma] = \nu\,\mathrm{diag}(v)`.
@@ -120,11 +122,11 @@ class WishartCholesky(TorchDistribution):
     support = cholesky_factor
     has_rsample = True
 
-    def __init__(self, df: float, scale: Tensor, *, validate_args: bool | None = None):
+    def __init__(self, df: float, scale: Tensor, factor: Tensor | None = None, *, validate_args: bool | None = None):
         rank = scale.shape[-1]
         if not df >= rank:
             raise ValueError(f"WishartCholesky needs df >= r for a density; got df={df} with r={rank}")
-        self.df, self.scale = float(df), scale
+        self.df, self.scale, self.factor = float(df), scale, factor
         super().__init__(scale.shape[:-1], torch.Size((rank, rank)), validate_args=validate_args)
 
     @property
@@ -140,6 +142,7 @@ class WishartCholesky(TorchDistribution):
         new = self._get_checked_instance(WishartCholesky, _instance)
         batch_shape = torch.Size(batch_shape)
         new.df, new.scale = self.df, self.scale.expand((*batch_shape, self.rank))
+        new.factor = None if self.factor is None else self.factor.expand((*batch_shape, self.rank, self.rank))
         super(WishartCholesky, new).__init__(batch_shape, self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new
@@ -150,14 +153,24 @@ class WishartCholesky(TorchDistribution):
         with torch.no_grad():  # the noise has no parameters: gradients reach v through the product alone
             chi2 = 2 * torch._standard_gamma((self._chi_df / 2).expand(shape[:-1]))
             chi = chi2.clamp(min=torch.finfo(chi2.dtype).tiny).sqrt()
-        return self.scale.sqrt().unsqueeze(-1) * (below + torch.diag_embed(chi))
+        return self._turned(self.scale.sqrt().unsqueeze(-1) * (below + torch.diag_embed(chi)))
+
+    def _turned(self, lower: Tensor) -> Tensor:
+        """F times what would be there without it."""
+        return lower if self.factor is None else self.factor @ lower
+
+    @property
+    def scale_tril(self) -> Tensor:
+        """Cholesky factor of V: F diag(√v), shape ``batch_shape + (r, r)``."""
+        return self._turned(torch.diag_embed(self.scale.sqrt()))
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density of the factor itself (not of Σ), w.r.t. its r(r+1)/2 free entries; shape ``batch_shape``."""
         if self._validate_args:
             self._validate_sample(value)
         root = self.scale.sqrt()
-        bartlett = value / root.unsqueeze(-1)
+        bartlett = value if self.factor is None else torch.linalg.solve_triangular(self.factor, value, upper=False)
+        bartlett = bartlett / root.unsqueeze(-1)
         diagonal = bartlett.diagonal(dim1=-2, dim2=-1)
         half = self._chi_df / 2
         log_chi = (1 - half) * math.log(2) + (2 * half - 1) * diagonal.log() - diagonal.square() / 2
@@ -165,30 +178,41 @@ class WishartCholesky(TorchDistribution):
         below = bartlett.tril(-1).square().sum((-2, -1)) / 2
         log_normal = -below - self.rank * (self.rank - 1) / 4 * math.log(2 * math.pi)
         row = torch.arange(1, self.rank + 1, dtype=value.dtype, device=value.device)  # entries in each row of L
+        if self.factor is not None:
+            root = root * self.factor.diagonal(dim1=-2, dim2=-1)
         return log_chi.sum(-1) + log_normal - (row * root.log()).sum(-1)
 
     @property
     def mean(self) -> Tensor:
-        r"""E[L], diagonal: :math:`\sqrt{2 v_i}\,\Gamma((\nu-i+1)/2)/\Gamma((\nu-i)/2)`."""
+        r"""E[L], F times the diagonal :math:`\sqrt{2 v_i}\,\Gamma((\nu-i+1)/2)/\Gamma((\nu-i)/2)`."""
+        return self._turned(torch.diag_embed(self._mean_diagonal))
+
+    @property
+    def _mean_diagonal(self) -> Tensor:
         log_chi = torch.lgamma((self._chi_df + 1) / 2) - torch.lgamma(self._chi_df / 2)
-        return torch.diag_embed(self.scale.sqrt() * math.sqrt(2) * log_chi.exp())
+        return self.scale.sqrt() * math.sqrt(2) * log_chi.exp()
 
     @property
     def variance(self) -> Tensor:
-        """Entrywise Var[L]: v_i below the diagonal, v_i·(ν − i) − E[L_ii]² on it, 0 above."""
+        """Entrywise Var[L]: without F v_i below the diagonal, v_i·(ν − i) − E[L_ii]² on it, 0 above; else F∘F times it,
+        as the entries are independent."""
         ones = torch.ones(self.event_shape, dtype=self.scale.dtype, device=self.scale.device)
-        diagonal = self.scale * self._chi_df - self.mean.diagonal(dim1=-2, dim2=-1).square()
-        return self.scale.unsqueeze(-1) * ones.tril(-1) + torch.diag_embed(diagonal)
+        diagonal = self.scale * self._chi_df - self._mean_diagonal.square()
+        own = self.scale.unsqueeze(-1) * ones.tril(-1) + torch.diag_embed(diagonal)
+        return own if self.factor is None else self.factor.square() @ own
 
     @property
     def covariance_mean(self) -> Tensor:
-        """E[Σ] = ν·diag(v), shape ``batch_shape + (r, r)``."""
-        return self.df * torch.diag_embed(self.scale)
+        """E[Σ] = ν·V, shape ``batch_shape + (r, r)``."""
+        inner = torch.diag_embed(self.scale)
+        return self.df * (inner if self.factor is None else self.factor @ inner @ self.factor.mT)
 
     @property
     def expected_log_det(self) -> Tensor:
-        """E[log|Σ|] = Σ_i ψ((ν−i)/2) + r·log 2 + Σ_i log v_i, shape ``batch_shape``."""
+        """E[log|Σ|] = Σ_i ψ((ν−i)/2) + r·log 2 + log|V|, shape ``batch_shape``."""
         log_det = _accurate(self.scale).log().sum(-1) + _expected_log_chi_squares(self.df, self.rank)
+        if self.factor is not None:
+            log_det = log_det + 2 * _accurate(self.factor).diagonal(dim1=-2, dim2=-1).log().sum(-1)
         return log_det.to(self.scale.dtype)
 
 
@@ -202,8 +226,13 @@ def _expected_log_chi_squares(df: float, rank: int) -> float:
 @register_kl(WishartCholesky, WishartCholesky)
 def _kl_wishart(q: WishartCholesky, p: WishartCholesky) -> Tensor:
     """KL(q‖p) in nats; a one-to-one map keeps the KL, so it is that of the two Wisharts themselves."""
-    log_ratio = _accurate(q.scale).log() - _accurate(p.scale).log()
-    kl = (q.df * log_ratio.expm1() - p.df * log_ratio).sum(-1) / 2
+    if q.factor is p.factor:
+        log_ratio = _accurate(q.scale).log() - _accurate(p.scale).log()
+        kl = (q.df * log_ratio.expm1() - p.df * log_ratio).sum(-1) / 2
+    else:
+        ratio = torch.linalg.solve_triangular(_accurate(p.scale_tril), _accurate(q.scale_tril), upper=False)
+        log_det = 2 * ratio.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        kl = (q.df * (ratio.square().sum((-2, -1)) - q.rank) - p.df * log_det) / 2
     if q.df != p.df:
         half_q, half_p = _accurate(q._chi_df) / 2, _accurate(p._chi_df) / 2
         kl = kl + (torch.lgamma(half_p) - torch.lgamma(half_q)).sum()
@@ -297,9 +326,11 @@ def _kl_collapsed(q: CollapsedMixture, p: CollapsedMixture) -> Tensor:
 
 
 def expected_column_kl(covariance: WishartCholesky) -> Tensor:
-    r"""Exact E_Σ[KL(N(0, Σ)‖N(0, I))] of one column for Σ ~ W(diag(v), ν); no sampling noise.
+    r"""Exact E_Σ[KL(N(0, Σ)‖N(0, FFᵀ))] of one column for Σ ~ W(F diag(v) Fᵀ, ν); no sampling noise.
 
-    .. math:: \tfrac12\left(\nu \sum_i v_i - E[\log|\Sigma|] - r\right)
+    .. math:: \tfrac12\left(\nu \sum_i v_i - E[\log|F^{-1}\Sigma F^{-\top}|] - r\right)
+
+    It does not depend on F, the identity where the covariance has no factor.
 
     Returns:
         Nats, shape ``covariance.batch_shape``.

@@ -206,8 +206,9 @@ def start_noise(model: "JointModel", guide: Any) -> NoiseSchedule:
     """
     config = model.config
     name, schedule = config.noise_schedule, SCHEDULES[config.noise_schedule]
-    if config.noise_units == "relative":
-        check_follows_noise(guide, "noise_units='relative' sets ε layer by layer", ", or noise_units='absolute'")
+    if config.noise_units != "absolute":
+        what = f"noise_units={config.noise_units!r} sets ε layer by layer"
+        check_follows_noise(guide, what, ", or noise_units='absolute'")
         model.set_noise_units(getattr(guide, "noise_variance", lambda group: None))
     if name != "constant":
         check_follows_noise(guide, f"noise_schedule={name!r} changes ε", ", or noise_schedule='constant'")

@@ -275,10 +275,14 @@ class Posterior(WrappedNetwork):
         return self._rows
 
     def _signs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """±1 for every adapter, example and row of A: each example's own mirror image of the noise."""
-        examples = len(batch["labels"])
-        device = batch["labels"].device
-        return {g.name: random_signs(len(g), examples, g.rank, device=device) for g in self.model.groups}
+        """±1 for every adapter, example and row of A: each example's own mirror image of the noise. Rows that are
+        correlated turn together."""
+        examples, device = len(batch["labels"]), batch["labels"].device
+        together = self.monteclora_config.wishart_scale == "full"
+        return {
+            g.name: random_signs(len(g), examples, 1 if together else g.rank, device=device).expand(-1, -1, g.rank)
+            for g in self.model.groups
+        }
 
     def negative_log_likelihood(self, logits: Tensor, labels: Tensor) -> Tensor:
         """−log p(label | logits) of every example, in nats, shape ``(batch,)``."""

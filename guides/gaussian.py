@@ -45,6 +45,11 @@ class GaussianGuide(Guide):
                 "the gaussian guide describes A as a whole: use components='collapsed', which has the "
                 "same law, or another guide to look at the components"
             )
+        if self.config.wishart_scale == "full":
+            raise InputError(
+                "the gaussian guide has independent entries, and wishart_scale='full' a prior of correlated rows: use "
+                "the guide 'amortized' or 'mean_field'"
+            )
         for group in model.groups:
             variance = expected_cooperation(model.weights_prior(group)) * (self.config.scale_init or 1.0)
             shape = (len(group), group.columns, group.rank)

@@ -10,7 +10,6 @@ from bayeslora.adapters.groups import AdapterGroup
 from bayeslora.distributions import (
     CollapsedMixture,
     MixtureWeights,
-    WishartCholesky,
     active_weights,
     expected_column_kl,
     expected_cooperation,
@@ -23,7 +22,8 @@ from bayeslora.models.prior import Prior
 class MixtureGuide(Guide):
     r"""q(π, Σ, A) = Dir(π; α) · W(Σ; diag(v), ν) · ∏_i N(A_i; μ_i, ε²·Σ_k π_k²·Σ) for every adapter.
 
-    A subclass says where v and α come from, in :meth:`variational_parameters`.
+    A subclass says where v and α come from, in :meth:`variational_parameters`. With ``wishart_scale="full"`` the scale
+    is F diag(v) Fᵀ, with the model's F: all of it is then the same in the coordinates F⁻¹A.
 
     Args:
         model: The model whose sites it approximates.
@@ -35,7 +35,7 @@ class MixtureGuide(Guide):
         tensor([0.4000, 0.4000], grad_fn=<SliceBackward0>)
     """
 
-    symmetric_rows = True  # turns Σ into DΣD with a diagonal D of ±1, which is as likely
+    symmetric_rows = True  # turns Σ into DΣD with a diagonal D of ±1, which is as likely for a diagonal V
     follows_noise_schedule = True
 
     def variational_parameters(self, group: AdapterGroup) -> tuple[Tensor, Tensor]:
@@ -45,7 +45,7 @@ class MixtureGuide(Guide):
     def sample_group(self, group: AdapterGroup, program: Any, mean: Tensor | None = None) -> dict[str, Tensor]:
         config, name = self.config, group.name
         log_v, log_alpha = self.variational_parameters(group)
-        wishart = WishartCholesky(self.model.degrees_of_freedom(group), log_v.exp().unsqueeze(-2))
+        wishart = self.model.wishart(group, log_v.exp())
         column_kl = {"expected_kl": expected_column_kl(wishart)}  # (adapters, 1), exact over Σ
         adapters, columns = self.plates(group, program)
         with adapters:
@@ -70,10 +70,13 @@ class MixtureGuide(Guide):
 
     def noise_variance(self, group: AdapterGroup) -> Tensor:
         r""":math:`\epsilon^2\,E[\sum_k \pi_k^2]\,\nu\,\bar v`, as :math:`E[\Sigma] = \nu\,\mathrm{diag}(v)`, with the
-        largest :math:`\pi_k^2` alone for the sparse mixture."""
+        largest :math:`\pi_k^2` alone for the sparse mixture; :math:`\bar v` is the mean of V's diagonal."""
         log_v, log_alpha = self.variational_parameters(group)
         squares = expected_active_squares(log_alpha.exp(), self.config.mixture)
-        scale = self.model.degrees_of_freedom(group) * log_v.exp().mean(-1)
+        factor, variances = self.model.wishart_factor(group), log_v.exp()
+        if factor is not None:  # the diagonal of F diag(v) Fᵀ
+            variances = (factor.square() @ variances.unsqueeze(-1)).squeeze(-1)
+        scale = self.model.degrees_of_freedom(group) * variances.mean(-1)
         return self.model.sample_scaler(group) ** 2 * squares * scale
 
 

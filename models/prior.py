@@ -8,7 +8,8 @@ site (one per group)      prior                                        shape (pl
 ``A_{group}``             N(μ_i, ε²·Σ_k π_k²·I_r) for every column i   ``(adapters, columns, r)``
 ========================  ===========================================  ===============================================
 
-A group holds all adapters of one shape (r, n_in). With ``components="explicit"`` the third site is the N Gaussians
+A group holds all adapters of one shape (r, n_in). With ``wishart_scale="full"`` a matrix FFᵀ of each adapter stands in
+place of both I_r. With ``components="explicit"`` the third site is the N Gaussians
 ``S_{group}``, of shape ``(N, adapters, columns, r)``, and A is computed from them.
 
 Reference: Seth et al., *Robust and Efficient Fine-tuning of LLMs with Bayesian Reparameterization of Low-Rank
@@ -35,6 +36,8 @@ from bayeslora.errors import InputError
 from bayeslora.models.mixture_weights import expected_active_squares
 from bayeslora.models.tuning import Tuning
 
+LOWER_CHOLESKY = dist.constraints.lower_cholesky
+
 
 class Prior(PyroModule):
     """p(π, Σ, A) of groups of adapters: all that a guide needs to know of the model.
@@ -52,8 +55,11 @@ class Prior(PyroModule):
         for group in groups:
             if config.noise_schedule != "constant":
                 self.register_buffer(f"noise_factor_{group.name}", torch.ones(len(group), device=group.device))
-            if config.noise_units == "relative":
+            if config.noise_units != "absolute":
                 self.register_buffer(f"noise_unit_{group.name}", torch.ones(len(group), device=group.device))
+            if config.wishart_scale == "full":
+                identity = torch.eye(group.rank, device=group.device).repeat(len(group), 1, 1)
+                self.register_buffer(f"wishart_factor_{group.name}", identity)
         self.set_noise_units(lambda group: None)
 
     def degrees_of_freedom(self, group: AdapterGroup) -> float:
@@ -90,20 +96,53 @@ class Prior(PyroModule):
         return getattr(self, f"noise_factor_{group.name}", None)
 
     def noise_units(self, group: AdapterGroup) -> Tensor | None:
-        """ε of relative noise of size 1, ``(adapters,)``: a buffer, saved with the posterior; None for absolute ε."""
+        """ε of noise of size 1 in a unit of the layer, ``(adapters,)``: a buffer, saved with the posterior; None for
+        absolute ε."""
         return getattr(self, f"noise_unit_{group.name}", None)
 
-    @torch.no_grad()
-    def set_noise_units(self, variance: Callable[[AdapterGroup], Tensor | None]) -> None:
-        r"""Make a relative ``sample_scaler`` the standard deviation of A − μ over that with which PEFT starts A.
+    def wishart_factor(self, group: AdapterGroup) -> Tensor | None:
+        """F, the Cholesky factor of the prior Wishart's scale matrix, ``(adapters, r, r)``: a buffer, saved with the
+        posterior; None for the identity."""
+        return getattr(self, f"wishart_factor_{group.name}", None)
 
-        PEFT draws A uniform on :math:`\pm n_{in}^{-1/2}`, with standard deviation :math:`(3 n_{in})^{-1/2}`. Noise of
-        size ρ so has :math:`\epsilon = \rho\,(3 n_{in})^{-1/2} / \sqrt{E[\sum_k \pi_k^2]\,\nu\,\bar v}`. A model
-        starts with the prior's variance, and :class:`bayeslora.BayesLoRA` takes its guide's instead.
+    @torch.no_grad()
+    def set_wishart_factors(self, factors: Mapping[str, Tensor]) -> None:
+        """Replace F; ε stays what it is, so that the size of the noise changes with F.
+
+        Args:
+            factors: Group name to F, lower triangular with a positive diagonal, ``(adapters, r, r)``.
+
+        Raises:
+            InputError: without ``wishart_scale="full"``, for another shape, or what is no such factor.
+        """
+        for group in self.groups:
+            own, new = self.wishart_factor(group), factors[group.name]
+            if own is None:
+                raise InputError("a factor of the Wishart's scale needs MonteCLoRAConfig(wishart_scale='full')")
+            if own.shape != new.shape or not bool(LOWER_CHOLESKY.check(new).all() & new.isfinite().all()):
+                raise InputError(
+                    f"the factors of {group.name} must be lower triangular with a positive diagonal, of shape "
+                    f"{tuple(own.shape)}, got {tuple(new.shape)}"
+                )
+            own.copy_(new)
+
+    @torch.no_grad()
+    def set_noise_units(
+        self,
+        variance: Callable[[AdapterGroup], Tensor | None],
+        deviations: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        r"""Make a ``sample_scaler`` that is not absolute the standard deviation of A − μ over a deviation of the layer.
+
+        PEFT draws A uniform on :math:`\pm n_{in}^{-1/2}`, with standard deviation :math:`(3 n_{in})^{-1/2}`. Relative
+        noise of size ρ so has :math:`\epsilon = \rho\,(3 n_{in})^{-1/2} / \sqrt{E[\sum_k \pi_k^2]\,\nu\,\bar v}`. A
+        model starts with the prior's variance, and :class:`bayeslora.BayesLoRA` takes its guide's instead.
 
         Args:
             variance: Of an entry of A − μ at the ε that is set, ``(adapters,)``, as a guide says it where it starts;
                 the prior's where that is None.
+            deviations: Group name to what 1 stands for, ``(adapters,)``: PEFT's start for relative noise and the root
+                mean square of μ for ``noise_units="trained"``, if None.
         """
         for group in self.groups:
             units = self.noise_units(group)
@@ -111,9 +150,16 @@ class Prior(PyroModule):
                 continue
             scale, found = self.sample_scaler(group), variance(group)
             if found is None:
-                weights = self.weights_prior(group).concentration[:, 0]
+                weights, factor = self.weights_prior(group).concentration[:, 0], self.wishart_factor(group)
                 found = scale**2 * expected_active_squares(weights, self.config.mixture)
-            units.copy_(scale / (found * 3 * group.columns).sqrt())
+                found = found if factor is None else found * factor.square().sum(-1).mean(-1)
+            units.copy_(scale * self._deviation(group, deviations) / found.sqrt())
+
+    def _deviation(self, group: AdapterGroup, deviations: Mapping[str, Tensor] | None) -> float | Tensor:
+        """What noise of size 1 has for a standard deviation."""
+        if deviations is not None:
+            return deviations[group.name]
+        return group.mean_scale() if self.config.noise_units == "trained" else (3 * group.columns) ** -0.5
 
     def weights_prior(self, group: AdapterGroup) -> MixtureWeights:
         """p(π) = Dirichlet(α0·1_N) of a group's adapters, batch shape ``(adapters, 1)``."""
@@ -122,8 +168,13 @@ class Prior(PyroModule):
 
     def covariance_prior(self, group: AdapterGroup) -> WishartCholesky:
         """p(Σ) = Wishart(I_r, ν), on its Cholesky factor, batch shape ``(adapters, 1)``."""
-        scale = torch.ones((len(group), 1, group.rank), device=group.device)
-        return WishartCholesky(self.degrees_of_freedom(group), scale)
+        return self.wishart(group, torch.ones((len(group), group.rank), device=group.device))
+
+    def wishart(self, group: AdapterGroup, scale: Tensor) -> WishartCholesky:
+        """W(F diag(v) Fᵀ, ν) of a group's adapters, v of shape ``(adapters, r)``; batch shape ``(adapters, 1)``."""
+        factor = self.wishart_factor(group)
+        factor = None if factor is None else factor.unsqueeze(-3)
+        return WishartCholesky(self.degrees_of_freedom(group), scale.unsqueeze(-2), factor)
 
     def full_precision(self) -> torch.autocast:
         """Switches autocast off inside: factors and noise stay in float32, whatever the network computes in."""
@@ -160,19 +211,23 @@ class Prior(PyroModule):
 
     def _sample_group(self, group: AdapterGroup, program: Any, mean: Tensor) -> Tensor:
         config, name, device = self.config, group.name, group.device
-        identity = torch.eye(group.rank, device=device).expand(len(group), group.rank, group.rank)
+        factor = self.wishart_factor(group)
+        if factor is None:
+            factor = torch.eye(group.rank, device=device).expand(len(group), group.rank, group.rank)
         adapters = program.plate(f"adapters_{name}", len(group), dim=-2)
         columns = program.plate(f"columns_{name}", group.columns, dim=-1)
         with adapters:
             pi = program.sample(f"pi_{name}", self.weights_prior(group))
             program.sample(f"sigma_tril_{name}", self.covariance_prior(group))
             if config.components == "explicit":
-                standard = dist.Normal(torch.zeros((), device=device), 1).expand([group.rank]).to_event(1)
+                normal = dist.Normal(torch.zeros((), device=device), 1).expand([group.rank]).to_event(1)
+                if self.wishart_factor(group) is not None:
+                    normal = dist.MultivariateNormal(factor.new_zeros(group.rank), scale_tril=factor.unsqueeze(-3))
                 with program.plate(f"components_{name}", config.num_components, dim=-3), columns:
-                    components = program.sample(f"S_{name}", standard)
+                    components = program.sample(f"S_{name}", normal)
                 return self._from_components(group, {f"pi_{name}": pi, f"S_{name}": components}, mean)
             weights = active_weights(pi[..., 0, :], config.mixture)
-            prior = CollapsedMixture(mean, identity, weights, self.sample_scaler(group))
+            prior = CollapsedMixture(mean, factor, weights, self.sample_scaler(group))
             with columns:
                 return program.sample(f"A_{name}", prior)
 
