@@ -15,6 +15,8 @@ from bayeslora.adapters.inject import with_lora_fields
 from bayeslora.config import MonteCLoRAConfig
 from bayeslora.errors import InputError
 from bayeslora.guides.selection import guide_for
+from bayeslora.inference.bayesianize import AGREEMENT
+from bayeslora.inference.bayesianize import from_adapter as posterior_of_adapter
 from bayeslora.inference.draws import Draws, PosteriorDraws, sample_sites
 from bayeslora.inference.draws import posterior_draws as draws_per_adapter
 from bayeslora.inference.generation import Generation
@@ -350,6 +352,49 @@ class BayesLoRA(Posterior):
             True
         """
         return open_pretrained(cls, folder, network, guide=guide, likelihood=likelihood)
+
+    @classmethod
+    def from_adapter(
+        cls,
+        network: nn.Module,
+        dataset: Any,
+        *,
+        shape: str = "isotropic",
+        width: float | str | None = None,
+        agreement: float = AGREEMENT,
+        with_temperature: bool = False,
+        config: MonteCLoRAConfig | None = None,
+        likelihood: PyroModule | None = None,
+        num_samples: int = 16,
+        batch_size: int = 32,
+        seed: int = 0,
+        progress: bool = True,
+    ) -> "BayesLoRA":
+        """Put a posterior on a trained LoRA adapter, without training: its mean is the adapter.
+
+        Arguments and errors are those of :func:`bayeslora.inference.bayesianize.from_adapter`.
+
+        Example:
+            >>> trained = peft.PeftModel.from_pretrained(network, "finished")
+            >>> bayes = BayesLoRA.from_adapter(trained, dataset * 3)  # of examples that it was not trained on
+            >>> bayes.tuning.width >= 0, bayes.predict(dataset).probs.shape
+            (True, (8, 2))
+        """
+        return posterior_of_adapter(
+            cls,
+            network,
+            dataset,
+            shape=shape,
+            width=width,
+            agreement=agreement,
+            with_temperature=with_temperature,
+            config=config,
+            likelihood=likelihood,
+            num_samples=num_samples,
+            batch_size=batch_size,
+            seed=seed,
+            progress=progress,
+        )
 
     def version_info(self) -> dict[str, str]:
         """Versions of everything the numbers depend on, by package."""

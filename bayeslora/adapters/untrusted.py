@@ -151,6 +151,23 @@ def read_lora_config(path: Path) -> LoraConfig:
         raise InputError(f"{path} is not a LoRA configuration PEFT takes: {error}") from error
 
 
+def is_same_base(path: Path, names: Collection[str]) -> bool:
+    """Whether one of a network's ``names`` is the one in ``adapter_config.json``, or that says none. Folders of the two
+    may differ: ``meta-llama/Llama-3.2-1B`` is the same as ``models/llama-3.2-1b``.
+
+    Raises:
+        InputError: for a file that is no configuration.
+    """
+    recorded = read_json(path).get("base_model_name_or_path")
+    if not isinstance(recorded, str) or not recorded:
+        return True
+    return _last_part(recorded) in {_last_part(name) for name in names}
+
+
+def _last_part(name: str) -> str:
+    return re.split(r"[/\\]", name.rstrip("/\\"))[-1].lower()
+
+
 def check_lora_options(values: Mapping[str, Any], where: str = "", *, except_for: Collection[str] = ()) -> None:
     """Refuse what a LoRA configuration says that an adapter folder could not be opened with.
 

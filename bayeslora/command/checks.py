@@ -30,6 +30,27 @@ def check_fit(arguments: argparse.Namespace) -> tuple[Task, MonteCLoRAConfig]:
     return task, configuration(arguments, task.kind)
 
 
+def check_bayesianize(arguments: argparse.Namespace) -> tuple[Task]:
+    task = _read_task(arguments, arguments.task)
+    if arguments.split not in task.splits:
+        raise InputError(
+            f"task {task.name!r} has no split {arguments.split!r} to find a width on, but {', '.join(task.splits)}: "
+            "name one with --split that the adapter was not trained on"
+        )
+    judged = ("test", *task.shift_splits, *task.out_of_scope_splits)
+    if arguments.split in judged and arguments.width in (None, "labels"):
+        raise InputError(
+            f"--split {arguments.split} is what it is judged by: found by its labels, the width's scores would no "
+            "longer be those of new examples; give another split, or --width agreement, which looks at no labels"
+        )
+    needs_labels = arguments.width == "labels" or arguments.with_temperature
+    if needs_labels and not task.is_labelled(arguments.split):
+        raise InputError(f"split {arguments.split!r} of task {task.name!r} has no labels: use --width agreement")
+    if arguments.with_temperature and arguments.width not in (None, "labels"):
+        raise InputError("--with-temperature is found by labels, with the width: leave one of the two out")
+    return (task,)
+
+
 def check_predict(arguments: argparse.Namespace) -> tuple[()]:
     if arguments.text and arguments.max_examples:
         raise InputError("--max-examples is a subset of a split: leave it out beside --text")

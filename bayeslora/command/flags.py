@@ -2,7 +2,7 @@
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,10 @@ def number(name: str, takes: Range = COUNT) -> Callable[[str], Any]:
     return parse
 
 
-def number_or(word: str, name: str, takes: Range) -> Callable[[str], Any]:
-    """For argparse: a number in a range, or a ``word``."""
+def number_or(words: Sequence[str], name: str, takes: Range) -> Callable[[str], Any]:
+    """For argparse: a number in a range, or one of some words."""
     parse = number(name, takes)
-    return lambda text: text if text == word else parse(text)
+    return lambda text: text if text in words else parse(text)
 
 
 def word(text: str) -> str:

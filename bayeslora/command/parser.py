@@ -16,6 +16,7 @@ examples:
   bayeslora demo                                     the whole story in a few minutes, without a model hub
   bayeslora fit --model roberta-base --task mrpc --output runs/mrpc
   bayeslora fit --model demo --task sst2 --data-dir data/sst2 --output runs/sst2 --max-train-examples 2000
+  bayeslora bayesianize my_adapter --model roberta-base --task mrpc --output runs/mine
   bayeslora evaluate runs/mrpc --split validation --json
   bayeslora predict runs/mrpc --text "A man plays a guitar." --text-pair "Somebody makes music."
   bayeslora tune runs/mrpc --with-temperature
@@ -47,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_demo(commands)
     _add_fit(commands)
+    _add_bayesianize(commands)
     _add_evaluate(commands)
     _add_predict(commands)
     _add_tune(commands)
@@ -115,13 +117,62 @@ def _add_fit(commands: Any) -> None:
         "--tune",
         nargs="?",
         const="validation",
-        type=number_or("validation", "tune", Range(float, 0, 1, above=True, below=True)),
+        type=number_or(("validation",), "tune", Range(float, 0, 1, above=True, below=True)),
         metavar="SHARE",
         help="at the end, choose how wide the noise is: by the validation split, or by this share of the training "
         "examples, such as 0.1, held out of training",
     )
     _add_training_options(parser)
     _add_method_options(parser)
+
+
+def _add_bayesianize(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "bayesianize",
+        "bayesianize:run",
+        "put a posterior on a finished LoRA adapter, whatever trained it",
+        "Nothing is trained, and the mean stays the adapter: what is found is how wide the noise around it is, on\n"
+        "examples that the adapter was not trained on. Writes OUTPUT/run.json and OUTPUT/adapter/, as fit does.",
+        check="check_bayesianize",
+    )
+    parser.add_argument(
+        "adapter", type=path, metavar="ADAPTER", help="a folder with adapter_config.json and adapter_model.safetensors"
+    )
+    _add_data_options(parser)
+    parser.add_argument("--output", type=path, required=True, metavar="DIR", help="a new folder for the run")
+    parser.add_argument(
+        "--split", type=word, default="validation", help="what to find the width on; default: validation"
+    )
+    parser.add_argument("--max-examples", type=number("max_examples"), default=200, help="a random subset of this size")
+    parser.add_argument(
+        "--shape",
+        choices=("isotropic", "output", "curvature"),
+        default="isotropic",
+        help="of the noise: even, in units of each layer's A; even in each layer's output; along flat directions",
+    )
+    parser.add_argument(
+        "--width",
+        type=number_or(("labels", "agreement"), "width", NOT_NEGATIVE),
+        metavar="HOW",
+        help="labels: predict the split's labels best; agreement: the largest that leaves the answers alone; or a "
+        "number, 1 for noise as large as A itself. Default: labels where there are any, else agreement",
+    )
+    parser.add_argument(
+        "--agreement",
+        type=number("agreement", Range(float, 0, 1, above=True)),
+        default=0.95,
+        metavar="SHARE",
+        help="the share of the answers to leave alone",
+    )
+    parser.add_argument("--with-temperature", action="store_true", help="for classes, by labels: a temperature too")
+    parser.add_argument(
+        "--steps", type=number("steps"), help="then train the guide alone for so many steps, on the training split"
+    )
+    parser.add_argument("--any-base", action="store_true", help="the adapter names --model otherwise")
+    parser.add_argument("--num-samples", type=number("num_samples"), default=16, help="draws of each prediction")
+    parser.add_argument("--batch-size", type=number("batch_size"), default=32)
+    parser.add_argument("--seed", type=number("seed", SEED), default=0, help="decides subset and draws")
 
 
 def _add_evaluate(commands: Any) -> None:
@@ -364,7 +415,7 @@ def _add_prediction_options(
     parser.add_argument("--data-dir", type=path, metavar="DIR", help="where the data is now, if it moved")
     what = "draws of the posterior" + ("; 0 is its mean" if takes == FROM_ZERO else "")
     if auto:
-        parse = number_or("auto", "num_samples", takes)
+        parse = number_or(("auto",), "num_samples", takes)
         parser.add_argument(
             "--num-samples", type=parse, default=num_samples, help=f"{what}; auto is as many as --tolerance takes"
         )

@@ -22,8 +22,7 @@ from bayeslora.data.batches import Collator
 from bayeslora.data.checks import check_to_learn_from
 from bayeslora.distributed import check_parallelism, on_main_process, rank
 from bayeslora.errors import InputError
-from bayeslora.files.writing import write_json
-from bayeslora.inference.tuning import as_tuned, check_tunable
+from bayeslora.inference.tuning import check_tunable
 from bayeslora.inference.tuning import tune as tune_width
 from bayeslora.posterior import Posterior
 from bayeslora.storage.checkpoint import load_adapter, save_pretrained
@@ -38,8 +37,8 @@ from bayeslora.training.arguments import check_evaluated, check_fit_arguments, c
 from bayeslora.training.budget import FitOptions
 from bayeslora.training.held_out import hold_out
 from bayeslora.training.metrics import Metrics
-from bayeslora.training.monitor import BriefProgress, GroupedTensorBoard, relative_noise_by_adapter
-from bayeslora.training.record import begin_run, refuse_other_content, run_record
+from bayeslora.training.monitor import BriefProgress, GroupedTensorBoard
+from bayeslora.training.record import begin_run, close_run, refuse_other_content, run_record
 from bayeslora.training.settings import fit_settings
 from bayeslora.training.trainer import BayesTrainer, variational_rate
 
@@ -175,7 +174,11 @@ def fit(
             trainer.get_train_dataloader()
         result = _train(trainer, checkpoint, output_dir, progress, stack)
         _tune(trainer, tuning_set, output_dir, progress)
-        on_main_process(lambda: _close_run(bayes, record, result))
+        on_main_process(
+            lambda: close_run(
+                bayes, record, output_dir, steps=result.steps, metrics=result.metrics, history=result.history
+            )
+        )
     bayes.eval()
     return result
 
@@ -263,12 +266,3 @@ def _choose_reports(trainer: BayesTrainer, progress: bool, stack: ExitStack) -> 
         board = GroupedTensorBoard()
         trainer.add_callback(board)
         stack.callback(board.close)
-
-
-def _close_run(bayes: Posterior, record: dict[str, Any], result: FitResult) -> None:
-    """The adapter, then the record that says that it is whole."""
-    save_pretrained(bayes, result.output_dir / ADAPTER_FOLDER)
-    with as_tuned(bayes, None):
-        record["relative_noise"] = relative_noise_by_adapter(bayes)
-    record |= {"finished": True, "steps": result.steps, "metrics": result.metrics, "history": result.history}
-    write_json(result.output_dir / RUN_FILE, record)

@@ -3,7 +3,7 @@
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ from bayeslora.config import MonteCLoRAConfig
 from bayeslora.errors import InputError
 from bayeslora.files.records import MAX_RUN_BYTES, read_json
 from bayeslora.files.writing import write_json
+from bayeslora.inference.tuning import as_tuned
 from bayeslora.posterior import Posterior
+from bayeslora.storage.checkpoint import save_pretrained
 from bayeslora.storage.manifest import read_manifest, version_info
 from bayeslora.storage.run_folder import (
     ADAPTER_FOLDER,
@@ -22,6 +24,7 @@ from bayeslora.storage.run_folder import (
     last_checkpoint,
 )
 from bayeslora.training.budget import RECORDED
+from bayeslora.training.monitor import relative_noise_by_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +110,34 @@ def run_record(
         "train_examples": num_examples,
         "versions": version_info(),
     }
+
+
+def record_without_training(bayes: Posterior, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``run.json`` says of a posterior that was put on a finished adapter."""
+    return {
+        **metadata,
+        "finished": False,
+        "config": bayes.monteclora_config.to_dict(),
+        "training": {},
+        "versions": version_info(),
+    }
+
+
+def close_run(
+    bayes: Posterior,
+    record: dict[str, Any],
+    output_dir: Path,
+    *,
+    steps: int,
+    metrics: Mapping[str, float],
+    history: Sequence[Mapping[str, float]],
+) -> None:
+    """Write the adapter, then the record that says that it is whole."""
+    save_pretrained(bayes, output_dir / ADAPTER_FOLDER)
+    with as_tuned(bayes, None):
+        record["relative_noise"] = relative_noise_by_adapter(bayes)
+    record |= {"finished": True, "steps": steps, "metrics": dict(metrics), "history": list(history)}
+    write_json(output_dir / RUN_FILE, record)
 
 
 def _plain(value: Any) -> Any:
