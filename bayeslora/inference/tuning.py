@@ -128,13 +128,22 @@ class Widths:
         self._tried: dict[float, Tried] = {}
 
     def choose(
-        self, *, with_temperature: bool = False, agreement: float | None = None, progress: bool = True
+        self,
+        *,
+        with_temperature: bool = False,
+        agreement: float | None = None,
+        rise: float | None = None,
+        progress: bool = True,
     ) -> Tuning:
-        """The width that :func:`tune` finds with these options; a temperature needs ``temperatures``."""
+        """The width that :func:`tune` finds with these options; a temperature needs ``temperatures``.
+
+        ``rise``, in place of them: the largest width with which the negative log-likelihood of the labels is at most
+        ``1 + rise`` times that of the mean network.
+        """
         _check_agreement(self.bayes, agreement, with_temperature)
         if with_temperature and not self.temperatures:
             raise InputError("these widths have no temperatures: make them with temperatures=True")
-        total = len(GRID) + REFINEMENTS if agreement is None else 2 + BISECTIONS
+        total = len(GRID) + REFINEMENTS if agreement is None and rise is None else 2 + BISECTIONS
         with tqdm(total=total, desc="tune", unit="width", disable=None if progress else True) as bar:
 
             def at(width: float) -> Tried:
@@ -143,7 +152,10 @@ class Widths:
                     bar.update()
                 return self._tried[width]
 
-            tuning = _by_labels(at, with_temperature) if agreement is None else _by_agreement(at, agreement)
+            if rise is not None:
+                tuning = _by_rise(at, rise)
+            else:
+                tuning = _by_labels(at, with_temperature) if agreement is None else _by_agreement(at, agreement)
         return replace(tuning, examples=len(self.dataset), num_samples=self.num_samples)
 
     def _predicted(self, width: float) -> Tried:
@@ -183,7 +195,22 @@ def _by_agreement(at: Callable[[float], Tried], least: float) -> Tuning:
         return float((at(width).answers == at(0.0).answers).mean())
 
     best = widest(lambda width: kept(width) >= least)
+    if best >= WIDEST:
+        raise InputError(
+            f"noise of {WIDEST:g} times its size leaves {kept(best):.1%} of the answers alone: they say nothing about "
+            "a width (the network answers all of these examples alike, or its adapter does not matter to them); tune "
+            "by labels, or set a width"
+        )
     return Tuning(best, agreement=kept(best))
+
+
+def _by_rise(at: Callable[[float], Tried], rise: float) -> Tuning:
+    def nll(width: float) -> float:
+        found = at(width).nll
+        return math.inf if found is None or not math.isfinite(found) else found
+
+    best = widest(lambda width: nll(width) <= (1 + rise) * nll(0.0))
+    return Tuning(best, nll=nll(best), nll_at_mean=nll(0.0))
 
 
 def widest(holds: Callable[[float], bool]) -> float:

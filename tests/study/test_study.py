@@ -174,6 +174,8 @@ class TestSpec:
             "checkpoint_ensemble",
             "deep_ensemble",
             "laplace",
+            "bayesianized",
+            "tfb",
         }
         for name, method in all_methods().items():
             assert make_method(MethodSpec(name)).label

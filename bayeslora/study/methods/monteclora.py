@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import logging
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -29,6 +30,8 @@ from bayeslora.training.monitor import components_in_use, noise_to_signal
 
 if TYPE_CHECKING:
     from bayeslora.study.experiment import Experiment
+
+logger = logging.getLogger(__name__)
 
 TUNED: dict[str, dict[str, Any]] = {
     "agreement": {"agreement": 0.95},
@@ -152,7 +155,13 @@ class PosteriorOptions:
             temperatures="tuned_temperature" in tuned,
         )
         for name in tuned:
-            found = widths.choose(**TUNED[name], progress=False)
+            try:
+                found = widths.choose(**TUNED[name], progress=False)
+            except InputError as error:
+                if name != "agreement":
+                    raise
+                logger.warning("%s is left out of %s: %s", name, experiment.cell, error)
+                continue
             title = name.replace("_", " + ") + ("" if name == "agreement" else "*")  # which needs no labels
             yield Predictor(f"{label}, {these}, {title}", predictor(count, found), draws=True)
 

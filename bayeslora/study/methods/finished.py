@@ -1,0 +1,133 @@
+"""Posteriors on a finished LoRA without training: ours, and TFB as its paper has it."""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from bayeslora.config import MonteCLoRAConfig
+from bayeslora.errors import InputError
+from bayeslora.inference.shapes import SHAPES
+from bayeslora.inference.tuning import Widths
+from bayeslora.models import Tuning
+from bayeslora.module import BayesLoRA
+from bayeslora.study.methods.base import PostHocMethod, register
+from bayeslora.study.methods.monteclora import predict
+from bayeslora.study.outcome import Predict, Predictor, Trained
+
+if TYPE_CHECKING:
+    from bayeslora.study.experiment import Experiment
+
+RULES = ("labels", "agreement")
+GAUSSIAN = {"num_components": 1, "degrees_of_freedom": 1e6}  # a Wishart that is next to constant, and no mixture
+
+
+@dataclass(frozen=True)
+class OnFinished(PostHocMethod):
+    """``shape``: of the noise (:mod:`bayeslora.inference.shapes`). ``num_samples``: draws, the study's if ``None``."""
+
+    shape: str = "isotropic"
+    num_samples: int | None = None
+    antithetic: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.shape not in SHAPES:
+            raise InputError(f"method {self.name!r}: shape is one of {', '.join(SHAPES)}, got {self.shape!r}")
+
+    def config(self) -> MonteCLoRAConfig:
+        """Of the noise."""
+        return MonteCLoRAConfig()
+
+    def anchors(self, experiment: "Experiment") -> Any:
+        """The examples that the width is found on."""
+        if not experiment.has_validation:
+            raise InputError(
+                f"{self.label!r} finds its width on a validation split besides what is scored; "
+                "set hold_out to take one from the training examples"
+            )
+        return experiment.data("validation")
+
+    def choose(self, widths: Widths) -> Tuning:
+        """The width."""
+        raise NotImplementedError
+
+    def predictors(self, trained: Trained, experiment: "Experiment", base: Predict) -> Iterator[Predictor]:
+        count, anchors = self.num_samples or experiment.study.num_samples, self.anchors(experiment)
+        bayes = BayesLoRA.from_adapter(
+            copy.deepcopy(trained.network),
+            anchors,
+            shape=self.shape,
+            width=1.0,
+            config=self.config(),
+            likelihood=experiment.task.likelihood(),
+            progress=False,
+        )
+        bayes.tuning = None
+        widths = Widths(bayes, anchors, num_samples=count, antithetic=self.antithetic)
+        tuning = self.choose(widths)
+        yield Predictor(
+            experiment.on_top(self.label),
+            cache(lambda split: predict(bayes, experiment.data(split), count, self.antithetic, tuning)),
+            draws=True,
+        )
+
+
+@register
+@dataclass(frozen=True)
+class Bayesianized(OnFinished):
+    """What ``bayeslora bayesianize`` makes of the LoRA. ``rule``: ``"labels"``, the width that predicts validation
+    labels best, or ``"agreement"``, the largest that leaves ``agreement`` of the answers to them alone."""
+
+    rule: str = "labels"
+    agreement: float = 0.95
+
+    name: ClassVar[str] = "bayesianized"
+    title: ClassVar[str] = "bayesianized"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rule not in RULES:
+            raise InputError(f"method {self.name!r}: rule is one of {', '.join(RULES)}, got {self.rule!r}")
+
+    def default_label(self) -> str:
+        shape = "" if self.shape == "isotropic" else f", {self.shape}"
+        return f"{self.title}{shape}" + ("*" if self.rule == "labels" else ", agreement")
+
+    def choose(self, widths: Widths) -> Tuning:
+        return widths.choose(agreement=self.agreement if self.rule == "agreement" else None, progress=False)
+
+
+@register
+@dataclass(frozen=True)
+class TFB(OnFinished):
+    """Training-free Bayesianization (Shi et al. 2024): with B = U diag(d) Vᵀ, noise of standard deviation σ/d_i on row
+    i of VᵀA, the same σ in all layers, and the largest σ with which the negative log-likelihood of labelled ``anchors``
+    rises by at most ``tolerance``, found by bisection. Both public programs return the smallest σ that violates this;
+    here it is the largest that was tried and does not.
+
+    ``anchors_from``: ``"train"``, as published, or ``"validation"``: of what a network knows by heart the likelihood is
+    next to 1, and a relative tolerance lets it have next to no noise.
+    """
+
+    shape: str = "output"
+    anchors_from: str = "train"
+    tolerance: float = 0.003
+
+    name: ClassVar[str] = "tfb"
+    title: ClassVar[str] = "TFB"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.anchors_from not in ("train", "validation"):
+            raise InputError(f"method {self.name!r}: anchors_from is train or validation, got {self.anchors_from!r}")
+
+    def config(self) -> MonteCLoRAConfig:
+        return MonteCLoRAConfig(**GAUSSIAN)
+
+    def anchors(self, experiment: "Experiment") -> Any:
+        return experiment.train_data if self.anchors_from == "train" else super().anchors(experiment)
+
+    def choose(self, widths: Widths) -> Tuning:
+        return widths.choose(rise=self.tolerance, progress=False)
