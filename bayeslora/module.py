@@ -375,10 +375,11 @@ class BayesLoRA(Posterior):
         Arguments and errors are those of :func:`bayeslora.inference.bayesianize.from_adapter`.
 
         Example:
-            >>> trained = peft.PeftModel.from_pretrained(network, "finished")
-            >>> bayes = BayesLoRA.from_adapter(trained, dataset * 3)  # of examples that it was not trained on
-            >>> bayes.tuning.width >= 0, bayes.predict(dataset).probs.shape
-            (True, (8, 2))
+            >>> _ = fit(bayes, dataset, output_dir="lora", max_steps=2, progress=False)
+            >>> trained = bayes.network  # or what peft.PeftModel.from_pretrained opens
+            >>> other = BayesLoRA.from_adapter(trained, dataset * 3)  # of examples that it was not trained on
+            >>> other.tuning.examples, other.predict(dataset).probs.shape
+            (24, (8, 2))
         """
         return posterior_of_adapter(
             cls,
