@@ -21,6 +21,7 @@ class Tuning:
         nll_untuned: That of draws as they were fitted, likewise.
         examples: How many there were.
         num_samples: Draws of each prediction.
+        passes: Passes over them that the search takes, one for each draw.
         agreement: Share of the examples of which draws on average say what the mean network says, where that was the
             rule; None where the width was found by labels.
 
@@ -41,6 +42,7 @@ class Tuning:
     nll_untuned: float | None = None
     examples: int = 0
     num_samples: int = 0
+    passes: int = 0
     agreement: float | None = None
 
     def __post_init__(self) -> None:

@@ -126,5 +126,6 @@ def _report(bayes: BayesLoRA, examples: int, seconds: float, arguments: argparse
     print(f"{'adapter':24} {arguments.adapter}: {len(bayes.adapter_names)} layers, unchanged")
     print(f"{'shape':24} {arguments.shape}")
     print(f"{'width':24} {bayes.tuning or 'as trained'}")
-    print(f"{'cost':24} {seconds:.0f} s on {examples} examples of {arguments.split}{device}")
+    passes = f"{bayes.tuning.passes} passes over " if bayes.tuning and bayes.tuning.passes else ""
+    print(f"{'cost':24} {passes}{examples} examples of {arguments.split}, {seconds:.0f} s{device}")
     print(f"next: bayeslora evaluate {arguments.output}")

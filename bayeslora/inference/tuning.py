@@ -144,9 +144,11 @@ class Widths:
         if with_temperature and not self.temperatures:
             raise InputError("these widths have no temperatures: make them with temperatures=True")
         total = len(GRID) + REFINEMENTS if agreement is None and rise is None else 2 + BISECTIONS
+        asked: set[float] = set()
         with tqdm(total=total, desc="tune", unit="width", disable=None if progress else True) as bar:
 
             def at(width: float) -> Tried:
+                asked.add(width)
                 if width not in self._tried:
                     self._tried[width] = self._predicted(width)
                     bar.update()
@@ -156,7 +158,8 @@ class Widths:
                 tuning = _by_rise(at, rise)
             else:
                 tuning = _by_labels(at, with_temperature) if agreement is None else _by_agreement(at, agreement)
-        return replace(tuning, examples=len(self.dataset), num_samples=self.num_samples)
+        passes = sum(self.num_samples if width else 1 for width in asked)
+        return replace(tuning, examples=len(self.dataset), num_samples=self.num_samples, passes=passes)
 
     def _predicted(self, width: float) -> Tried:
         with as_tuned(self.bayes, Tuning(width)):

@@ -40,6 +40,10 @@ def adapter(model, tmp_path_factory):
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.3)
+        words = torch.tensor([[2, 9, noun, 11, word, 3] for noun in (7, 8) for word in (5, 6, 13, 14)])
+        logits = adapted.eval()(input_ids=words).logits
+        bias = adapted.base_model.model.classifier.modules_to_save["default"].bias
+        bias[0] += (logits[:, 1] - logits[:, 0]).median()  # so that not all reviews are answered alike
     adapted.save_pretrained(folder)
     return folder
 

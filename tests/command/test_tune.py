@@ -4,7 +4,9 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pytest
+import torch
 
 from bayeslora import open_run
 from bayeslora.command.main import main
@@ -69,7 +71,30 @@ def test_is_kept_and_used(tunable, capsys):
     assert answer(capsys, "tune", tunable, "--with-temperature") == found  # begins anew
 
 
+def answer_differently(folder):
+    """A head by which the network does not answer all reviews alike, as it does after two epochs."""
+    fitted = open_run(folder)
+    posterior = fitted.posterior
+    torch.manual_seed(0)
+    parameters = dict(posterior.network.named_parameters())
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if "lora_B" in name:
+                parameter.normal_(std=0.5)
+        (bias,) = (p for name, p in parameters.items() if "modules_to_save" in name and p.dim() == 1)
+        probs = posterior.predict(fitted.data("validation"), num_samples=0, progress=False).probs
+        bias[0] += float(np.median(np.log(probs[:, 1] / probs[:, 0])))
+    posterior.save_pretrained(folder / "adapter")
+
+
+def test_answers_that_are_all_alike_say_nothing(tunable, capsys):
+    error = complaint(capsys, "tune", tunable, "--agreement", "0.9")
+    assert "leaves 100.0% of the answers alone: they say nothing about a width" in error
+    assert open_run(tunable).posterior.tuning is None
+
+
 def test_without_labels(tunable, capsys):
+    answer_differently(tunable)
     found = answer(capsys, "tune", tunable, "--agreement", "0.9")
     assert found["agreement"] >= 0.9
     assert found["nll"] is None
