@@ -4,9 +4,8 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
 from numbers import Integral
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.optimize import minimize_scalar
@@ -72,38 +71,106 @@ def tune(
         InputError: for too few or unlabelled examples, plain LoRA, a temperature or an agreement without classes, or a
             guide whose noise does not follow ε.
     """
-    check_tunable(bayes, dataset)
-    if isinstance(num_samples, bool) or not isinstance(num_samples, Integral) or num_samples < 1:
-        raise InputError(f"num_samples must be a whole number of at least 1, got {num_samples!r}")
-    if with_temperature and not bayes.model.labelling.of_classes:
-        raise InputError("with_temperature=True is for probabilities of classes: leave it out")
-    _check_agreement(bayes, agreement, with_temperature)
-    tried: dict[float, Prediction] = {}
-    total = len(GRID) + REFINEMENTS if agreement is None else 2 + BISECTIONS
-    with tqdm(total=total, desc="tune", unit="width", disable=None if progress else True) as bar:
-
-        def at(width: float) -> Prediction:
-            if width not in tried:
-                with as_tuned(bayes, Tuning(width)):
-                    tried[width] = predict(
-                        bayes,
-                        dataset,
-                        num_samples=num_samples if width else 0,
-                        batch_size=batch_size,
-                        seed=seed,
-                        progress=False,
-                        antithetic=antithetic,
-                    )
-                bar.update()
-            return tried[width]
-
-        tuning = _by_labels(at, with_temperature) if agreement is None else _by_agreement(at, agreement)
-    bayes.model.tuning = tuning = replace(tuning, examples=len(dataset), num_samples=num_samples)
+    widths = Widths(
+        bayes,
+        dataset,
+        num_samples=num_samples,
+        temperatures=with_temperature,
+        batch_size=batch_size,
+        seed=seed,
+        antithetic=antithetic,
+    )
+    tuning = widths.choose(with_temperature=with_temperature, agreement=agreement, progress=progress)
+    bayes.model.tuning = tuning
     return tuning
 
 
-def _by_labels(at: Callable[[float], Prediction], with_temperature: bool) -> Tuning:
-    scored = cache(lambda width: _scored(at(width), with_temperature))
+class Tried(NamedTuple):
+    """What a search looks at, of one width's prediction: an answer for each example, where there are classes; the
+    negative log-likelihood; and its lowest over temperatures with that temperature. The draws, ``(S, n, C)``, go."""
+
+    answers: np.ndarray | None
+    nll: float | None
+    tempered: tuple[float, float] | None
+
+
+class Widths:
+    """The widths of one posterior on one set of examples, each predicted once, however many searches ask for it.
+
+    The posterior stays as it was fitted; what :func:`tune` returns is the same as :meth:`choose` returns, bit for bit.
+
+    Args:
+        bayes, dataset, num_samples, batch_size, seed, antithetic: As for :func:`tune`.
+        temperatures: Whether a search will ask for a temperature.
+
+    Raises:
+        InputError: as :func:`tune`.
+    """
+
+    def __init__(
+        self,
+        bayes: Posterior,
+        dataset: Any,
+        *,
+        num_samples: int = 16,
+        temperatures: bool = False,
+        batch_size: int = 32,
+        seed: int = 0,
+        antithetic: bool = False,
+    ):
+        check_tunable(bayes, dataset)
+        if isinstance(num_samples, bool) or not isinstance(num_samples, Integral) or num_samples < 1:
+            raise InputError(f"num_samples must be a whole number of at least 1, got {num_samples!r}")
+        if temperatures and not bayes.model.labelling.of_classes:
+            raise InputError("with_temperature=True is for probabilities of classes: leave it out")
+        self.bayes, self.dataset, self.num_samples, self.temperatures = bayes, dataset, num_samples, temperatures
+        self.options = {"batch_size": batch_size, "seed": seed, "antithetic": antithetic, "progress": False}
+        self._tried: dict[float, Tried] = {}
+
+    def choose(
+        self, *, with_temperature: bool = False, agreement: float | None = None, progress: bool = True
+    ) -> Tuning:
+        """The width that :func:`tune` finds with these options; a temperature needs ``temperatures``."""
+        _check_agreement(self.bayes, agreement, with_temperature)
+        if with_temperature and not self.temperatures:
+            raise InputError("these widths have no temperatures: make them with temperatures=True")
+        total = len(GRID) + REFINEMENTS if agreement is None else 2 + BISECTIONS
+        with tqdm(total=total, desc="tune", unit="width", disable=None if progress else True) as bar:
+
+            def at(width: float) -> Tried:
+                if width not in self._tried:
+                    self._tried[width] = self._predicted(width)
+                    bar.update()
+                return self._tried[width]
+
+            tuning = _by_labels(at, with_temperature) if agreement is None else _by_agreement(at, agreement)
+        return replace(tuning, examples=len(self.dataset), num_samples=self.num_samples)
+
+    def _predicted(self, width: float) -> Tried:
+        with as_tuned(self.bayes, Tuning(width)):
+            prediction = predict(self.bayes, self.dataset, num_samples=self.num_samples if width else 0, **self.options)
+        with np.errstate(invalid="ignore"):
+            nll = prediction.nll
+        probs = prediction.probs
+        return Tried(
+            None if probs is None else probs.argmax(-1),
+            nll,
+            None if nll is None or not self.temperatures else best_temperature(prediction),
+        )
+
+
+def _by_labels(at: Callable[[float], Tried], with_temperature: bool) -> Tuning:
+    def scored(width: float) -> tuple[float, float]:
+        """Negative log-likelihood and temperature; infinite where it is no number."""
+        tried = at(width)
+        if tried.nll is None:
+            raise InputError(
+                "a width is tuned by the likelihood of labels, and there is none: pass labelled examples, of a kind "
+                "whose Prediction has sample_log_likelihood"
+            )
+        nll, temperature = tried.tempered if with_temperature and tried.tempered else (tried.nll, 1.0)
+        return (nll if math.isfinite(nll) else math.inf), temperature
+
     best = search(lambda width: scored(width)[0])
     nll, temperature = scored(best)
     if not math.isfinite(nll):
@@ -111,9 +178,9 @@ def _by_labels(at: Callable[[float], Prediction], with_temperature: bool) -> Tun
     return Tuning(best, temperature, nll, scored(0.0)[0], scored(1.0)[0])
 
 
-def _by_agreement(at: Callable[[float], Prediction], least: float) -> Tuning:
+def _by_agreement(at: Callable[[float], Tried], least: float) -> Tuning:
     def kept(width: float) -> float:
-        return float((at(width).probs.argmax(-1) == at(0.0).probs.argmax(-1)).mean())
+        return float((at(width).answers == at(0.0).answers).mean())
 
     best = widest(lambda width: kept(width) >= least)
     return Tuning(best, agreement=kept(best))
@@ -152,19 +219,6 @@ def _between(low: float, best: float, high: float, nll: Callable[[float], float]
         return middle
     lowest = best - ((best - low) * rise - (best - high) * fall) / (rise - fall) / 2
     return lowest if abs(lowest - best) > (high - low) / 50 else middle
-
-
-def _scored(prediction: Prediction, with_temperature: bool) -> tuple[float, float]:
-    """Negative log-likelihood and temperature; infinite where it is no number."""
-    with np.errstate(invalid="ignore"):
-        nll = prediction.nll
-    if nll is None:
-        raise InputError(
-            "a width is tuned by the likelihood of labels, and there is none: pass labelled examples, of a kind whose "
-            "Prediction has sample_log_likelihood"
-        )
-    nll, temperature = best_temperature(prediction) if with_temperature else (nll, 1.0)
-    return (nll if math.isfinite(nll) else math.inf), temperature
 
 
 def best_temperature(prediction: Prediction) -> tuple[float, float]:

@@ -11,11 +11,13 @@ import transformers
 from bayeslora import BayesLoRA, BayesTrainer, CooperativeELBO, InputError, MonteCLoRAConfig, diagnose
 from bayeslora.analysis import to_arviz
 from bayeslora.guides import MeanFieldGuide
+from bayeslora.inference import tuning
 from bayeslora.inference.attribution import attribute_variance
 from bayeslora.inference.diagnostics import log_importance_weights
 from bayeslora.inference.generation import token_uncertainty
 from bayeslora.inference.mcmc import run_nuts
-from bayeslora.inference.tuning import BISECTIONS
+from bayeslora.inference.predict import predict
+from bayeslora.inference.tuning import BISECTIONS, Widths
 from bayeslora.models import ChoiceLikelihood, Tuning
 from bayeslora.storage.manifest import _is_tuning
 from tests.conftest import tiny_batch, tiny_dataset, tiny_network
@@ -148,6 +150,48 @@ class TestAgreement:
         manifest = json.loads((tmp_path / "adapter" / "bayeslora.json").read_text())
         del manifest["tuning"]["agreement"]  # as before there was one
         assert _is_tuning(manifest["tuning"])
+
+
+class TestSharedPredictions:
+    """Several searches of one posterior: what each finds alone, from fewer predictions."""
+
+    SEARCHES = ({"agreement": 0.9}, {}, {"with_temperature": True})
+
+    @pytest.fixture
+    def predicted(self, monkeypatch):
+        """The widths that are predicted, in order."""
+        widths = []
+
+        def counting(bayes, *args, **options):
+            widths.append(bayes.model.tuning.width)
+            return predict(bayes, *args, **options)
+
+        monkeypatch.setattr(tuning, "predict", counting)
+        return widths
+
+    @pytest.mark.parametrize("kind", ["classes", "choices"])
+    @pytest.mark.parametrize("antithetic", [False, True])
+    def test_the_same_is_found_bit_for_bit(self, kind, antithetic, predicted):
+        bayes, data = KINDS[kind]()
+        alone = [bayes.tune(data, antithetic=antithetic, **options, **QUICK) for options in self.SEARCHES]
+        apart = len(predicted)
+        bayes.tuning, predicted[:] = None, []
+        widths = Widths(bayes, data, num_samples=4, antithetic=antithetic, temperatures=True)
+        assert [widths.choose(**options, progress=False) for options in self.SEARCHES] == alone
+        assert len(set(predicted)) == len(predicted) < apart
+        assert bayes.tuning is None
+
+    def test_no_draws_are_held(self):
+        """Of a width there is an answer for each example, and two or three numbers."""
+        widths = Widths(noisy(), DATA, num_samples=4, temperatures=True)
+        widths.choose(with_temperature=True, progress=False)
+        for tried in widths._tried.values():
+            assert tried.answers.shape == (len(DATA),)
+            assert all(np.ndim(number) == 0 for number in (tried.nll, *tried.tempered))
+
+    def test_a_temperature_is_asked_for_at_the_start(self):
+        with pytest.raises(InputError, match="temperatures=True"):
+            Widths(noisy(), DATA).choose(with_temperature=True)
 
 
 class TestWhateverDraws:

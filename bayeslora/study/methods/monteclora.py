@@ -15,7 +15,7 @@ from bayeslora.analysis import mixture_entropy
 from bayeslora.config import MonteCLoRAConfig
 from bayeslora.errors import InputError
 from bayeslora.guides import MixtureGuide
-from bayeslora.inference.tuning import LEAST_EXAMPLES, as_tuned
+from bayeslora.inference.tuning import LEAST_EXAMPLES, Widths, as_tuned
 from bayeslora.models import Tuning
 from bayeslora.module import BayesLoRA
 from bayeslora.storage.run_folder import ADAPTER_FOLDER, RUN_FILE
@@ -141,22 +141,20 @@ class PosteriorOptions:
             yield Predictor(f"{label}, mean + temperature*", tempered(mean))
         if "draws_temperature" in wanted:
             yield Predictor(f"{label}, {these} + temperature*", tempered(draws), draws=True)
-        for name, options in TUNED.items():
-            if name in wanted and len(experiment.data("validation")) >= LEAST_EXAMPLES:
-                found = self.tune(bayes, experiment, count, **options)
-                title = name.replace("_", " + ") + ("" if name == "agreement" else "*")  # which needs no labels
-                yield Predictor(f"{label}, {these}, {title}", predictor(count, found), draws=True)
-
-    def tune(self, bayes: BayesLoRA, experiment: "Experiment", num_samples: int, **options: Any) -> Tuning:
-        """What is found on the validation examples; the posterior stays as it was fitted."""
-        with as_tuned(bayes, None):
-            return bayes.tune(
-                experiment.data("validation"),
-                num_samples=num_samples,
-                antithetic=self.antithetic,
-                progress=False,
-                **options,
-            )
+        tuned = [name for name in TUNED if name in wanted]
+        if not tuned or len(experiment.data("validation")) < LEAST_EXAMPLES:
+            return
+        widths = Widths(
+            bayes,
+            experiment.data("validation"),
+            num_samples=count,
+            antithetic=self.antithetic,
+            temperatures="tuned_temperature" in tuned,
+        )
+        for name in tuned:
+            found = widths.choose(**TUNED[name], progress=False)
+            title = name.replace("_", " + ") + ("" if name == "agreement" else "*")  # which needs no labels
+            yield Predictor(f"{label}, {these}, {title}", predictor(count, found), draws=True)
 
 
 @register
