@@ -16,7 +16,7 @@ import pandas as pd
 from bayeslora.analysis import to_markdown
 from bayeslora.analysis.tables.study import SETTING, robustness_table
 from bayeslora.study import Study
-from bayeslora.study.differences import differences, grid_differences, selective_differences
+from bayeslora.study.differences import differences, grid_differences
 from bayeslora.study.summary import headline
 
 HERE = Path(__file__).parent
@@ -47,8 +47,6 @@ def compare(study: Study, rows: pd.DataFrame, folder: Path) -> None:
     print(table[columns].round(4).to_string())
     for without in ([], ["LoRA"]):  # the first that is left is the reference
         left = rows[~rows["method"].isin(without)]
-        print(f"\nfrom {left['method'].iloc[0]}: AURC\n")
-        print(selective_differences(study, left, folder, "test").round(4).to_string())
         for statistic in ("median", "spread"):
             print(f"\nfrom {left['method'].iloc[0]}, in the {statistic}\n")
             print(grid_differences(study, left, folder, "test", statistic).round(4).T.to_string())
@@ -63,7 +61,6 @@ def at_one_setting(study: Study, results: pd.DataFrame, folder: Path) -> None:
                 left = rows[~rows["method"].isin(without)]
                 print(f"\n{split}, from {left['method'].iloc[0]}\n")
                 print(differences(study, left, folder, split).round(4).T.to_string())
-                print(selective_differences(study, left, folder, split).round(4).to_string())
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from bayeslora.analysis import area_under_risk_coverage, bootstrap_interval, predictive_entropy
 from bayeslora.analysis.metrics.registry import METRICS
 from bayeslora.analysis.tables.study import (
     SETTING,
@@ -14,7 +13,6 @@ from bayeslora.analysis.tables.study import (
     at_best_settings,
     paired_difference,
     paired_robustness,
-    verdict,
 )
 from bayeslora.study.methods.base import Lineup
 from bayeslora.study.outcome import ACROSS_SEEDS
@@ -67,43 +65,6 @@ def grid_differences(study: Study, results: pd.DataFrame, output_dir: Path, spli
             row |= _columns(metric, paired_robustness(ours, theirs, labels, metric=metric, statistic=statistic))
         rows.append(row)
     return pd.DataFrame(rows)
-
-
-def selective_differences(study: Study, results: pd.DataFrame, output_dir: Path, split: str) -> pd.DataFrame:
-    """Selective prediction: the area under the risk-coverage curve of every method (``aurc``), examples in order of the
-    entropy of its probabilities, and its ``difference`` from the study's first, with a 95 % bootstrap interval over
-    examples and a ``verdict``: means over the ``runs`` at the settings and seeds that both have finished. With two
-    classes a temperature leaves the order, and so the area, as they are."""
-    (_, reference), *others = _by_setting(study, results, output_dir, split).items()
-    rows = []
-    for name, settings in others:
-        pairs = [_paired(settings[at], arrays) for at, arrays in reference.items() if arrays and settings.get(at)]
-        if not pairs:
-            continue
-        labels = next(labels for arrays in reference.values() for _, labels in arrays.values())
-        ours, theirs = (_ranking(np.concatenate([pair[i] for pair in pairs]), labels) for i in range(2))
-        change = bootstrap_interval(lambda *two: _area(*two[:2]) - _area(*two[2:]), *ours, *theirs, num_resamples=500)
-        rows.append(
-            {
-                "method": name,
-                "runs": ours[0].shape[1],
-                "aurc": _area(*ours),
-                "difference": change.estimate,
-                "lower": change.lower,
-                "upper": change.upper,
-                "verdict": verdict(change, higher_is_better=False),
-            }
-        )
-    return pd.DataFrame(rows)
-
-
-def _ranking(probs: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Uncertainty and error, (examples, runs) each, of probabilities (runs, examples, C)."""
-    return np.stack([predictive_entropy(run) for run in probs], 1), (probs.argmax(-1) != labels).T
-
-
-def _area(uncertainty: np.ndarray, wrong: np.ndarray) -> float:
-    return float(np.mean([area_under_risk_coverage(*run) for run in zip(uncertainty.T, wrong.T, strict=True)]))
 
 
 def _by_setting(

@@ -13,8 +13,8 @@ from bayeslora.analysis.metrics.registry import METRICS
 from bayeslora.analysis.plots import study as plots
 from bayeslora.analysis.tables.comparison import layout
 from bayeslora.analysis.tables.cost import cost_table, steps_to_reach
-from bayeslora.analysis.tables.study import SETTING, robustness_table
-from bayeslora.study.differences import at_best, differences, grid_differences, selective_differences
+from bayeslora.analysis.tables.study import SETTING, known_metrics, robustness_table
+from bayeslora.study.differences import at_best, differences, grid_differences
 from bayeslora.study.spec import Study, slug
 
 FIGURES = "figures"
@@ -46,7 +46,7 @@ def headline(results: pd.DataFrame) -> pd.DataFrame:
     tested = at_best(results)
     if (tested["split"] != "validation").any():
         tested = tested[tested["split"] != "validation"]
-    return comparison_table(tested[["method", "split", "seed", *METRICS]].to_dict("records"))
+    return comparison_table(tested[["method", "split", "seed", *known_metrics(tested)]].to_dict("records"))
 
 
 def _task_parts(
@@ -81,14 +81,6 @@ def _task_parts(
                     "have finished, with 95 % bootstrap intervals over examples and seeds:"
                 )
                 yield _difference_table(compared)
-    for one in splits:
-        compared = selective_differences(study, results, output_dir, one)
-        if len(compared):
-            yield (
-                f"Selective prediction on {one}: area under the risk-coverage curve in means over runs, and "
-                f"differences from {first} with 95 % bootstrap intervals over examples:"
-            )
-            yield _selective_markdown(compared)
     if not selected and several:
         yield "There is no labelled validation split to choose a setting by; hold_out takes one from the training set."
     reached = _speed(results, curves[curves["task"] == task] if len(curves) else curves)
@@ -113,25 +105,12 @@ def _difference_table(table: pd.DataFrame) -> str:
     return _markdown(["method", *(METRICS[metric].header for metric in METRICS)], rows)
 
 
-def _selective_markdown(table: pd.DataFrame) -> str:
-    rows = [
-        [
-            row["method"],
-            str(row["runs"]),
-            f"{100 * row['aurc']:.2f}",
-            f"{100 * row['difference']:+.2f} [{100 * row['lower']:+.2f}, {100 * row['upper']:+.2f}] {row['verdict']}",
-        ]
-        for row in table.to_dict("records")
-    ]
-    return _markdown(["method", "runs", "AURC (%)", "difference"], rows)
-
-
 def _robustness_markdown(table: pd.DataFrame) -> str:
     columns = [(metric, part) for metric in GRID_METRICS for part in ("best", "median", "worst", "spread")]
     header = ["method", "settings", *(f"{METRICS[metric].header} {part}" for metric, part in columns)]
     rows = []
     for (_, method), row in table.iterrows():
-        numbers = [f"{METRICS[m].factor * row[m, part]:.{METRICS[m].decimals}f}" for m, part in columns]
+        numbers = [METRICS[metric].shown(row[metric, part]) for metric, part in columns]
         rows.append([method, str(int(row["settings", "count"])), *numbers])
     return _markdown(header, rows)
 

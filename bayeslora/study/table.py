@@ -8,6 +8,7 @@ import pandas as pd
 from optuna.trial import TrialState
 
 from bayeslora.analysis import calibration_summary
+from bayeslora.analysis.metrics.registry import METRICS
 from bayeslora.study.methods.base import Lineup
 from bayeslora.study.outcome import ACROSS_SEEDS
 from bayeslora.study.predictions import PREDICTIONS_FILE, read_predictions
@@ -27,6 +28,8 @@ def collect(study: Study, trials: Any, output_dir: Path) -> tuple[pd.DataFrame, 
         elif trial.state == TrialState.FAIL and len(trial.params) == len(Cell.__dataclass_fields__):
             failed[Cell(**trial.params)] = trial.user_attrs.get("error", "the process was interrupted")
     order = sorted(done, key=_key(study))
+    for cell in order:
+        _complete(done[cell]["rows"], output_dir / cell.folder)
     rows = [row | _provenance(done[cell]) for cell in order for row in done[cell]["rows"]]
     rows += _across_seeds(study, {cell: done[cell] for cell in order}, output_dir)
     curves = [{**cell.__dict__, **point} for cell in order for point in done[cell]["curve"]]
@@ -40,6 +43,14 @@ def collect(study: Study, trials: Any, output_dir: Path) -> tuple[pd.DataFrame, 
         for name in ("mutual_information", "peak_memory_mb"):
             results[name] = pd.to_numeric(results[name])
     return results, pd.DataFrame(curves), pd.DataFrame(failures)
+
+
+def _complete(rows: list[dict[str, Any]], folder: Path) -> None:
+    """Score the metrics that there were not when the cell was, by the predictions that it kept."""
+    for row in rows:
+        if not METRICS.keys() <= row.keys() and (folder / PREDICTIONS_FILE).is_file():
+            scores = calibration_summary(*read_predictions(folder, row["split"])[row["method"]])
+            row |= {name: score for name, score in scores.items() if name not in row}
 
 
 def write_tables(results: pd.DataFrame, curves: pd.DataFrame, failures: pd.DataFrame, output_dir: Path) -> None:

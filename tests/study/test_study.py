@@ -23,7 +23,7 @@ from bayeslora.errors import InputError
 from bayeslora.study import Study
 from bayeslora.study.cell import run_cell
 from bayeslora.study.compare import compare, two_methods
-from bayeslora.study.differences import grid_differences, selective_differences
+from bayeslora.study.differences import differences, grid_differences
 from bayeslora.study.experiment import Experiment
 from bayeslora.study.methods.base import Lineup, all_methods, make_method
 from bayeslora.study.methods.monteclora import TUNED, PostHocMonteCLoRA
@@ -448,18 +448,37 @@ class TestGrid:
         summary = (tmp_path / "out" / "summary.md").read_text()
         assert "Differences from LoRA in the spread over the settings" in summary
 
-        found = selective_differences(made, result.results, tmp_path / "out", "test").set_index("method")
-        assert list(found["runs"]) == [4, 2]  # the ensemble: one for all seeds of a setting
-        prior = result.results.query("split == 'test' and method == 'prior'")
-        assert found["aurc"]["prior"] == pytest.approx(1 - prior["accuracy"].mean())  # all examples are equally sure
+    def test_the_order_of_errors_is_compared_as_all_else_is(self, study, tmp_path):
+        """Against numbers by hand, on every split: examples and seeds are drawn for AURC too."""
+        made = study("lora", {"name": PRIOR, "label": "prior"}, seeds=[0, 1])
+        result = run_study(made, tmp_path / "out", progress=False)
         areas = []
         for cell in cells(made, ["LoRA"]):
             probs, labels = read_predictions(tmp_path / "out" / cell.folder, "test")["LoRA"]
             areas.append(area_under_risk_coverage(predictive_entropy(probs), probs.argmax(-1) != labels))
-        assert found["difference"]["prior"] == pytest.approx(found["aurc"]["prior"] - np.mean(areas))
-        assert (found["lower"] <= found["difference"]).all()
-        assert (found["difference"] <= found["upper"]).all()
-        assert "Selective prediction on test" in summary
+        rows = scored_on_test(result).set_index("method")
+        assert list(rows["aurc"]["LoRA"]) == pytest.approx(areas, abs=1e-6)
+        prior = 1 - rows["accuracy"]["prior"].mean()  # all examples are equally sure
+        (row,) = differences(made, result.results, tmp_path / "out", "test").to_dict("records")
+        assert row["aurc"] == pytest.approx(prior - np.mean(areas), abs=1e-6)
+        assert row["aurc_lower"] <= row["aurc"] <= row["aurc_upper"]
+        assert row["overconfidence_verdict"] in ("higher", "lower", "no difference seen")
+        assert "AURC (%)" in (tmp_path / "out" / "summary.md").read_text()
+
+    def test_a_new_measure_needs_no_new_training(self, study, tmp_path):
+        """Cells that were scored before there was one are scored by the predictions that they kept."""
+        made = self.grid(study, tmp_path)
+        first = run_study(made, tmp_path / "out", progress=False)
+        for file in (tmp_path / "out").rglob("scores.json"):
+            kept = json.loads(file.read_text())
+            for row in kept["rows"]:
+                del row["aurc"], row["overconfidence"]
+            file.write_text(json.dumps(kept))
+        (tmp_path / "out" / "optuna.journal").unlink()
+        second = run_study(made, tmp_path / "out", progress=False)
+        assert self.trainings(tmp_path) == ["0", "1", "2"]
+        for name in ("aurc", "overconfidence"):
+            np.testing.assert_allclose(second.results[name], first.results[name], atol=1e-6)
 
     def test_a_finished_study_is_read(self, study, tmp_path):
         made = self.grid(study, tmp_path)

@@ -5,7 +5,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bayeslora.analysis import accuracy, brier_score, expected_calibration_error, negative_log_likelihood
+from bayeslora.analysis import (
+    accuracy,
+    area_under_risk_coverage,
+    brier_score,
+    expected_calibration_error,
+    negative_log_likelihood,
+    overconfidence,
+    predictive_entropy,
+)
 from bayeslora.analysis.metrics.bootstrap import Interval
 from bayeslora.analysis.plots.study import (
     plot_accuracy_calibration,
@@ -16,6 +24,8 @@ from bayeslora.analysis.plots.study import (
 from bayeslora.analysis.tables.cost import cost_table, steps_to_reach
 from bayeslora.analysis.tables.study import (
     BETTER,
+    HIGHER,
+    LOWER,
     METRICS,
     NO_DIFFERENCE,
     WORSE,
@@ -103,13 +113,16 @@ def random_probs(rng, *shape, skill=0.0, labels=None):
     return odds / odds.sum(-1, keepdims=True)
 
 
+def area(probs, labels):
+    return area_under_risk_coverage(predictive_entropy(probs), probs.argmax(-1) != labels)
+
+
 def test_the_estimate_is_the_difference_of_the_metric():
     rng = np.random.default_rng(0)
     labels = rng.integers(3, size=60)
     ours, theirs = (random_probs(rng, 2, 60) for _ in range(2))
-    for metric, score in zip(
-        METRICS, (accuracy, negative_log_likelihood, expected_calibration_error, brier_score), strict=True
-    ):
+    scores = (accuracy, negative_log_likelihood, expected_calibration_error, brier_score, area, overconfidence)
+    for metric, score in zip(METRICS, scores, strict=True):
         expected = np.mean([score(a, labels) - score(b, labels) for a, b in zip(ours, theirs, strict=True)])
         found = paired_difference(ours, theirs, labels, metric=metric, num_resamples=50)
         assert found.estimate == pytest.approx(expected, abs=1e-12)
@@ -158,13 +171,15 @@ def test_noise_is_no_difference_and_skill_is_one():
         assert paired_difference(poor, good, labels, metric=metric).verdict == WORSE
 
 
-def test_seeds_that_disagree_widen_the_interval():
+@pytest.mark.parametrize("metric", METRICS)
+def test_seeds_that_disagree_widen_the_interval(metric):
+    """Of every measure, that of order among them."""
     rng = np.random.default_rng(4)
     labels = rng.integers(3, size=400)
     theirs = np.repeat(random_probs(rng, 1, 400), 3, axis=0)
     steady = np.repeat(random_probs(rng, 1, 400, skill=0.5, labels=labels), 3, axis=0)
     moody = np.stack([random_probs(rng, 400, skill=skill, labels=labels) for skill in (-1.5, 0.5, 2.5)])
-    widths = [np.ptp(paired_difference(p, theirs, labels)[1:3]) for p in (steady, moody)]
+    widths = [np.ptp(paired_difference(p, theirs, labels, metric=metric)[1:3]) for p in (steady, moody)]
     assert widths[1] > 3 * widths[0]
 
 
@@ -230,6 +245,9 @@ def test_less_spread_is_better():
         ((-0.1, 0.1), True, NO_DIFFERENCE),
         ((0.0, 0.1), True, NO_DIFFERENCE),
         ((np.nan, np.nan), True, NO_DIFFERENCE),
+        ((0.1, 0.2), None, HIGHER),
+        ((-0.2, -0.1), None, LOWER),
+        ((-0.1, 0.1), None, NO_DIFFERENCE),
     ],
 )
 def test_verdicts(ends, higher, word):
@@ -246,6 +264,8 @@ def test_differences_of_what_cannot_be_compared():
         paired_robustness(probs, probs, [0] * 4)
     with pytest.raises(InputError, match="statistic must be one of best, median"):
         paired_robustness(probs[None], probs[None], [0] * 4, statistic="mean")
+    with pytest.raises(InputError, match="no end of overconfidence is the better one"):
+        paired_robustness(probs[None], probs[None], [0] * 4, metric="overconfidence", statistic="best")
 
 
 def test_steps_to_reach():
