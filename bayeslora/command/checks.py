@@ -83,13 +83,26 @@ def configuration(arguments: argparse.Namespace, kind: str, **changes: Any) -> M
 
 def _study_from_file(arguments: argparse.Namespace) -> Study:
     """The study of the file; its tasks from ``--data-dir`` where it names no folder, ``sentiment`` excepted."""
-    beside = ("study", "output", "storage", "in_process", "data_dir", "check", "run", "command_line", "default_of")
+    beside = (
+        "study",
+        "output",
+        "storage",
+        "in_process",
+        "data_dir",
+        "reference",
+        "check",
+        "run",
+        "command_line",
+        "default_of",
+    )
     for name, value in vars(arguments).items():
         if name not in beside and value != arguments.default_of(name):
             raise InputError(
                 f"--{name.replace('_', '-')} does nothing beside a study file: change {arguments.study} instead"
             )
     study = Study.from_yaml(arguments.study)
+    if arguments.reference:
+        study = replace(study, reference=tuple(arguments.reference))
     if arguments.data_dir is None:
         return study
     folder = str(arguments.data_dir)

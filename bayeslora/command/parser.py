@@ -229,6 +229,14 @@ def _add_compare(commands: Any) -> None:
         metavar="STUDY.yaml",
         help="a study file, instead of the flags; --data-dir says where its data is",
     )
+    parser.add_argument(
+        "--reference",
+        type=word,
+        nargs="+",
+        metavar="NAME",
+        help='what differences are taken from, by the names in the tables, such as LoRA "LoRA + temperature"; '
+        "default: the first method",
+    )
     _add_data_options(parser, several=True)
     parser.add_argument("--output", type=path, required=True, metavar="DIR", help="folder for runs, tables and figures")
     parser.add_argument(

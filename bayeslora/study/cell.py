@@ -126,7 +126,7 @@ def _work(study: Study, cell: Cell, lineup: Lineup, folder: Path, progress: bool
                 "predict_seconds": predicted.seconds,
                 "peak_memory_mb": peak,
             }
-            facts = trained.facts if kind == TRAINED else {}
+            facts = {**(trained.facts if kind == TRAINED else {}), **predictor.tuned}
             rows.append({**_place(cell, predictor.label, kind, split), **_scores_of(predicted), **cost, **facts})
             arrays[f"{split}/{predictor.label}"] = predicted.probs.astype(np.float32)
             arrays[f"{split}/labels"] = predicted.labels.astype(np.int64)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,12 +26,14 @@ Predict = Callable[[str], Predicted]  # of a split
 
 
 class Predictor(NamedTuple):
-    """What predicts: the ``label`` that tables call it by, how to ``predict`` a split, and whether it averages
-    ``draws`` of a posterior. A plain ``(label, predict)`` will do where it does not."""
+    """What predicts: the ``label`` that tables call it by, how to ``predict`` a split, whether it averages ``draws`` of
+    a posterior, and the numbers that were ``tuned``, by their column in the tidy table. A plain ``(label, predict)``
+    will do where there are none."""
 
     label: str
     predict: Predict
     draws: bool = False
+    tuned: Mapping[str, float] = MappingProxyType({})
 
 
 @dataclass(frozen=True)

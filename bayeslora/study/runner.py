@@ -79,7 +79,9 @@ def run_study(
         (True, 0)
     """
     output_dir = Path(output_dir)
-    trained = list(Lineup.of(study.methods).trained)
+    lineup = Lineup.of(study.methods)
+    lineup.check(study)
+    trained = list(lineup.trained)
     check_folders(study, trained)
     check_budget(study)
     _check_folder(output_dir, study)

@@ -94,6 +94,8 @@ class Study:
         curve_points: Evaluations on the validation split while training; 0 records no learning curve.
         curve_examples: Of the validation split, for the curve.
         keep_adapters: Keep what was trained; else only predictions, scores and curves stay.
+        reference: What differences are taken from, by the names in the tables; several give a table each. The first
+            method if there is none. It changes tables only.
         retries: How often to repeat a cell that failed otherwise than by diverging or by bad input.
 
     Raises:
@@ -126,6 +128,7 @@ class Study:
     curve_points: int = 0
     curve_examples: int = 200
     keep_adapters: bool = False
+    reference: tuple[str, ...] = ()
     retries: int = 1
 
     def __post_init__(self) -> None:
@@ -160,6 +163,7 @@ class Study:
             raise InputError(f"study: trainer must be a mapping, got {shown(self.trainer)}")
         for name in ("model", "test_split"):
             check_text(name, getattr(self, name))
+        object.__setattr__(self, "reference", _listed_texts("reference", self.reference))
         for name in ("shift_splits", "keep_adapters"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"study: {name} takes true or false, got {shown(getattr(self, name))}")
@@ -198,13 +202,13 @@ class Study:
 
     @property
     def digest(self) -> str:
-        """The same for equal studies."""
-        return _digest(self.to_dict())
+        """The same for studies that train and score the same."""
+        return _digest({name: value for name, value in self.to_dict().items() if name != "reference"})
 
     @property
     def settings(self) -> dict[str, Any]:
         """All but the grid: what cells of one folder have in common."""
-        return {name: value for name, value in self.to_dict().items() if name not in (*AXES, "retries")}
+        return {name: value for name, value in self.to_dict().items() if name not in (*AXES, "reference", "retries")}
 
     def cell_digest(self, cell: Cell, methods: Sequence[MethodSpec]) -> str:
         """Changes with anything that the cell's scores depend on; ``methods`` are those that it serves."""
@@ -277,6 +281,16 @@ def _task_spec(task: Any) -> TaskSpec:
         "data_dir": folder and str(folder),
     }
     return TaskSpec(**{**values, **given})
+
+
+def _listed_texts(name: str, values: Any) -> tuple[str, ...]:
+    """Texts, or one that stands for a list of one."""
+    found = (values,) if isinstance(values, str) else tuple(values) if isinstance(values, list | tuple) else None
+    if found is None:
+        raise InputError(f"study: {name} takes a text or a list of texts, got {shown(values)}")
+    for value in found:
+        check_text(name, value)
+    return found
 
 
 def _plain(value: Any) -> Any:

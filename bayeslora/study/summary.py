@@ -1,5 +1,6 @@
 """What a study says, in Markdown, with its figures."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from bayeslora.analysis.plots import study as plots
 from bayeslora.analysis.tables.comparison import layout
 from bayeslora.analysis.tables.cost import cost_table, steps_to_reach
 from bayeslora.analysis.tables.study import SETTING, known_metrics, robustness_table
-from bayeslora.study.differences import at_best, differences, grid_differences
+from bayeslora.study.differences import at_best, differences, grid_differences, references
 from bayeslora.study.spec import Study, slug
 
 FIGURES = "figures"
@@ -27,8 +28,9 @@ def write_summary(
     """Write ``summary.md`` and ``figures/``; returns the summary."""
     parts = [f"# {', '.join(task.name for task in study.tasks)}, {study.model}"]
     if len(results):
+        against = references(study, results)
         for task in results["task"].unique():
-            parts += _task_parts(study, str(task), results[results["task"] == task], curves, output_dir)
+            parts += _task_parts(study, str(task), results[results["task"] == task], against, curves, output_dir)
         parts.append(f"Versions: {results['versions'].iloc[0]}.")
     if len(failures):
         parts += [
@@ -50,34 +52,35 @@ def headline(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def _task_parts(
-    study: Study, task: str, results: pd.DataFrame, curves: pd.DataFrame, output_dir: Path
+    study: Study, task: str, results: pd.DataFrame, references: list[str], curves: pd.DataFrame, output_dir: Path
 ) -> Iterator[str]:
     splits = [split for split in results["split"].unique() if split != "validation"] or ["validation"]
     split = "test" if "test" in splits else splits[0]
     several = len(results.drop_duplicates(SETTING)) > 1
-    first = results["method"].iloc[0]
+    methods = [*results["method"].unique()]
+    against = [name for name in references if name in methods] or methods[:1]
     selected = several and "validation" in set(results["split"]) and splits != ["validation"]
     yield f"## {task}"
     if not several or selected:
         chosen = ", each at the setting with its lowest mean NLL on validation" if selected else ""
         yield f"Mean ± standard deviation over seeds{chosen}. A star: tuned on validation labels."
         yield to_markdown(headline(results))
-        for one in splits:
-            compared = differences(study, results, output_dir, one)
+        for one, name in itertools.product(splits, against):
+            compared = differences(study, results, output_dir, one, name)
             if len(compared):
                 yield (
-                    f"Differences from {first} on {one}, in pairs, with 95 % bootstrap intervals over "
+                    f"Differences from {name} on {one}, in pairs, with 95 % bootstrap intervals over "
                     f"{compared['examples'].iloc[0]} examples, and over seeds where both have several:"
                 )
                 yield _difference_table(compared)
     if several:
         yield f"Over all settings of the grid, on {split} (means over seeds first; spread is best − worst):"
         yield _robustness_markdown(robustness_table(results, split=split))
-        for statistic in ("median", "spread"):
-            compared = grid_differences(study, results, output_dir, split, statistic)
+        for statistic, name in itertools.product(("median", "spread"), against):
+            compared = grid_differences(study, results, output_dir, split, statistic, name)
             if len(compared):
                 yield (
-                    f"Differences from {first} in the {statistic} over the settings that both "
+                    f"Differences from {name} in the {statistic} over the settings that both "
                     "have finished, with 95 % bootstrap intervals over examples and seeds:"
                 )
                 yield _difference_table(compared)
@@ -87,7 +90,7 @@ def _task_parts(
     if reached:
         yield reached
     yield f"Cost, in means over all runs ({results['host'].iloc[0]}, {results['processors'].iloc[0]} processors):"
-    yield _cost_markdown(cost_table(results, split=split, reference=first))
+    yield _cost_markdown(cost_table(results, split=split, reference=against[0]))
     yield from _figures(task, results, split, several, output_dir)
 
 

@@ -95,7 +95,7 @@ def _across_seeds(study: Study, done: dict[Cell, dict], output_dir: Path) -> lis
                         **_provenance(done[first]),
                         **seconds,
                         **calibration_summary(combined, labels),
-                        "method": method.label_on(first.method),
+                        "method": method.label_on(first.method, len(members)),
                         "kind": ACROSS_SEEDS,
                         "seed": None,
                         "members": len(members),

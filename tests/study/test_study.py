@@ -274,13 +274,13 @@ def test_one_training_serves_all_that_builds_on_it(study, tmp_path, monkeypatch)
         "LoRA + temperature*",
         "LoRA + MC dropout",
         "LoRA + checkpoint ensemble",
-        "LoRA deep ensemble",
+        "LoRA deep ensemble of 2",
         "MonteCLoRA post-hoc, 3 draws",
         "MonteCLoRA post-hoc, 3 draws + temperature*",
     }
     members = [read_predictions(tmp_path / "out" / only(made, seed=s).folder, "test")["LoRA"] for s in (0, 1)]
     mean, labels = (members[0][0] + members[1][0]) / 2, members[0][1]
-    ensemble = rows[rows["method"] == "LoRA deep ensemble"].iloc[0]
+    ensemble = rows[rows["method"] == "LoRA deep ensemble of 2"].iloc[0]
     assert ensemble["nll"] == pytest.approx(-np.log(mean[np.arange(len(labels)), labels]).mean(), abs=1e-9)
     assert ensemble["members"] == 2
     assert "summary.md" in {path.name for path in (tmp_path / "out").iterdir()}
@@ -313,6 +313,9 @@ def test_a_width_is_tuned_where_there_are_enough_validation_examples(study, tmp_
     assert set(on_validation) == {"ours, mean", "ours, 3 draws", "ours, 3 draws, agreement"}
     del on_validation["ours, 3 draws, agreement"]
     assert both <= tuned <= min(on_validation.values()) + 1e-9
+    numbers = {row["method"]: {"width", "temperature"} & row.keys() for row in result["rows"]}
+    assert [columns for columns in numbers.values() if columns] == [{"width"}, {"width"}, {"width", "temperature"}]
+    assert all(row["width"] >= 0 for row in result["rows"] if "width" in row)
     few = run_cell(study(ours), only(study(ours)), tmp_path / "few")
     assert not [row for row in few["rows"] if "tuned" in row["method"]]
     assert few["failures"] == []
@@ -353,12 +356,15 @@ def test_draws_in_mirrored_pairs(study, tmp_path):
 
 def test_the_temperature_sees_validation_only(study, tmp_path):
     made = study("lora", "temperature")
-    run_cell(made, only(made), tmp_path)
+    rows = run_cell(made, only(made), tmp_path)["rows"]
     folder = tmp_path / only(made).folder
     validation, test = (read_predictions(folder, split) for split in ("validation", "test"))
     log_odds = {name: np.log(test[name][0][:, 1] / test[name][0][:, 0]) for name in test}
     used = log_odds["LoRA"] / log_odds["LoRA + temperature*"]
     assert np.allclose(used, fit_temperature(*validation["LoRA"]), rtol=1e-3)
+    said = [row["temperature"] for row in rows if row["method"] == "LoRA + temperature*"]
+    assert said == pytest.approx([fit_temperature(*validation["LoRA"])] * 2, rel=1e-5)
+    assert not [row for row in rows if row["method"] == "LoRA" and "temperature" in row]
     assert abs(used.mean() / fit_temperature(*test["LoRA"]) - 1) > 1e-2
 
 
@@ -464,6 +470,41 @@ class TestGrid:
         assert row["aurc_lower"] <= row["aurc"] <= row["aurc_upper"]
         assert row["overconfidence_verdict"] in ("higher", "lower", "no difference seen")
         assert "AURC (%)" in (tmp_path / "out" / "summary.md").read_text()
+
+    def test_the_reference_is_a_choice(self, study, tmp_path):
+        """From LoRA, from LoRA with a temperature, or both; another choice trains nothing again."""
+        both = ["LoRA", "LoRA + temperature"]
+        made = study("lora", "temperature", "deep_ensemble", seeds=[0, 1], reference=both)
+        result = run_study(made, tmp_path / "out", progress=False)
+        summary = (tmp_path / "out" / "summary.md").read_text()
+        found = {}
+        for name in ("LoRA", "LoRA + temperature*"):
+            assert f"Differences from {name} on test" in summary
+            rows = differences(made, result.results, tmp_path / "out", "test", name).set_index("method")
+            assert name not in rows.index
+            assert len(rows) == 2
+            found[name] = rows["nll"]
+        assert found["LoRA"]["LoRA + temperature*"] == -found["LoRA + temperature*"]["LoRA"]
+        written = [file.stat().st_mtime_ns for file in sorted((tmp_path / "out").rglob("scores.json"))]
+        other = Study.from_dict({**made.to_dict(), "reference": "LoRA deep ensemble of 2"})
+        run_study(other, tmp_path / "out", progress=False)
+        assert written == [file.stat().st_mtime_ns for file in sorted((tmp_path / "out").rglob("scores.json"))]
+        assert "Differences from LoRA on" not in (tmp_path / "out" / "summary.md").read_text()
+
+    @pytest.mark.parametrize(
+        ("reference", "says"),
+        [("LoRA + temprature", "did you mean 'LoRA . temperature"), ("DoRA", "nothing is called as the reference")],
+    )
+    def test_a_reference_that_there_is_not_is_refused_before_training(self, study, tmp_path, reference, says):
+        made = study("lora", "temperature", reference=reference)
+        with pytest.raises(InputError, match=says):
+            run_study(made, tmp_path / "out", progress=False)
+        assert not (tmp_path / "out").exists()
+
+    def test_an_ensemble_of_one_is_refused_before_training(self, study, tmp_path):
+        with pytest.raises(InputError, match="combines the trainings of several seeds"):
+            run_study(study("lora", "deep_ensemble"), tmp_path / "out", progress=False)
+        assert not (tmp_path / "out").exists()
 
     def test_a_new_measure_needs_no_new_training(self, study, tmp_path):
         """Cells that were scored before there was one are scored by the predictions that they kept."""

@@ -731,7 +731,7 @@ class TestComputeMetrics:
         }
         assert better.pop("accuracy")
         assert set(better.values()) == {False}
-        with pytest.raises(InputError, match="no evaluation metric .*overconfidence"):  # no end of it is the better
+        with pytest.raises(InputError, match=r"no evaluation metric .*overconfidence"):  # no end of it is the better
             Metrics(classifier(), None, prefix + "overconfidence")
 
     def test_a_best_metric_that_there_is_not(self, tmp_path):

@@ -138,9 +138,9 @@ class PosteriorOptions:
         if not experiment.has_validation:
             return
         if "mean_temperature" in wanted:
-            yield Predictor(f"{label}, mean + temperature*", tempered(mean))
+            yield tempered(f"{label}, mean + temperature*", mean)
         if "draws_temperature" in wanted:
-            yield Predictor(f"{label}, {these} + temperature*", tempered(draws), draws=True)
+            yield tempered(f"{label}, {these} + temperature*", draws, draws=True)
         tuned = [name for name in TUNED if name in wanted]
         if not tuned or len(experiment.data("validation")) < LEAST_EXAMPLES:
             return
@@ -154,7 +154,10 @@ class PosteriorOptions:
         for name in tuned:
             found = widths.choose(**TUNED[name], progress=False)
             title = name.replace("_", " + ") + ("" if name == "agreement" else "*")  # which needs no labels
-            yield Predictor(f"{label}, {these}, {title}", predictor(count, found), draws=True)
+            numbers = {"width": found.width}
+            if "with_temperature" in TUNED[name]:
+                numbers["temperature"] = found.temperature
+            yield Predictor(f"{label}, {these}, {title}", predictor(count, found), draws=True, tuned=numbers)
 
 
 @register
