@@ -68,6 +68,7 @@ def _read_task(arguments: argparse.Namespace, name: str) -> Task:
         arguments.data_dir,
         text_columns=arguments.text_columns,
         label_column=arguments.label_column,
+        shift_splits=arguments.shift_splits,
         prompting=_prompting(arguments.prompting),
     )
 

@@ -314,6 +314,9 @@ def _add_data_options(parser: argparse.ArgumentParser, *, several: bool = False)
     )
     group.add_argument("--label-column", type=word, metavar="COLUMN")
     group.add_argument(
+        "--shift-splits", type=word, nargs="+", metavar="SPLIT", help="labelled splits from elsewhere, to score too"
+    )
+    group.add_argument(
         "--max-train-examples",
         type=number("max_train_examples"),
         metavar="N",

@@ -30,6 +30,7 @@ from bayeslora.training.budget import TrainingBudget
 SETTINGS_FILE = "comparison.json"  # in the folder of a study: the study, and what its cells have in common
 MOST_LETTERS = 200  # of a name, in a path; file systems take 255 bytes, with what is put around it
 AXES = ("tasks", "methods", "learning_rates", "batch_sizes", "ranks", "seeds")
+LATER = ("prompting", "shift_splits")  # of a task: digests of studies without them stay as they were
 LORA_FIELDS = (
     "lora_alpha",
     "target_modules",
@@ -84,7 +85,8 @@ class Study:
         train_examples, test_examples: Random subsets of these sizes, the same for all; everything when ``None``.
         validation_examples: The same for what is tuned and chosen on; as ``test_examples`` when ``None``.
         test_split: What is scored; ``validation`` where it is unlabelled.
-        shift_splits: Score the task's shifted splits too.
+        shift_splits: Score the tasks' shifted splits too: those that a task is known for, or that its ``shift_splits``
+            names.
         hold_out: Training examples set aside as validation where the task's own validation split is what is scored.
         max_length: Tokens per example.
         num_samples: Draws of every method that draws.
@@ -265,10 +267,12 @@ def _task_spec(task: Any) -> TaskSpec:
     columns = (columns,) if isinstance(columns, str) else columns
     folder = values.get("data_dir")
     names = values.get("label_names")
+    shifts = values.get("shift_splits")
+    shifts = (shifts,) if isinstance(shifts, str) else shifts
     for name in ("name", "label_column"):
         if values.get(name) is not None or name == "name":
             check_text(f"{name} of a task", values[name])
-    for name, entries in (("text_columns", columns), ("label_names", names)):
+    for name, entries in (("text_columns", columns), ("label_names", names), ("shift_splits", shifts)):
         if isinstance(entries, str) or not isinstance(entries or (), Sequence):
             raise InputError(f"study: {name} of a task takes a list of texts, got {shown(entries)}")
         for entry in entries or ():
@@ -279,6 +283,7 @@ def _task_spec(task: Any) -> TaskSpec:
         "text_columns": columns and tuple(columns),
         "label_names": names and tuple(names),
         "data_dir": folder and str(folder),
+        "shift_splits": None if shifts is None else tuple(shifts),
     }
     return TaskSpec(**{**values, **given})
 
@@ -296,7 +301,7 @@ def _listed_texts(name: str, values: Any) -> tuple[str, ...]:
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return {name: entry for name, entry in fields.items() if name != "prompting" or entry is not None}
+        return {name: entry for name, entry in fields.items() if name not in LATER or entry is not None}
     if isinstance(value, Mapping):
         return {str(key): _plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):

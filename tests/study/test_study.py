@@ -664,6 +664,22 @@ def test_hold_out_makes_a_validation_split(study, place, tmp_path):
     assert {row["method"] for row in result["rows"] if row["split"] == "test"} == {"LoRA", "LoRA + temperature*"}
 
 
+def test_a_study_names_shifted_splits_of_its_own_data(study, place, tmp_path):
+    """They are scored beside the test split, and a study without them has the digests it had."""
+    reviews = tmp_path / "reviews"
+    shutil.copytree(place / "reviews", reviews)
+    shutil.copy(reviews / "test.csv", reviews / "forum.csv")
+    task = {"name": "reviews", "data_dir": str(reviews), "text_columns": "text"}
+    made = study({"name": PRIOR}, tasks=[{**task, "shift_splits": ["forum"]}])
+    assert Study.from_dict(json.loads(json.dumps(made.to_dict()))) == made
+    rows = run_cell(made, only(made), tmp_path / "out")["rows"]
+    assert [row["split"] for row in rows] == ["validation", "test", "forum"]
+    assert rows[1]["nll"] == rows[2]["nll"]
+    without = study({"name": PRIOR}, tasks=[task])
+    assert "shift_splits" not in without.to_dict()["tasks"][0]
+    assert without.digest != made.digest
+
+
 def test_compare_in_python(place, tmp_path):
     """The two methods of the demo, with a table and predictions by split and seed; what is wrong is refused."""
     task = load_task("reviews", place / "reviews", text_columns="text")
