@@ -521,6 +521,16 @@ class TestGrid:
         for name in ("aurc", "overconfidence"):
             np.testing.assert_allclose(second.results[name], first.results[name], atol=1e-6)
 
+    def test_a_study_that_has_grown_counts_what_is_finished(self, study, tmp_path, capsys):
+        run_study(self.grid(study, tmp_path), tmp_path / "out", progress=False)
+        grown = Study.from_dict({**self.grid(study, tmp_path).to_dict(), "seeds": [0, 1, 2, 3]})
+        run_study(grown, tmp_path / "out")
+        said = capsys.readouterr().out.splitlines()
+        assert said[0] == "[3/4] finished before"
+        assert [line.split("]")[0] for line in said if line.startswith("[")] == ["[3/4", "[3/4", "[4/4"]
+        assert "seed 3" in said[1]
+        assert self.trainings(tmp_path) == ["0", "1", "2", "3"]
+
     def test_a_finished_study_is_read(self, study, tmp_path):
         made = self.grid(study, tmp_path)
         first = run_study(made, tmp_path / "out", progress=False)
