@@ -89,7 +89,7 @@ def _task_parts(
     reached = _speed(results, curves[curves["task"] == task] if len(curves) else curves)
     if reached:
         yield reached
-    yield f"Cost, in means over all runs ({results['host'].iloc[0]}, {results['processors'].iloc[0]} processors):"
+    yield _cost_words(results)
     yield _cost_markdown(cost_table(results, split=split, reference=against[0]))
     yield from _figures(task, results, split, several, output_dir)
 
@@ -118,19 +118,31 @@ def _robustness_markdown(table: pd.DataFrame) -> str:
     return _markdown(header, rows)
 
 
+def _cost_words(results: pd.DataFrame) -> str:
+    machines, workers = results["host"].nunique(), results["workers"].max()
+    where = results["host"].iloc[0] if machines == 1 else f"{machines} machines"
+    known = "an unknown number of" if pd.isna(workers) else f"up to {workers}"
+    return (
+        f"Cost, in means over all runs ({where}, {results['processors'].iloc[0]} processors, {known} workers at once), "
+        "by the clock and in processor time. Ratios are of processor time, in pairs of runs at one setting and seed, "
+        "with as many workers beside them:"
+    )
+
+
 def _cost_markdown(table: pd.DataFrame) -> str:
-    header = ["method", "training (s)", "ratio", "prediction (s per 1000)", "peak memory (MB)"]
+    columns = {
+        "training (s)": ("train_seconds", 1),
+        "of processors (s)": ("train_cpu_seconds", 1),
+        "ratio": ("train_ratio", 2),
+        "prediction (s per 1000)": ("predict_seconds", 2),
+        "of processors (s per 1000)": ("predict_cpu_seconds", 2),
+        "peak memory (MB)": ("peak_memory_mb", 0),
+    }
     rows = [
-        [
-            key[1],
-            f"{row['train_seconds']:.1f}",
-            f"{row['train_ratio']:.2f}",
-            f"{row['predict_seconds']:.2f}",
-            "-" if np.isnan(row["peak_memory_mb"]) else f"{row['peak_memory_mb']:.0f}",
-        ]
+        [key[1], *("-" if pd.isna(row[name]) else f"{row[name]:.{decimals}f}" for name, decimals in columns.values())]
         for key, row in table.iterrows()
     ]
-    return _markdown(header, rows)
+    return _markdown(["method", *columns], rows)
 
 
 def _speed(results: pd.DataFrame, curves: pd.DataFrame) -> str:

@@ -14,6 +14,8 @@ from bayeslora.study.outcome import ACROSS_SEEDS
 from bayeslora.study.predictions import PREDICTIONS_FILE, read_predictions
 from bayeslora.study.spec import Cell, Study
 
+COSTS = ("train_seconds", "train_cpu_seconds", "predict_seconds", "predict_cpu_seconds")
+
 
 def collect(study: Study, trials: Any, output_dir: Path) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """Results, learning curves and failures of the trials in an Optuna study, each cell once.
@@ -30,8 +32,9 @@ def collect(study: Study, trials: Any, output_dir: Path) -> tuple[pd.DataFrame, 
     order = sorted(done, key=_key(study))
     for cell in order:
         _complete(done[cell]["rows"], output_dir / cell.folder)
-    rows = [row | _provenance(done[cell]) for cell in order for row in done[cell]["rows"]]
-    rows += _across_seeds(study, {cell: done[cell] for cell in order}, output_dir)
+    workers = _workers(done)
+    rows = [row | _provenance(done[cell], workers[cell]) for cell in order for row in done[cell]["rows"]]
+    rows += _across_seeds(study, {cell: done[cell] for cell in order}, workers, output_dir)
     curves = [{**cell.__dict__, **point} for cell in order for point in done[cell]["curve"]]
     failures = [
         {**cell.__dict__, "error": failed[cell]} for cell in sorted(failed, key=_key(study)) if cell not in done
@@ -40,8 +43,9 @@ def collect(study: Study, trials: Any, output_dir: Path) -> tuple[pd.DataFrame, 
     results = pd.DataFrame(rows)
     if len(results):
         results["seed"] = results["seed"].astype("Int64")
-        for name in ("mutual_information", "peak_memory_mb"):
-            results[name] = pd.to_numeric(results[name])
+        results["workers"] = results["workers"].astype("Int64")
+        for name in ("mutual_information", "peak_memory_mb", *COSTS):
+            results[name] = pd.to_numeric(results.get(name, pd.Series(dtype=float)))
     return results, pd.DataFrame(curves), pd.DataFrame(failures)
 
 
@@ -66,7 +70,9 @@ def write_tables(results: pd.DataFrame, curves: pd.DataFrame, failures: pd.DataF
             file.unlink(missing_ok=True)
 
 
-def _across_seeds(study: Study, done: dict[Cell, dict], output_dir: Path) -> list[dict[str, Any]]:
+def _across_seeds(
+    study: Study, done: dict[Cell, dict], workers: dict[Cell, int | None], output_dir: Path
+) -> list[dict[str, Any]]:
     lineup = Lineup.of(study.methods)
     rows: list[dict[str, Any]] = []
     groups: dict[tuple, list[Cell]] = {}
@@ -85,14 +91,12 @@ def _across_seeds(study: Study, done: dict[Cell, dict], output_dir: Path) -> lis
             probs, labels = np.stack([p for p, _ in predictions]), predictions[0][1]
             for method in methods:
                 combined = method.combine(probs)
-                seconds = {
-                    f"{what}_seconds": sum(rows_of[number][f"{what}_seconds"] for rows_of in own)
-                    for what in ("train", "predict")
-                }
+                spent = [{name: row[number].get(name) for name in COSTS} for row in own]
+                seconds = {name: None if None in (of := [one[name] for one in spent]) else sum(of) for name in COSTS}
                 rows.append(
                     {
                         **template,
-                        **_provenance(done[first]),
+                        **_provenance(done[first], workers[first]),
                         **seconds,
                         **calibration_summary(combined, labels),
                         "method": method.label_on(first.method, len(members)),
@@ -111,6 +115,19 @@ def _key(study: Study) -> Any:
     return lambda c: (tasks.index(c.task), labels.index(c.method), c.learning_rate, c.batch_size, c.rank, c.seed)
 
 
-def _provenance(result: dict) -> dict[str, Any]:
+def _workers(done: dict[Cell, dict]) -> dict[Cell, int | None]:
+    """How many finished cells of a machine were at work at once, at most, while each one was; None where it is not
+    known, as of an older version."""
+    spans = {cell: (result["host"], *result["between"]) for cell, result in done.items() if "between" in result}
+    found = dict.fromkeys(done)
+    for cell, (host, begin, end) in spans.items():
+        beside = [span[1:] for span in spans.values() if span[0] == host and span[1] < end and span[2] > begin]
+        moments = [max(start, begin) for start, _ in beside]
+        found[cell] = max((sum(start <= now < stop for start, stop in beside) for now in moments), default=1)
+    return found
+
+
+def _provenance(result: dict, workers: int | None) -> dict[str, Any]:
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    return {"versions": versions, "host": result["host"], "processors": result["processors"]}
+    where = {"host": result["host"], "processors": result["processors"], "workers": workers}
+    return {"versions": versions, **where}

@@ -97,7 +97,7 @@ def quiet() -> Iterator[None]:
 class Progress:
     """Says what runs, how far the study is and how long the rest will take.
 
-    ``known``: cells that were finished before this study's trials began, such as those of a smaller study in the folder.
+    ``known``: cells that were finished before this study's trials began, as those of a smaller study in the folder.
     """
 
     def __init__(self, total: int, trials: Any, known: Set[Cell], shown: bool):

@@ -471,6 +471,18 @@ class TestGrid:
         assert row["overconfidence_verdict"] in ("higher", "lower", "no difference seen")
         assert "AURC (%)" in (tmp_path / "out" / "summary.md").read_text()
 
+    def test_processor_time_lies_beside_the_clock(self, study, tmp_path):
+        made = study("lora", "temperature", "monteclora", "deep_ensemble", seeds=[0, 1])
+        rows = scored_on_test(run_study(made, tmp_path / "out", progress=False)).set_index("method")
+        for what in ("train", "predict"):
+            wall, cpu = rows[f"{what}_seconds"], rows[f"{what}_cpu_seconds"]
+            assert (cpu > 0).all()
+            assert cpu["LoRA deep ensemble of 2"] == pytest.approx(cpu["LoRA"].sum())
+            assert wall["LoRA deep ensemble of 2"] == pytest.approx(wall["LoRA"].sum())
+        assert set(rows["workers"]) == {1}
+        summary = (tmp_path / "out" / "summary.md").read_text()
+        assert "up to 1 workers at once" in summary
+
     def test_the_reference_is_a_choice(self, study, tmp_path):
         """From LoRA, from LoRA with a temperature, or both; another choice trains nothing again."""
         both = ["LoRA", "LoRA + temperature"]

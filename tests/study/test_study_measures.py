@@ -37,6 +37,7 @@ from bayeslora.analysis.tables.study import (
     verdict,
 )
 from bayeslora.errors import InputError
+from bayeslora.study.table import _workers
 
 
 def table() -> pd.DataFrame:
@@ -277,11 +278,42 @@ def test_steps_to_reach():
 
 
 def test_cost():
-    found = cost_table(table())
+    found = cost_table(timed(table()))
     assert list(found["train_ratio"]) == [1.0, 3.0]
     assert list(found["predict_seconds"]) == [20.0, 20.0]  # per 1000 examples
+    assert list(found["predict_cpu_seconds"]) == [10.0, 10.0]
     assert found["peak_memory_mb"].isna().all()
-    assert cost_table(table(), reference="none")["train_ratio"].isna().all()
+    assert cost_table(timed(table()), reference="none")["train_ratio"].isna().all()
+
+
+def timed(rows: pd.DataFrame) -> pd.DataFrame:
+    """One worker, whose processor time is half of what the clock shows."""
+    cpu = {f"{what}_cpu_seconds": rows[f"{what}_seconds"] / 2 for what in ("train", "predict")}
+    return rows.assign(host="here", workers=1, **cpu)
+
+
+def test_ratios_are_of_pairs_that_had_as_much_of_the_machine():
+    """One run of LoRA shared the machine: its clock ran on, and a ratio of means would praise the other method."""
+    rows = timed(table()[lambda t: t["learning_rate"] == 1e-3])
+    shared = (rows["method"] == "LoRA") & (rows["seed"] == 0)
+    rows.loc[shared, ["train_seconds", "train_cpu_seconds", "workers"]] = 129.0, 8.0, 3
+    found = cost_table(rows).loc["t"]
+    assert found["train_seconds"]["LoRA"] == (129 + 10) / 2
+    assert found["train_ratio"]["DoRA"] == 3.0  # of seed 1 alone
+    rows.loc[rows["method"] == "DoRA", "host"] = "there"
+    assert np.isnan(cost_table(rows).loc["t"]["train_ratio"]["DoRA"])
+
+
+def test_a_table_without_processor_time_has_no_ratios():
+    found = cost_table(table())
+    assert list(found["train_seconds"]) == [10.0, 30.0]
+    assert found["train_ratio"].isna().all()
+
+
+def test_workers_are_counted_where_their_cells_overlap():
+    names = dict(zip("abcde", [("x", 0, 10), ("x", 1, 4), ("x", 5, 9), ("y", 0, 9), ("x", 10, 12)], strict=True))
+    done = {name: {"host": host, "between": [*span]} for name, (host, *span) in names.items()}
+    assert _workers({**done, "old": {"host": "x"}}) == {"a": 2, "b": 2, "c": 2, "d": 1, "e": 1, "old": None}
 
 
 class TestPlots:
@@ -307,7 +339,7 @@ class TestPlots:
     def test_many_methods_can_be_told_apart_and_leave_room(self):
         many = pd.concat([table()[lambda t: t["method"] == "LoRA"].assign(method=f"method {i}") for i in range(16)])
         ax = plot_cost(many)
-        assert len({(line.get_color(), line.get_marker()) for line in ax.lines}) == 16
+        assert len({(line.get_color(), line.get_marker()) for line in ax.lines[::2]}) == 16
         ax.figure.canvas.draw()
         assert ax.get_window_extent().height > 1.2 * ax.figure.dpi  # inches, below the legend
 
@@ -315,11 +347,16 @@ class TestPlots:
         ax = plot_accuracy_calibration(table(), metric="nll")
         (x, y) = ax.lines[0].get_xydata()[0]
         assert (x, y) == pytest.approx((82, 0.81))
-        ax = plot_cost(table())
-        assert [tuple(line.get_xydata()[0]) for line in ax.lines] == [
-            pytest.approx((10, 0.81)),
-            pytest.approx((30, 0.91)),
-        ]
+
+    def test_cost_is_of_training_and_of_prediction(self):
+        for rows, scale in ((table(), 1.0), (timed(table()), 0.5)):  # processor time where there is some
+            ax = plot_cost(rows)
+            points, lines = ax.lines[::2], ax.lines[1::2]
+            assert [tuple(line.get_xydata()[0]) for line in points] == [
+                pytest.approx((10 * scale, 0.81)),
+                pytest.approx((30 * scale, 0.91)),
+            ]
+            assert [np.ptp(line.get_xdata()) for line in lines] == pytest.approx([20 * scale] * 2)  # 4 s for 200
 
     def test_one_task_a_picture(self):
         both = pd.concat([table(), table().assign(task="u")])

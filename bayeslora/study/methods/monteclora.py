@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import shutil
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -23,7 +22,7 @@ from bayeslora.study.entries import suggest
 from bayeslora.study.experiment import curve
 from bayeslora.study.methods.base import Method, PostHocMethod, TrainedMethod, register
 from bayeslora.study.methods.post_hoc import tempered
-from bayeslora.study.outcome import Predict, Predicted, Predictor, Trained
+from bayeslora.study.outcome import Predict, Predicted, Predictor, Stopwatch, Trained
 from bayeslora.training.fit import fit
 from bayeslora.training.monitor import components_in_use, noise_to_signal
 
@@ -102,7 +101,7 @@ class PosteriorOptions:
         evaluating: dict[str, Any] = (
             {"eval_strategy": "steps", "load_best_model_at_end": False} if experiment.curve_data else {}
         )
-        started = time.perf_counter()
+        watch = Stopwatch()
         result = fit(
             bayes,
             experiment.train_data,
@@ -117,9 +116,16 @@ class PosteriorOptions:
             evaluations=experiment.evaluations,
             **experiment.study.trainer,
         )
-        seconds = time.perf_counter() - started
-        facts = posterior_facts(bayes) if bayes.sampling else {}
-        return Trained(bayes.network, result.steps, seconds, curve(result.history), checkpoints.kept, facts, bayes)
+        spent = watch.read()
+        return Trained(
+            bayes.network,
+            result.steps,
+            curve=curve(result.history),
+            checkpoints=checkpoints.kept,
+            facts=posterior_facts(bayes) if bayes.sampling else {},
+            bayes=bayes,
+            **spent,
+        )
 
     def fitted_predictors(self, bayes: BayesLoRA, experiment: "Experiment", label: str) -> Iterator[Predictor]:
         """The predictors of a fitted posterior."""
@@ -224,13 +230,13 @@ def predict(
     bayes: BayesLoRA, data: Any, num_samples: int, antithetic: bool = False, tuning: Tuning | None = None
 ) -> Predicted:
     """The posterior predictive with a tuned width and temperature; at the mean with no samples."""
-    started = time.perf_counter()
+    watch = Stopwatch()
     with as_tuned(bayes, tuning):
         prediction = bayes.predict(
             data, num_samples=num_samples, antithetic=antithetic, keep_draws=False, progress=False
         )
     information = prediction.mutual_information if num_samples else None
-    return Predicted(prediction.probs, prediction.labels, information, time.perf_counter() - started)
+    return Predicted(prediction.probs, prediction.labels, information, **watch.read())
 
 
 def posterior_facts(bayes: BayesLoRA) -> dict[str, float]:
