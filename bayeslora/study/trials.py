@@ -103,7 +103,7 @@ class Progress:
     def __init__(self, total: int, trials: Any, known: Set[Cell], shown: bool):
         self.total, self.trials, self.known, self.shown = total, trials, known, shown
         self.durations: list[float] = []
-        self.started = time.monotonic()
+        self.started, self.reads = time.monotonic(), False
         if known and shown:
             tqdm.write(f"[{self.done()}/{self.total}] finished before")
 
@@ -111,12 +111,12 @@ class Progress:
         return len(complete(self.trials) | self.known)
 
     def begin(self, cell: Cell) -> None:
-        self.started = time.monotonic()
-        if self.shown and cell not in self.known:
+        self.started, self.reads = time.monotonic(), cell in self.known
+        if self.shown and not self.reads:
             tqdm.write(f"[{self.done()}/{self.total}] {cell}")
 
     def end(self, _: Any, trial: Any) -> None:
-        if Cell(**trial.params) in self.known:  # it was read
+        if self.reads:
             return
         took = time.monotonic() - self.started
         self.durations.append(took)
