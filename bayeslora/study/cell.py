@@ -21,7 +21,7 @@ from bayeslora.storage.manifest import version_info
 from bayeslora.storage.run_folder import reporting_full_disk
 from bayeslora.study.experiment import Experiment
 from bayeslora.study.methods.base import Lineup
-from bayeslora.study.outcome import POST_HOC, TRAINED, Predict, Predicted, Predictor, Stopwatch, Trained
+from bayeslora.study.outcome import POST_HOC, TRAINED, Predict, Predicted, Predictor, Spent, Stopwatch, Trained
 from bayeslora.study.predictions import PREDICTIONS_FILE, is_damaged, write_predictions
 from bayeslora.study.spec import Cell, Study, differing
 
@@ -181,7 +181,7 @@ def _scores_of(predicted: Predicted) -> dict[str, Any]:
 
 def _predictors(
     lineup: Lineup, experiment: Experiment, trained: Trained, failures: list[dict[str, str]]
-) -> Iterator[tuple[Predictor, str, dict[str, float]]]:
+) -> Iterator[tuple[Predictor, str, Spent]]:
     """Every predictor of the cell, its kind, and what its preparation took; post-hoc methods that fail are noted
     and left out."""
     own = []
@@ -196,12 +196,13 @@ def _predictors(
             failures.append({"method": experiment.on_top(method.label), "error": f"{type(error).__name__}: {error}"})
 
 
-def _timed(predictors: Iterable[tuple[str, Predict] | Predictor]) -> Iterator[tuple[Predictor, dict[str, float]]]:
+def _timed(predictors: Iterable[tuple[str, Predict] | Predictor]) -> Iterator[tuple[Predictor, Spent]]:
     """With what a method has spent on preparing so far."""
-    spent, watch = dict.fromkeys(("seconds", "cpu_seconds"), 0.0), Stopwatch()
+    wall, cpu, watch = 0.0, 0.0, Stopwatch()
     for predictor in predictors:
-        spent = {name: spent[name] + seconds for name, seconds in watch.read().items()}
-        yield Predictor(*predictor), spent
+        spent = watch.read()
+        wall, cpu = wall + spent["seconds"], cpu + spent["cpu_seconds"]
+        yield Predictor(*predictor), {"seconds": wall, "cpu_seconds": cpu}
         watch = Stopwatch()
 
 

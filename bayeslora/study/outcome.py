@@ -4,12 +4,19 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 
 # What made a row of results: its own training, something built on one, or the trainings of all seeds together.
 TRAINED, POST_HOC, ACROSS_SEEDS = "trained", "post-hoc", "across seeds"
+
+
+class Spent(TypedDict):
+    """``seconds`` by the clock on the wall, and ``cpu_seconds`` of processor time."""
+
+    seconds: float
+    cpu_seconds: float
 
 
 class Stopwatch:
@@ -19,8 +26,8 @@ class Stopwatch:
     def __init__(self) -> None:
         self.began = time.perf_counter(), time.process_time()
 
-    def read(self) -> dict[str, float]:
-        """Both, by their names."""
+    def read(self) -> Spent:
+        """Both."""
         wall, cpu = self.began
         return {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
 

@@ -116,7 +116,8 @@ class Progress:
             tqdm.write(f"[{self.done()}/{self.total}] {cell}")
 
     def end(self, _: Any, trial: Any) -> None:
-        if self.reads:
+        reads, self.reads = self.reads, False
+        if reads:
             return
         took = time.monotonic() - self.started
         self.durations.append(took)
