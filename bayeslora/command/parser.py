@@ -69,6 +69,7 @@ def _command(
         epilog=details,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.set_defaults(command=name, default_of=parser.get_default)
     parser.set_defaults(run=f"bayeslora.command.{run}", check=check and f"bayeslora.command.checks:{check}")
     return parser
 
@@ -155,7 +156,6 @@ def _add_predict(commands: Any) -> None:
         "predict:run_predict",
         "predict with a fitted run, and say how certain it is",
         "One JSON object a line on standard output: probabilities, entropy and mutual information (nats).",
-        check="check_predict",
     )
     _add_run_options(parser, auto=True)
     _add_antithetic(parser)
@@ -256,7 +256,6 @@ def _add_compare(commands: Any) -> None:
     )
     _add_shared_training_options(parser)
     _add_method_options(parser, several=True)
-    parser.set_defaults(default_of=parser.get_default)
 
 
 def _add_report(commands: Any) -> None:

@@ -174,11 +174,20 @@ class Study:
                 check_text("schedule", value)
             elif value is not None:
                 RANGES[name].check(f"study: {name}", value)
+        self._refuse_idle()
         names = [task.name for task in self.tasks]
         for name in names:
             if names.count(name) > 1:
                 raise InputError(f"study: two tasks are called {name!r}: give one of them another name")
         check_folders(self, ["method"])
+
+    def _refuse_idle(self) -> None:
+        """Refuse entries that would do nothing beside the others."""
+        named = next((task.name for task in self.tasks if task.shift_splits), None)
+        if named and not self.shift_splits:
+            raise InputError(f"study: shift_splits of task {named!r} does nothing beside shift_splits: false")
+        if self.curve_examples != type(self).curve_examples and not self.curve_points:
+            raise InputError("study: curve_examples does nothing without curve_points")
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> "Study":

@@ -127,6 +127,11 @@ class TestSpec:
             ({"training": {"epoch": 2}}, "did you mean 'epochs'"),
             ({"model": ""}, "'model' is missing"),
             ({"tasks": [{"nme": "x"}]}, "did you mean 'name'"),
+            ({"curve_examples": 50}, "curve_examples does nothing without curve_points"),
+            (
+                {"tasks": [{"name": "x", "shift_splits": ["y"]}], "shift_splits": False},
+                "of task 'x' does nothing beside shift_splits: false",
+            ),
         ],
     )
     def test_mistakes_are_named(self, study, changes, says):
@@ -148,6 +153,14 @@ class TestSpec:
             ),
             (["lora", {"name": "monteclora_post_hoc", "label": "LoRA"}], "two methods are called 'LoRA'"),
             (["temperature"], "builds on 'lora'"),
+            (["lora", {"name": "monteclora_post_hoc", "preset": "learned"}], "and mode='post_hoc' freezes it"),
+            (["lora", {"name": "monteclora", "mode": "post_hoc", "noise_schedule": "per_layer"}], "freezes it"),
+            (["lora", {"name": "monteclora_post_hoc", "mode": "joint"}], "is mode='post_hoc': leave mode out"),
+            (["lora", {"name": "monteclora_post_hoc", "predictions": ["mean"]}], "predicts nothing new"),
+            ([{"name": "gaussian", "guide": "mean_field"}], "is guide='gaussian': leave guide out"),
+            ([{"name": "monteclora", "guide": "gausian"}], "no guide 'gausian'; did you mean 'gaussian'"),
+            ([{"name": "monteclora", "predictions": []}], "predicts nothing new"),
+            ([{"name": "monteclora", "predictions": ["mean"], "antithetic": True}], "antithetic does nothing"),
             (["nowhere:Method"], "cannot import nowhere"),
             (["tests.workers.study_methods:Prier"], "did you mean 'Prior'"),
         ],

@@ -13,7 +13,7 @@ import numpy as np
 from bayeslora.analysis import mixture_entropy
 from bayeslora.config import MonteCLoRAConfig
 from bayeslora.errors import InputError
-from bayeslora.guides import MixtureGuide
+from bayeslora.guides import GUIDES, MixtureGuide
 from bayeslora.inference.tuning import LEAST_EXAMPLES, Widths, as_tuned
 from bayeslora.models import Tuning
 from bayeslora.module import BayesLoRA
@@ -57,6 +57,7 @@ class PosteriorOptions:
     antithetic: bool = False
 
     title: ClassVar[str]
+    decided: ClassVar[Mapping[str, Any]] = {}  # fields of the configuration that are the method's own
 
     def default_label(self) -> str:
         usual = next(f.default for f in dataclasses.fields(self) if f.name == "preset")
@@ -67,6 +68,9 @@ class PosteriorOptions:
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Any:
         own = [f.name for f in dataclasses.fields(cls) if f.name != "config"]
+        for option, value in cls.decided.items():
+            if options.get(option, value) != value:
+                raise InputError(f"method {cls.name!r} is {option}={value!r}: leave {option} out")  # type: ignore[attr-defined]
         for option in options:
             if option not in own and option not in CONFIG_FIELDS:
                 raise InputError(
@@ -88,11 +92,25 @@ class PosteriorOptions:
                         f"{suggest(str(predictor), PREDICTORS)}"
                     )
         made = cls(config=config, **rest)
-        MonteCLoRAConfig.preset(made.preset, **config)  # a mistake is found before anything is trained
+        made.check()
         return made
 
-    def configuration(self, experiment: "Experiment", **changes: Any) -> MonteCLoRAConfig:
-        return MonteCLoRAConfig.preset(self.preset, **{**experiment.lora_options(), **self.config, **changes})
+    def check(self) -> None:
+        """Raise ``InputError`` for a mistake, and for what would do nothing."""
+        name = self.name  # type: ignore[attr-defined]
+        chosen = MonteCLoRAConfig.preset(self.preset, **{**self.config, **self.decided})
+        if chosen.guide not in GUIDES:
+            raise InputError(f"method {name!r} has no guide {chosen.guide!r}; {suggest(chosen.guide, sorted(GUIDES))}")
+        drawn = [predictor for predictor in self.predictions if not predictor.startswith("mean")]
+        if not (drawn if isinstance(self, PostHocMethod) else self.predictions):
+            raise InputError(f"method {name!r} predicts nothing new with predictions={[*self.predictions]}")
+        if not drawn:
+            for option in ("num_samples", "antithetic"):
+                if getattr(self, option):
+                    raise InputError(f"method {name!r}: {option} does nothing where predictions are at the mean")
+
+    def configuration(self, experiment: "Experiment") -> MonteCLoRAConfig:
+        return MonteCLoRAConfig.preset(self.preset, **{**experiment.lora_options(), **self.config, **self.decided})
 
     def fit(self, bayes: BayesLoRA, experiment: "Experiment", scale: float) -> Trained:
         """Within the study's budget."""
@@ -199,9 +217,7 @@ class GaussianPosterior(MonteCLoRAMethod):
 
     name: ClassVar[str] = "gaussian"
     title: ClassVar[str] = "Gaussian guide"
-
-    def configuration(self, experiment: "Experiment", **changes: Any) -> MonteCLoRAConfig:
-        return super().configuration(experiment, guide="gaussian", **changes)
+    decided: ClassVar[Mapping[str, Any]] = {"guide": "gaussian"}
 
 
 @register
@@ -214,9 +230,10 @@ class PostHocMonteCLoRA(PosteriorOptions, PostHocMethod):
     shows_base: ClassVar[bool] = False
     name: ClassVar[str] = "monteclora_post_hoc"
     title: ClassVar[str] = "MonteCLoRA post-hoc"
+    decided: ClassVar[Mapping[str, Any]] = {"mode": "post_hoc"}
 
     def predictors(self, trained: Trained, experiment: "Experiment", predict: Predict) -> Iterator[Predictor]:
-        config = self.configuration(experiment, mode="post_hoc")
+        config = self.configuration(experiment)
         bayes = BayesLoRA(copy.deepcopy(trained.network), config, likelihood=experiment.task.likelihood())
         bayes.eval()
         self.fit(bayes, experiment, 1.0)
