@@ -23,6 +23,7 @@ from .metrics.calibration import classwise_calibration_error as classwise_calibr
 from .metrics.calibration import expected_calibration_error as expected_calibration_error
 from .metrics.calibration import maximum_calibration_error as maximum_calibration_error
 from .metrics.calibration import negative_log_likelihood as negative_log_likelihood
+from .metrics.calibration import overconfidence as overconfidence
 from .metrics.calibration import sharpness as sharpness
 from .metrics.detection import detection_curve as detection_curve
 from .metrics.detection import detection_scores as detection_scores

@@ -212,6 +212,12 @@ class MonteCLoRAConfig:
                 raise InputError(f"{name} must be one of {', '.join(allowed)}; got {shown(getattr(self, name))}")
         if self.mode == "post_hoc" and self.sample_scaler == 0:
             raise InputError("mode='post_hoc' trains only the posterior, but sample_scaler=0 leaves none to train")
+        needs = {"learned": "follows what the adapter learns", "per_layer": "measures the gradients of μ"}
+        if self.mode == "post_hoc" and self.noise_schedule in needs:
+            raise InputError(
+                f"noise_schedule={self.noise_schedule!r} {needs[self.noise_schedule]}, and mode='post_hoc' freezes it: "
+                "choose another noise_schedule, or the preset 'calibrated' or 'constant'"
+            )
 
     def _check_lora_options(self) -> None:
         own = {f.name for f in dataclasses.fields(self)}

@@ -135,11 +135,6 @@ class LearnedSchedule(NoiseSchedule):
 
     def __init__(self, model: Prior):
         super().__init__(model)
-        if model.config.mode == "post_hoc":
-            raise InputError(
-                "noise_schedule='learned' follows what the adapter learns, and mode='post_hoc' freezes it: "
-                "choose another noise_schedule"
-            )
         model.register_buffer("losses", torch.zeros(3, device=model.groups[0].device))
         self.set(LEAST)
 
@@ -162,14 +157,6 @@ class LearnedSchedule(NoiseSchedule):
 
 class PerLayerSchedule(NoiseSchedule):
     """Gives an adapter noise according to how well the data determine it."""
-
-    def __init__(self, model: Prior):
-        super().__init__(model)
-        if model.config.mode == "post_hoc":
-            raise InputError(
-                "noise_schedule='per_layer' measures the gradients of μ, which mode='post_hoc' freezes: "
-                "choose another noise_schedule"
-            )
 
     def see_gradients(self) -> None:
         weights = [adapter.lora_A.weight for group in self.model.groups for adapter in group.adapters]

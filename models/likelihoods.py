@@ -192,7 +192,9 @@ class CategoricalLikelihood(Likelihood):
     of_classes = True
     takes_options = False
     label_type = "class"
-    metric_names = {name: metric.higher_is_better for name, metric in METRICS.items()}  # noqa: RUF012
+    metric_names = {  # noqa: RUF012
+        name: metric.higher_is_better for name, metric in METRICS.items() if metric.higher_is_better is not None
+    }
 
     def forward(self, logits: Tensor, labels: Tensor | None, num_examples: int | None = None) -> Tensor:
         with example_plate(logits.shape[0], num_examples):

@@ -16,12 +16,13 @@ import pandas as pd
 from bayeslora.analysis import to_markdown
 from bayeslora.analysis.tables.study import SETTING, robustness_table
 from bayeslora.study import Study
-from bayeslora.study.differences import differences, grid_differences, selective_differences
+from bayeslora.study.differences import differences, grid_differences
 from bayeslora.study.summary import headline
 
 HERE = Path(__file__).parent
 RATES = [3e-4, 1e-3, 3e-3]
 LEARNED = 0.65  # an accuracy; 0.573 of the test sentences are of one class
+REFERENCES = ("LoRA", "LoRA + temperature*")
 STUDIES = {"grid": "nlu_grid.yaml", "shift": "shift.yaml", "glue": "glue.yaml"}
 
 
@@ -45,13 +46,10 @@ def compare(study: Study, rows: pd.DataFrame, folder: Path) -> None:
     table = robustness_table(rows)
     columns = [(metric, part) for metric in ("accuracy", "nll", "ece") for part in ("median", "worst", "spread")]
     print(table[columns].round(4).to_string())
-    for without in ([], ["LoRA"]):  # the first that is left is the reference
-        left = rows[~rows["method"].isin(without)]
-        print(f"\nfrom {left['method'].iloc[0]}: AURC\n")
-        print(selective_differences(study, left, folder, "test").round(4).to_string())
+    for reference in REFERENCES:
         for statistic in ("median", "spread"):
-            print(f"\nfrom {left['method'].iloc[0]}, in the {statistic}\n")
-            print(grid_differences(study, left, folder, "test", statistic).round(4).T.to_string())
+            print(f"\nfrom {reference}, in the {statistic}\n")
+            print(grid_differences(study, rows, folder, "test", statistic, reference).round(4).T.to_string())
 
 
 def at_one_setting(study: Study, results: pd.DataFrame, folder: Path) -> None:
@@ -59,11 +57,9 @@ def at_one_setting(study: Study, results: pd.DataFrame, folder: Path) -> None:
     for task, rows in results.groupby("task", sort=False):
         print(f"\n{task}\n\n{to_markdown(headline(rows))}")
         for split in [split for split in rows["split"].unique() if split != "validation"]:
-            for without in ([], ["LoRA"]):
-                left = rows[~rows["method"].isin(without)]
-                print(f"\n{split}, from {left['method'].iloc[0]}\n")
-                print(differences(study, left, folder, split).round(4).T.to_string())
-                print(selective_differences(study, left, folder, split).round(4).to_string())
+            for reference in REFERENCES:
+                print(f"\n{split}, from {reference}\n")
+                print(differences(study, rows, folder, split, reference).round(4).T.to_string())
 
 
 if __name__ == "__main__":

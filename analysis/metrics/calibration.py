@@ -34,6 +34,29 @@ def accuracy(probs: ArrayLike, labels: ArrayLike) -> float:
     return float((probs.argmax(axis=1) == labels).mean())
 
 
+def overconfidence(probs: ArrayLike, labels: ArrayLike) -> float:
+    r"""Mean confidence minus accuracy: above 0 where answers are surer than they are right, below 0 where less so.
+
+    Unlike a calibration error it has a sign and no bins; 0 does not say that every confidence is right.
+
+    Args:
+        probs: Predictive probabilities, shape ``(examples, classes)``, rows summing to one.
+        labels: Class indices, shape ``(examples,)``.
+
+    Returns:
+        A float in ``[-1, 1]``.
+
+    Raises:
+        InputError: The arrays do not fit that description.
+
+    Example:
+        >>> round(overconfidence([[0.9, 0.1], [0.8, 0.2]], [0, 1]), 4)  # 0.85 sure, 0.5 right
+        0.35
+    """
+    probs, labels = check_probs_and_labels(probs, labels)
+    return float(probs.max(axis=1).mean() - (probs.argmax(axis=1) == labels).mean())
+
+
 def negative_log_likelihood(probs: ArrayLike, labels: ArrayLike) -> float:
     r"""Mean surprise at the labels, in nats per example.
 

@@ -12,8 +12,11 @@ from bayeslora.analysis.metrics.calibration import (
     brier_score,
     expected_calibration_error,
     negative_log_likelihood,
+    overconfidence,
 )
 from bayeslora.analysis.metrics.checks import check_probs_and_labels
+from bayeslora.analysis.metrics.selective import area_under_risk_coverage, reweighted_area
+from bayeslora.analysis.metrics.uncertainty import predictive_entropy
 
 Reweighted = Callable[[np.ndarray], np.ndarray]  # from weights (R, n), each row summing to n, to the metric (R,)
 
@@ -26,7 +29,7 @@ class Metric:
         name: In files, and in the columns of tables.
         title: In headers.
         function: Of probabilities ``(examples, classes)`` and labels ``(examples,)``.
-        higher_is_better: Else lower is.
+        higher_is_better: Else lower is; None for a number with a sign, which is to be near 0 from either side.
         unit: What one is to know of the number, for readers.
         percent: Shown in percent, with one decimal; else with three.
         over_grid: Whether the summary of a study shows it over the settings of the grid too.
@@ -37,7 +40,7 @@ class Metric:
     name: str
     title: str
     function: Callable[[ArrayLike, ArrayLike], float]
-    higher_is_better: bool = False
+    higher_is_better: bool | None = False
     unit: str = ""
     percent: bool = False
     over_grid: bool = True
@@ -61,10 +64,16 @@ class Metric:
         """The title for an axis, with the unit."""
         return f"{self.title} ({self.unit})" if self.unit and not self.percent else self.header
 
+    def shown(self, value: float) -> str:
+        """As tables have it: in percent where it is, and with its sign where that says something."""
+        sign = "+" if self.higher_is_better is None else ""
+        return f"{self.factor * value:{sign}.{self.decimals}f}"
+
     @property
     def hint(self) -> str:
         """Unit and direction."""
-        direction = f"{'higher' if self.higher_is_better else 'lower'} is better"
+        directions = {True: "higher is better", False: "lower is better", None: "0 is neither too sure nor too unsure"}
+        direction = directions[self.higher_is_better]
         return ", ".join(part for part in ("%" if self.percent else "", self.unit, direction) if part)
 
     def of_reweighted(self, probs: ArrayLike, labels: ArrayLike) -> Reweighted:
@@ -103,6 +112,16 @@ def _reweighted_calibration_error(probs: np.ndarray, labels: np.ndarray) -> Rewe
     return lambda weights: np.abs(weights @ gaps).sum(1) / len(labels)
 
 
+def _area(probs: ArrayLike, labels: ArrayLike) -> float:
+    """AURC of examples in order of the entropy of their probabilities."""
+    checked, known = check_probs_and_labels(probs, labels)
+    return area_under_risk_coverage(predictive_entropy(checked), checked.argmax(1) != known)
+
+
+def _reweighted_area(probs: np.ndarray, labels: np.ndarray) -> Reweighted:
+    return reweighted_area(predictive_entropy(probs), probs.argmax(1) != labels)
+
+
 _RIGHT = _mean_of(lambda probs, labels: (probs.argmax(1) == labels).astype(np.float64))
 _DISTANCE = _mean_of(lambda probs, labels: np.square(probs - np.eye(probs.shape[1])[labels]).sum(1))
 
@@ -120,6 +139,16 @@ METRICS = {
             reweighted=_reweighted_calibration_error,
         ),
         Metric("brier", "Brier", brier_score, over_grid=False, reweighted=_DISTANCE),
+        Metric("aurc", "AURC", _area, unit="by entropy", percent=True, over_grid=False, reweighted=_reweighted_area),
+        Metric(
+            "overconfidence",
+            "confidence − accuracy",
+            overconfidence,
+            higher_is_better=None,
+            percent=True,
+            over_grid=False,
+            reweighted=_mean_of(lambda probs, labels: probs.max(1) - (probs.argmax(1) == labels)),
+        ),
     )
 }
 
@@ -132,8 +161,8 @@ def calibration_summary(probs: ArrayLike, labels: ArrayLike) -> dict[str, float]
         labels: Class indices, shape ``(examples,)``.
 
     Returns:
-        ``accuracy`` and ``ece`` (15 bins) as shares in ``[0, 1]``, ``nll`` in nats per example, ``brier`` in
-        ``[0, 2]``.
+        ``accuracy``, ``ece`` (15 bins) and ``aurc`` (in order of entropy) as shares in ``[0, 1]``, ``nll`` in nats per
+        example, ``brier`` in ``[0, 2]``, and ``overconfidence`` in ``[-1, 1]``.
 
     Raises:
         InputError: The arrays do not fit that description.
@@ -141,6 +170,6 @@ def calibration_summary(probs: ArrayLike, labels: ArrayLike) -> dict[str, float]
     Example:
         >>> probs, labels = [[0.9, 0.1], [0.4, 0.6], [0.7, 0.3], [0.2, 0.8]], [0, 1, 1, 1]
         >>> {name: round(value, 3) for name, value in calibration_summary(probs, labels).items()}
-        {'accuracy': 0.75, 'nll': 0.511, 'ece': 0.35, 'brier': 0.35}
+        {'accuracy': 0.75, 'nll': 0.511, 'ece': 0.35, 'brier': 0.35, 'aurc': 0.146, 'overconfidence': 0.0}
     """
     return {name: metric.function(probs, labels) for name, metric in METRICS.items()}

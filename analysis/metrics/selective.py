@@ -1,5 +1,6 @@
 """Selective prediction: answer only where the model is sure. How many errors are left?"""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -70,6 +71,36 @@ def area_under_risk_coverage(uncertainty: ArrayLike, wrong: ArrayLike) -> float:
         Geifman, Uziel and El-Yaniv (2019), *Bias-Reduced Uncertainty Estimation for Deep Neural Classifiers*.
     """
     return float(risk_coverage(uncertainty, wrong).risk.mean())
+
+
+def reweighted_area(uncertainty: np.ndarray, wrong: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    r"""`area_under_risk_coverage` of examples that are repeated, from how often each is: ``(R, n)`` to ``(R,)``.
+
+    A group of s examples of equal uncertainty and mean loss m, behind C surer ones with L errors in sum, adds
+
+    .. math:: \sum_{j=1}^{s} \frac{L + j m}{C + j} = s m + (L - C m) (H_{C+s} - H_C)
+
+    with the harmonic numbers H; copies of an example are such a group.
+    """
+    order = np.argsort(uncertainty, kind="stable")
+    _, first = np.unique(uncertainty[order], return_index=True)
+    losses = np.asarray(wrong, dtype=np.float64)[order]
+
+    def areas(weights: np.ndarray) -> np.ndarray:
+        counts = weights[:, order]
+        sizes, errors = (np.add.reduceat(of, first, axis=1) for of in (counts, counts * losses))
+        mean = errors / np.maximum(sizes, 1)
+        upto = np.cumsum(sizes, axis=1)
+        before = np.cumsum(errors, axis=1) - errors - (upto - sizes) * mean
+        last = np.rint(upto).astype(np.int64)
+        harmonic = np.concatenate([[0.0], np.cumsum(1 / np.arange(1, last.max() + 1))])
+        at = np.concatenate([np.zeros((len(last), 1)), harmonic[last]], axis=1)
+        return (errors + before * np.diff(at, axis=1)).sum(axis=1) / upto[:, -1]
+
+    at_once = max(1, 2**15 // len(order))  # in a processor's cache
+    return lambda weights: np.concatenate(
+        [areas(weights[start : start + at_once]) for start in range(0, len(weights), at_once)]
+    )
 
 
 def excess_area_under_risk_coverage(uncertainty: ArrayLike, wrong: ArrayLike) -> float:

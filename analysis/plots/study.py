@@ -148,12 +148,16 @@ def plot_accuracy_calibration(
 
 
 def plot_cost(results: pd.DataFrame, ax: Any = None, *, metric: str = "nll", split: str = "test") -> Any:
-    """A metric against the seconds of training, a point for each method at its own best setting on validation.
+    """A metric against what training and prediction cost, a point and a line for each method at its own best setting on
+    validation.
+
+    The point is at the seconds of training. The line from it to the right is as long as the prediction of 1000 examples
+    takes. Processor time where the results have it, else the time by the clock.
 
     Args:
         results: A study's tidy table, of one task.
         ax: Where to draw; a new figure by default.
-        metric: ``"accuracy"``, ``"nll"``, ``"ece"`` or ``"brier"``.
+        metric: Of :data:`bayeslora.analysis.metrics.registry.METRICS`.
         split: Of which split.
 
     Returns:
@@ -165,24 +169,23 @@ def plot_cost(results: pd.DataFrame, ax: Any = None, *, metric: str = "nll", spl
     Example:
         >>> ax = plot_cost(results)
         >>> ax.get_xlabel(), ax.get_ylabel()
-        ('seconds of training', 'NLL (nats per example)')
+        ('processor seconds of training, + of 1000 predictions', 'NLL (nats per example)')
     """
     chosen = _one_task(_at_best(results), split)
     title, factor = METRICS[metric].axis, METRICS[metric].factor
+    known = "train_cpu_seconds" in chosen and chosen["train_cpu_seconds"].notna().all()
+    clock, words = ("cpu_seconds", "processor seconds") if known else ("seconds", "seconds")
     ax = new_axes(ax, **size_below_legend(chosen["method"].unique()))
+    ends = []
     for number, (name, rows) in enumerate(chosen.groupby("method", sort=False)):
         colour, marker = style(number)
-        ax.plot(
-            rows["train_seconds"].mean(),
-            factor * rows[metric].mean(),
-            color=colour,
-            marker=marker,
-            markersize=5,
-            linestyle="none",
-            label=name,
-        )
-    ax.set_xlim(0, 1.08 * chosen.groupby("method")["train_seconds"].mean().max())
-    frame(ax, x="seconds of training", y=title)
+        trained = rows[f"train_{clock}"].mean()
+        ends.append(trained + (1000 * rows[f"predict_{clock}"] / rows["examples"]).mean())
+        height = factor * rows[metric].mean()
+        ax.plot(trained, height, color=colour, marker=marker, markersize=5, linestyle="none", label=name)
+        ax.plot([trained, ends[-1]], [height] * 2, color=colour, linewidth=1.0)
+    ax.set_xlim(0, 1.08 * max(ends))
+    frame(ax, x=f"{words} of training, + of 1000 predictions", y=title)
     legend_above(ax)
     return ax
 

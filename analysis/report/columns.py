@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from bayeslora.analysis.metrics.registry import METRICS
-from bayeslora.analysis.metrics.selective import area_under_risk_coverage
 
 
 @dataclass(frozen=True)
@@ -21,13 +20,8 @@ class Column:
     decimals: int = 3
 
 
-def _aurc(probs: np.ndarray, entropy: np.ndarray, labels: np.ndarray) -> float:
-    return area_under_risk_coverage(entropy, probs.argmax(1) != labels)
-
-
-CLASSIFICATION = (
-    *(Column(m.title, m.hint, m.function, factor=m.factor, decimals=m.decimals) for m in METRICS.values()),
-    Column("AURC", "%, lower is better", _aurc, ("probs", "entropy", "labels"), factor=100.0, decimals=1),
+CLASSIFICATION = tuple(
+    Column(m.title, m.hint, m.function, factor=m.factor, decimals=m.decimals) for m in METRICS.values()
 )
 REGRESSION = (
     Column(

@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 
-from bayeslora.analysis.metrics.registry import METRICS
+from bayeslora.analysis.metrics.registry import METRICS, Metric
 from bayeslora.errors import InputError
 
 RUN = ("split", "method", "seed")
@@ -49,7 +49,7 @@ def to_markdown(table: pd.DataFrame, *, metrics: Sequence[str] | None = None) ->
     """A `comparison_table` as GitHub Markdown whose columns also line up in a terminal.
 
     Cells read ``mean ± standard deviation``, or the mean alone with one seed, or ``-`` where there is no
-    number. Accuracy and ECE are in percent with one decimal, all else has three.
+    number. Shares, such as accuracy, are in percent with one decimal, all else has three.
 
     Args:
         table: What `comparison_table` returned.
@@ -73,7 +73,7 @@ def to_markdown(table: pd.DataFrame, *, metrics: Sequence[str] | None = None) ->
     unknown = [name for name in chosen if name not in known]
     if unknown:
         raise InputError(f"the table has no metric {unknown[0]!r}; it has {', '.join(known)}")
-    header = ["split", "method", "seeds", *(_format(name)[0] for name in chosen)]
+    header = ["split", "method", "seeds", *(_metric(name).header for name in chosen)]
     body = [_cells(key, row, chosen) for key, row in table.iterrows()]
     return layout(header, body, num_text_columns=2)
 
@@ -105,24 +105,23 @@ def _first_seen(frame: pd.DataFrame) -> list[tuple[Any, Any]]:
     return [pair for pair in pairs if pair in occurring]
 
 
-def _format(metric: str) -> tuple[str, float, int]:
-    """Title, factor and decimals; a metric that nobody registered is shown as it is."""
-    known = METRICS.get(metric)
-    return (known.header, known.factor, known.decimals) if known else (metric, 1.0, 3)
-
-
 def _cells(key: tuple[Any, Any], row: pd.Series, metrics: Sequence[str]) -> list[str]:
     split, method = (str(part).replace("|", "\\|") for part in key)
     numbers = [_number(metric, row[metric, "mean"], row[metric, "std"]) for metric in metrics]
     return [split, method, str(int(row["seeds", "count"])), *numbers]
 
 
-def _number(metric: str, mean: float, deviation: float) -> str:
-    _, factor, decimals = _format(metric)
+def _number(name: str, mean: float, deviation: float) -> str:
+    metric = _metric(name)
     if pd.isna(mean):
         return "-"
-    text = f"{factor * mean:.{decimals}f}"
-    return text if pd.isna(deviation) else f"{text} ± {factor * deviation:.{decimals}f}"
+    text = metric.shown(mean)
+    return text if pd.isna(deviation) else f"{text} ± {metric.factor * deviation:.{metric.decimals}f}"
+
+
+def _metric(name: str) -> Metric:
+    """One that nobody registered is shown as it is."""
+    return METRICS.get(name) or Metric(name, name, lambda probs, labels: float("nan"))
 
 
 def layout(header: list[str], body: list[list[str]], *, num_text_columns: int) -> str:

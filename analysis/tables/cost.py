@@ -5,7 +5,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from bayeslora.analysis.tables.study import first_seen, rows_of_split
+from bayeslora.analysis.tables.study import SETTING, first_seen, rows_of_split
+
+COLUMNS = ("train_seconds", "train_cpu_seconds", "predict_seconds", "predict_cpu_seconds", "peak_memory_mb")
 
 
 def steps_to_reach(curve: Sequence[Mapping[str, float]], loss: float) -> float:
@@ -32,14 +34,19 @@ def steps_to_reach(curve: Sequence[Mapping[str, float]], loss: float) -> float:
 def cost_table(results: pd.DataFrame, *, split: str = "test", reference: str = "LoRA") -> pd.DataFrame:
     """Means over all runs of what a method costs.
 
+    A clock on the wall goes on while others have the machine; processor time does so less. Ratios are therefore of
+    processor time, and of pairs alone: a run and the reference's run of the same setting and seed, on one machine with
+    as many workers. Where there is no such pair there is no ratio.
+
     Args:
         results: A study's tidy table.
         split: Whose predictions are timed.
-        reference: The method that others' seconds of training are compared with.
+        reference: The method that others' training is compared with.
 
     Returns:
-        Indexed by ``(task, method)``: ``train_seconds``; ``train_ratio``, to the reference's; ``predict_seconds`` of
-        the split per 1000 examples; ``peak_memory_mb``.
+        Indexed by ``(task, method)``: seconds of training, ``train_seconds`` by the clock and ``train_cpu_seconds`` of
+        processor time; ``train_ratio``, the mean of the pairs' ratios; ``predict_seconds`` and ``predict_cpu_seconds``
+        of the split per 1000 examples; ``peak_memory_mb``. NaN is what a table does not have.
 
     Raises:
         InputError: no rows of that split.
@@ -49,14 +56,20 @@ def cost_table(results: pd.DataFrame, *, split: str = "test", reference: str = "
         {('reviews', 'LoRA'): 1.0, ('reviews', 'MonteCLoRA'): 1.2}
     """
     chosen = rows_of_split(results, split).copy()
-    chosen["predict_seconds"] = 1000 * chosen["predict_seconds"] / chosen["examples"]
-    chosen["peak_memory_mb"] = pd.to_numeric(chosen["peak_memory_mb"])
-    columns = ["train_seconds", "predict_seconds", "peak_memory_mb"]
-    table = chosen.groupby(["task", "method"], sort=False)[columns].mean()
-    known = reference in set(chosen["method"])
-    base = table["train_seconds"].xs(reference, level="method") if known else None
-    ratio = (
-        np.nan if base is None else table["train_seconds"] / table.index.get_level_values("task").map(base).to_numpy()
-    )
-    table.insert(1, "train_ratio", ratio)
+    for name in (*COLUMNS, "host", "workers"):
+        chosen[name] = chosen.get(name, np.nan)
+    chosen[[*COLUMNS]] = chosen[[*COLUMNS]].apply(pd.to_numeric)
+    for name in ("predict_seconds", "predict_cpu_seconds"):
+        chosen[name] = 1000 * chosen[name] / chosen["examples"]
+    table = chosen.groupby(["task", "method"], sort=False)[[*COLUMNS]].mean()
+    table.insert(2, "train_ratio", _ratios(chosen, reference).reindex(table.index))
     return table.loc[first_seen(chosen, ["task", "method"])]
+
+
+def _ratios(rows: pd.DataFrame, reference: str) -> pd.Series:
+    """The mean over pairs of runs, by task and method."""
+    known = rows[rows["seed"].notna()]
+    same = ["task", *SETTING, "seed", "host", "workers"]
+    pairs = known.merge(known.loc[known["method"] == reference, [*same, "train_cpu_seconds"]], on=same)
+    pairs["ratio"] = pairs["train_cpu_seconds_x"] / pairs["train_cpu_seconds_y"]
+    return pairs.groupby(["task", "method"])["ratio"].mean()

@@ -19,6 +19,7 @@ from bayeslora.errors import InputError
 
 SETTING = ["learning_rate", "batch_size", "rank"]
 BETTER, WORSE, NO_DIFFERENCE = "better", "worse", "no difference seen"
+HIGHER, LOWER = "higher", "lower"  # of a number with a sign, which is to be near 0
 
 
 class Difference(NamedTuple):
@@ -30,7 +31,9 @@ class Difference(NamedTuple):
     verdict: str
 
 
-def robustness_table(results: pd.DataFrame, *, split: str = "test", metrics: Iterable[str] = METRICS) -> pd.DataFrame:
+def robustness_table(
+    results: pd.DataFrame, *, split: str = "test", metrics: Iterable[str] | None = None
+) -> pd.DataFrame:
     """Best, median, worst and spread over the settings, each setting's mean over seeds taken first.
 
     Spread is best − worst, and robustness the median, as in the MonteCLoRA paper. A run that failed counts for nothing:
@@ -39,7 +42,8 @@ def robustness_table(results: pd.DataFrame, *, split: str = "test", metrics: Ite
     Args:
         results: A study's tidy table.
         split: Of which split.
-        metrics: Columns of the table, in their own units.
+        metrics: Columns of the table, in their own units; by default all that the results have and of which one end is
+            the better one.
 
     Returns:
         Indexed by ``(task, method)``; columns ``(metric, "best" | "median" | "worst" | "spread")`` and
@@ -54,6 +58,8 @@ def robustness_table(results: pd.DataFrame, *, split: str = "test", metrics: Ite
     """
     chosen = rows_of_split(results, split)
     order = first_seen(chosen, ["task", "method"])
+    directed = [name for name in known_metrics(results) if METRICS[name].higher_is_better is not None]
+    metrics = directed if metrics is None else list(metrics)
     means = chosen.groupby(["task", "method", *SETTING], sort=False)[[*metrics]].mean()
     groups = means.groupby(["task", "method"], sort=False)
     columns: dict[tuple[str, str], pd.Series] = {}
@@ -150,8 +156,8 @@ def paired_difference(
         seed: Decides the sets.
 
     Returns:
-        Method − reference. The verdict is "better" or "worse" where the interval leaves out 0, else "no difference
-        seen", which does not say that there is none.
+        Method − reference. The verdict is "better" or "worse" where the interval leaves out 0 ("higher" or "lower" for
+        a number with a sign, which is to be near 0), else "no difference seen", which does not say that there is none.
 
     Raises:
         InputError: shapes that do not fit, an unknown metric, or an option out of range.
@@ -211,6 +217,8 @@ def paired_robustness(
     """
     if statistic not in STATISTICS:
         raise InputError(f"statistic must be one of {', '.join(STATISTICS)}, but is {statistic!r}")
+    if metric in METRICS and METRICS[metric].higher_is_better is None and statistic in ("best", "worst"):
+        raise InputError(f"no end of {metric} is the better one: take the median or the spread in place of {statistic}")
     ours, theirs = np.asarray(method, dtype=np.float64), np.asarray(reference, dtype=np.float64)
     same = ours.ndim == theirs.ndim == 4 and np.delete(ours.shape, 1).tolist() == np.delete(theirs.shape, 1).tolist()
     if not same:
@@ -252,12 +260,12 @@ def _compare(
         drawn = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=num_resamples).T / seeds
         drawn = np.hstack([np.full((seeds, 1), 1 / seeds), drawn])
     summarize = STATISTICS[statistic]
-    one, other = (summarize((scores * drawn).sum(1), higher) for scores in found)
+    one, other = (summarize((scores * drawn).sum(1), bool(higher)) for scores in found)
     estimate, *resampled = one - other
     widening = np.sqrt(seeds / (seeds - 1)) if seeds > 1 else 1.0
     ends = estimate + widening * (np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2]) - estimate)
     interval = Interval(float(estimate), float(ends[0]), float(ends[1]))
-    return Difference(*interval, verdict(interval, higher_is_better=higher and statistic != "spread"))
+    return Difference(*interval, verdict(interval, higher_is_better=False if statistic == "spread" else higher))
 
 
 def _best(scores: np.ndarray, higher: bool) -> np.ndarray:
@@ -273,16 +281,23 @@ STATISTICS: dict[str, Callable[[np.ndarray, bool], np.ndarray]] = {
 }
 
 
-def verdict(interval: Interval, *, higher_is_better: bool) -> str:
-    """What an interval of a difference says, in plain words."""
+def verdict(interval: Interval, *, higher_is_better: bool | None) -> str:
+    """What an interval of a difference says, in plain words; of what is to be near 0, only which is higher."""
     if interval.lower > 0 or interval.upper < 0:
+        if higher_is_better is None:
+            return HIGHER if interval.lower > 0 else LOWER
         return BETTER if (interval.lower > 0) == higher_is_better else WORSE
     return NO_DIFFERENCE
 
 
+def known_metrics(results: pd.DataFrame) -> list[str]:
+    """The metrics that the table has: one of an older version lacks the newest."""
+    return [name for name in METRICS if name in results]
+
+
 def _is_higher_better(metric: str) -> bool:
     """Lower is better for a column that nobody registered."""
-    return metric in METRICS and METRICS[metric].higher_is_better
+    return metric in METRICS and bool(METRICS[metric].higher_is_better)
 
 
 def rows_of_split(results: pd.DataFrame, split: str) -> pd.DataFrame:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from bayeslora.command.flags import flag_of
+from bayeslora.command.idle import refuse
 from bayeslora.config import MonteCLoRAConfig, default_preset
 from bayeslora.errors import InputError
 from bayeslora.options import flags
@@ -22,7 +23,11 @@ from bayeslora.tasks.load import load_task
 
 def check_fit(arguments: argparse.Namespace) -> tuple[Task, MonteCLoRAConfig]:
     task = _read_task(arguments, arguments.task)
-    if arguments.tune == "validation" and not ("validation" in task.splits and task.is_labelled("validation")):
+    evaluated = "validation" in task.splits and task.is_labelled("validation")
+    if not evaluated:
+        what = f"for task {task.name!r}, which has no labelled validation split to evaluate on"
+        refuse(arguments, ("best_metric", "evaluations", "early_stopping"), what)
+    if arguments.tune == "validation" and not evaluated:
         raise InputError(
             f"--tune needs labels that are not trained on, and task {task.name!r} has no labelled validation split: "
             "say which share of the training examples to hold out, such as --tune 0.1"
@@ -51,14 +56,6 @@ def check_bayesianize(arguments: argparse.Namespace) -> tuple[Task]:
     return (task,)
 
 
-def check_predict(arguments: argparse.Namespace) -> tuple[()]:
-    if arguments.text and arguments.max_examples:
-        raise InputError("--max-examples is a subset of a split: leave it out beside --text")
-    if arguments.text_pair and not arguments.text:
-        raise InputError("--text-pair goes with --text: leave it out beside --split")
-    return ()
-
-
 def check_evaluate(arguments: argparse.Namespace) -> tuple[()]:
     if arguments.generate and arguments.num_samples == "auto":
         raise InputError("--generate writes with a number of draws: give one for --num-samples in place of auto")
@@ -71,8 +68,7 @@ def check_compare(arguments: argparse.Namespace) -> tuple[Study | tuple[MonteCLo
         return (_study_from_file(arguments),)
     if not arguments.model or not arguments.task:
         raise InputError("compare needs a study file, or --model and --task")
-    if arguments.early_stopping is not None:
-        raise InputError("compare trains every method on the same budget: --early-stopping does not apply")
+    refuse(arguments, ("early_stopping",), "in compare, which trains every method on the same budget")
     arguments.rank = arguments.rank or [MonteCLoRAConfig.r]
     config = configuration(arguments, "classification", r=min(arguments.rank))
     if config.mode == "post_hoc":
@@ -89,6 +85,7 @@ def _read_task(arguments: argparse.Namespace, name: str) -> Task:
         arguments.data_dir,
         text_columns=arguments.text_columns,
         label_column=arguments.label_column,
+        shift_splits=arguments.shift_splits,
         prompting=_prompting(arguments.prompting),
     )
 
@@ -104,13 +101,26 @@ def configuration(arguments: argparse.Namespace, kind: str, **changes: Any) -> M
 
 def _study_from_file(arguments: argparse.Namespace) -> Study:
     """The study of the file; its tasks from ``--data-dir`` where it names no folder, ``sentiment`` excepted."""
-    beside = ("study", "output", "storage", "in_process", "data_dir", "check", "run", "command_line", "default_of")
+    beside = (
+        "study",
+        "output",
+        "storage",
+        "in_process",
+        "data_dir",
+        "reference",
+        "check",
+        "run",
+        "command_line",
+        "default_of",
+    )
     for name, value in vars(arguments).items():
         if name not in beside and value != arguments.default_of(name):
             raise InputError(
                 f"--{name.replace('_', '-')} does nothing beside a study file: change {arguments.study} instead"
             )
     study = Study.from_yaml(arguments.study)
+    if arguments.reference:
+        study = replace(study, reference=tuple(arguments.reference))
     if arguments.data_dir is None:
         return study
     folder = str(arguments.data_dir)

@@ -53,5 +53,6 @@ def _study_from_flags(arguments: argparse.Namespace, config: MonteCLoRAConfig, t
             "max_length": arguments.max_length,
             "training": training,
             "keep_adapters": True,
+            "reference": arguments.reference or (),
         }
     )

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
+from bayeslora.command.idle import refuse_idle
 from bayeslora.command.parser import build_parser
 from bayeslora.command.terminal import READER_LEFT, any_encoding, discard_output
 from bayeslora.errors import InputError, StorageError, TrainingDivergedError
@@ -44,6 +45,7 @@ def _run(argv: Sequence[str] | None) -> int:
         arguments = build_parser().parse_args(argv)
         words = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--resume"]
         arguments.command_line = shlex.join(["bayeslora", *words])
+        refuse_idle(arguments)
         with _stopping_when_terminated():
             given = _resolve(arguments.check)(arguments) if arguments.check else ()
             _resolve(arguments.run)(arguments, *given)

@@ -71,6 +71,7 @@ def _command(
         epilog=details,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.set_defaults(command=name, default_of=parser.get_default)
     parser.set_defaults(run=f"bayeslora.command.{run}", check=check and f"bayeslora.command.checks:{check}")
     return parser
 
@@ -206,7 +207,6 @@ def _add_predict(commands: Any) -> None:
         "predict:run_predict",
         "predict with a fitted run, and say how certain it is",
         "One JSON object a line on standard output: probabilities, entropy and mutual information (nats).",
-        check="check_predict",
     )
     _add_run_options(parser, auto=True)
     _add_antithetic(parser)
@@ -280,6 +280,14 @@ def _add_compare(commands: Any) -> None:
         metavar="STUDY.yaml",
         help="a study file, instead of the flags; --data-dir says where its data is",
     )
+    parser.add_argument(
+        "--reference",
+        type=word,
+        nargs="+",
+        metavar="NAME",
+        help='what differences are taken from, by the names in the tables, such as LoRA "LoRA + temperature"; '
+        "default: the first method",
+    )
     _add_data_options(parser, several=True)
     parser.add_argument("--output", type=path, required=True, metavar="DIR", help="folder for runs, tables and figures")
     parser.add_argument(
@@ -299,7 +307,6 @@ def _add_compare(commands: Any) -> None:
     )
     _add_shared_training_options(parser)
     _add_method_options(parser, several=True)
-    parser.set_defaults(default_of=parser.get_default)
 
 
 def _add_report(commands: Any) -> None:
@@ -356,6 +363,9 @@ def _add_data_options(parser: argparse.ArgumentParser, *, several: bool = False)
         help="how a language model is asked: style=letters, chat=true, ...",
     )
     group.add_argument("--label-column", type=word, metavar="COLUMN")
+    group.add_argument(
+        "--shift-splits", type=word, nargs="+", metavar="SPLIT", help="labelled splits from elsewhere, to score too"
+    )
     group.add_argument(
         "--max-train-examples",
         type=number("max_train_examples"),

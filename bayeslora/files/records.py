@@ -75,6 +75,7 @@ _RECIPE_FIELDS: dict[str, Callable[[Any], bool]] = {
     "text_columns": lambda v: v is None or isinstance(v, str) or is_names(v),
     "label_column": lambda v: v is None or isinstance(v, str),
     "label_names": lambda v: v is None or is_names(v),
+    "shift_splits": lambda v: v is None or is_names(v),
     "prompting": lambda v: v is None or is_object_of(v, lambda entry: isinstance(entry, str | bool)),
 }
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, replace
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -94,6 +94,7 @@ class Tried(NamedTuple):
     tempered: tuple[float, float] | None
 
 
+@dataclass
 class Widths:
     """The widths of one posterior on one set of examples, each predicted once, however many searches ask for it.
 
@@ -107,24 +108,21 @@ class Widths:
         InputError: as :func:`tune`.
     """
 
-    def __init__(
-        self,
-        bayes: Posterior,
-        dataset: Any,
-        *,
-        num_samples: int = 16,
-        temperatures: bool = False,
-        batch_size: int = 32,
-        seed: int = 0,
-        antithetic: bool = False,
-    ):
-        check_tunable(bayes, dataset)
-        if isinstance(num_samples, bool) or not isinstance(num_samples, Integral) or num_samples < 1:
-            raise InputError(f"num_samples must be a whole number of at least 1, got {num_samples!r}")
-        if temperatures and not bayes.model.labelling.of_classes:
+    bayes: Posterior
+    dataset: Any
+    _: KW_ONLY
+    num_samples: int = 16
+    temperatures: bool = False
+    batch_size: int = 32
+    seed: int = 0
+    antithetic: bool = False
+
+    def __post_init__(self) -> None:
+        check_tunable(self.bayes, self.dataset)
+        if isinstance(self.num_samples, bool) or not isinstance(self.num_samples, Integral) or self.num_samples < 1:
+            raise InputError(f"num_samples must be a whole number of at least 1, got {self.num_samples!r}")
+        if self.temperatures and not self.bayes.model.labelling.of_classes:
             raise InputError("with_temperature=True is for probabilities of classes: leave it out")
-        self.bayes, self.dataset, self.num_samples, self.temperatures = bayes, dataset, num_samples, temperatures
-        self.options = {"batch_size": batch_size, "seed": seed, "antithetic": antithetic, "progress": False}
         self._tried: dict[float, Tried] = {}
 
     def choose(
@@ -163,7 +161,15 @@ class Widths:
 
     def _predicted(self, width: float) -> Tried:
         with as_tuned(self.bayes, Tuning(width)):
-            prediction = predict(self.bayes, self.dataset, num_samples=self.num_samples if width else 0, **self.options)
+            prediction = predict(
+                self.bayes,
+                self.dataset,
+                num_samples=self.num_samples if width else 0,
+                batch_size=self.batch_size,
+                seed=self.seed,
+                progress=False,
+                antithetic=self.antithetic,
+            )
         with np.errstate(invalid="ignore"):
             nll = prediction.nll
         probs = prediction.probs
@@ -195,7 +201,7 @@ def _by_labels(at: Callable[[float], Tried], with_temperature: bool) -> Tuning:
 
 def _by_agreement(at: Callable[[float], Tried], least: float) -> Tuning:
     def kept(width: float) -> float:
-        return float((at(width).answers == at(0.0).answers).mean())
+        return float(np.mean(at(width).answers == at(0.0).answers))
 
     best = widest(lambda width: kept(width) >= least)
     if best >= WIDEST:

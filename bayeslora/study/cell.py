@@ -21,7 +21,7 @@ from bayeslora.storage.manifest import version_info
 from bayeslora.storage.run_folder import reporting_full_disk
 from bayeslora.study.experiment import Experiment
 from bayeslora.study.methods.base import Lineup
-from bayeslora.study.outcome import POST_HOC, TRAINED, Predict, Predicted, Predictor, Trained
+from bayeslora.study.outcome import POST_HOC, TRAINED, Predict, Predicted, Predictor, Spent, Stopwatch, Trained
 from bayeslora.study.predictions import PREDICTIONS_FILE, is_damaged, write_predictions
 from bayeslora.study.spec import Cell, Study, differing
 
@@ -103,6 +103,7 @@ def _refuse_other_cell(folder: Path, cell: Cell) -> None:
 
 def _work(study: Study, cell: Cell, lineup: Lineup, folder: Path, progress: bool, own_process: bool) -> dict:
     method, post_hoc = lineup.trained[cell.method], lineup.post_hoc[cell.method]
+    began = time.time()
     experiment = Experiment(
         study, cell, folder, progress=progress, checkpoints=max((later.checkpoints() for later in post_hoc), default=0)
     )
@@ -122,11 +123,13 @@ def _work(study: Study, cell: Cell, lineup: Lineup, folder: Path, progress: bool
         for split, predicted in predictions.items():
             cost = {
                 "steps": trained.steps,
-                "train_seconds": trained.seconds + preparation,
+                "train_seconds": trained.seconds + preparation["seconds"],
+                "train_cpu_seconds": _sum(trained.cpu_seconds, preparation["cpu_seconds"]),
                 "predict_seconds": predicted.seconds,
+                "predict_cpu_seconds": predicted.cpu_seconds,
                 "peak_memory_mb": peak,
             }
-            facts = trained.facts if kind == TRAINED else {}
+            facts = {**(trained.facts if kind == TRAINED else {}), **predictor.tuned}
             rows.append({**_place(cell, predictor.label, kind, split), **_scores_of(predicted), **cost, **facts})
             arrays[f"{split}/{predictor.label}"] = predicted.probs.astype(np.float32)
             arrays[f"{split}/labels"] = predicted.labels.astype(np.int64)
@@ -143,7 +146,13 @@ def _work(study: Study, cell: Cell, lineup: Lineup, folder: Path, progress: bool
         "versions": {**version_info(), "python": platform.python_version(), "numpy": np.__version__},
         "host": platform.node(),
         "processors": os.cpu_count(),
+        "between": [began, time.time()],
     }
+
+
+def _sum(*seconds: float | None) -> float | None:
+    """Nothing where one is not known."""
+    return None if None in seconds else sum(seconds)  # type: ignore[arg-type]
 
 
 def _place(cell: Cell, label: str, kind: str, split: str) -> dict[str, Any]:
@@ -172,8 +181,8 @@ def _scores_of(predicted: Predicted) -> dict[str, Any]:
 
 def _predictors(
     lineup: Lineup, experiment: Experiment, trained: Trained, failures: list[dict[str, str]]
-) -> Iterator[tuple[Predictor, str, float]]:
-    """Every predictor of the cell, its kind, and the seconds of its preparation; post-hoc methods that fail are noted
+) -> Iterator[tuple[Predictor, str, Spent]]:
+    """Every predictor of the cell, its kind, and what its preparation took; post-hoc methods that fail are noted
     and left out."""
     own = []
     for predictor, seconds in _timed(lineup.trained[experiment.cell.method].predictors(trained, experiment)):
@@ -187,13 +196,14 @@ def _predictors(
             failures.append({"method": experiment.on_top(method.label), "error": f"{type(error).__name__}: {error}"})
 
 
-def _timed(predictors: Iterable[tuple[str, Predict] | Predictor]) -> Iterator[tuple[Predictor, float]]:
-    """With the seconds that a method has spent on preparing so far."""
-    spent, started = 0.0, time.perf_counter()
+def _timed(predictors: Iterable[tuple[str, Predict] | Predictor]) -> Iterator[tuple[Predictor, Spent]]:
+    """With what a method has spent on preparing so far."""
+    wall, cpu, watch = 0.0, 0.0, Stopwatch()
     for predictor in predictors:
-        spent += time.perf_counter() - started
-        yield Predictor(*predictor), spent
-        started = time.perf_counter()
+        spent = watch.read()
+        wall, cpu = wall + spent["seconds"], cpu + spent["cpu_seconds"]
+        yield Predictor(*predictor), {"seconds": wall, "cpu_seconds": cpu}
+        watch = Stopwatch()
 
 
 def _peak_memory() -> float:

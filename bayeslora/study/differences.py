@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from bayeslora.analysis import area_under_risk_coverage, bootstrap_interval, predictive_entropy
 from bayeslora.analysis.metrics.registry import METRICS
 from bayeslora.analysis.tables.study import (
     SETTING,
@@ -14,29 +13,48 @@ from bayeslora.analysis.tables.study import (
     at_best_settings,
     paired_difference,
     paired_robustness,
-    verdict,
 )
+from bayeslora.errors import InputError
+from bayeslora.study.entries import suggest
 from bayeslora.study.methods.base import Lineup
 from bayeslora.study.outcome import ACROSS_SEEDS
 from bayeslora.study.predictions import PREDICTIONS_FILE, read_predictions
 from bayeslora.study.spec import Cell, Study
 
 
-def differences(study: Study, results: pd.DataFrame, output_dir: Path, split: str) -> pd.DataFrame:
-    """Every method against the study's first, each at its own best setting: estimate, interval and verdict of every
-    metric. Empty where predictions do not lie in ``output_dir``."""
+def references(study: Study, results: pd.DataFrame) -> list[str]:
+    """What differences are taken from: the study's ``reference`` as the results name it, their first method by default.
+
+    Raises:
+        InputError: for a reference that the results do not have.
+    """
+    known = {name.rstrip("*"): name for name in results["method"].unique()}
+    for name in study.reference:
+        if name.rstrip("*") not in known:
+            raise InputError(
+                f"there are no results of the reference {name!r}; {suggest(name, [*known.values()])}. The same command "
+                "with another reference trains nothing again; failures.csv has what failed, if anything did"
+            )
+    return [known[name.rstrip("*")] for name in study.reference] or [next(iter(known.values()))]
+
+
+def differences(
+    study: Study, results: pd.DataFrame, output_dir: Path, split: str, reference: str | None = None
+) -> pd.DataFrame:
+    """Every method against the ``reference`` (the first if ``None``), each at its own best setting: estimate, interval
+    and verdict of every metric. Empty where predictions do not lie in ``output_dir``."""
     chosen = at_best(results)
     chosen = chosen[chosen["split"] == split]
     groups = chosen.groupby("method", sort=False)
     by_method = {str(name): _predictions(study, rows, output_dir, split) for name, rows in groups}
-    names = [name for name, arrays in by_method.items() if arrays]
-    if len(names) < 2:
+    against = by_method.get(reference or next(iter(by_method)), {})
+    others = {name: arrays for name, arrays in by_method.items() if arrays and arrays is not against}
+    if not against or not others:
         return pd.DataFrame()
-    reference = by_method[names[0]]
-    labels = next(iter(reference.values()))[1]
+    labels = next(iter(against.values()))[1]
     rows = []
-    for name in names[1:]:
-        ours, theirs, seeds = _paired(by_method[name], reference)
+    for name, arrays in others.items():
+        ours, theirs, seeds = _paired(arrays, against)
         row = {"method": name, "seeds": seeds, "examples": len(labels)}
         for metric in METRICS:
             row |= _columns(metric, paired_difference(ours, theirs, labels, metric=metric))
@@ -44,66 +62,35 @@ def differences(study: Study, results: pd.DataFrame, output_dir: Path, split: st
     return pd.DataFrame(rows)
 
 
-def grid_differences(study: Study, results: pd.DataFrame, output_dir: Path, split: str, statistic: str) -> pd.DataFrame:
-    """Every method against the study's first in a statistic over the grid, as :func:`differences` has them at single
-    settings; over the settings that both have finished with the same seeds."""
+def grid_differences(
+    study: Study,
+    results: pd.DataFrame,
+    output_dir: Path,
+    split: str,
+    statistic: str,
+    reference: str | None = None,
+) -> pd.DataFrame:
+    """Every method against the ``reference`` (the first if ``None``) in a statistic over the grid, as
+    :func:`differences` has them at single settings; over the settings that both have finished with the same seeds."""
     by_method = _by_setting(study, results, output_dir, split)
-    names = list(by_method)
-    reference, rows = by_method[names[0]], []
-    seeds = len(study.seeds)
-    for name in names[1:]:
+    against = by_method.pop(reference or next(iter(by_method)), {})
+    rows, seeds = [], set(study.seeds)
+    for name, settings in by_method.items():
         complete = [
             setting
-            for setting, arrays in reference.items()
-            if len(arrays) == seeds and len(by_method[name].get(setting, {})) in {1, seeds}
+            for setting, arrays in against.items()
+            if _is_whole(arrays, seeds) and _is_whole(settings.get(setting, {}), seeds)
         ]
-        pairs = [_paired(by_method[name][setting], reference[setting]) for setting in complete]
+        pairs = [_paired(settings[setting], against[setting]) for setting in complete]
         if len({(ours.shape, theirs.shape) for ours, theirs, _ in pairs}) != 1 or len(pairs) < 2:
             continue
         ours, theirs = (np.stack([pair[i] for pair in pairs]) for i in range(2))
-        labels = next(iter(reference[complete[0]].values()))[1]
+        labels = next(iter(against[complete[0]].values()))[1]
         row = {"method": name, "settings": len(pairs), "seeds": pairs[0][2], "examples": len(labels)}
         for metric in METRICS:
             row |= _columns(metric, paired_robustness(ours, theirs, labels, metric=metric, statistic=statistic))
         rows.append(row)
     return pd.DataFrame(rows)
-
-
-def selective_differences(study: Study, results: pd.DataFrame, output_dir: Path, split: str) -> pd.DataFrame:
-    """Selective prediction: the area under the risk-coverage curve of every method (``aurc``), examples in order of the
-    entropy of its probabilities, and its ``difference`` from the study's first, with a 95 % bootstrap interval over
-    examples and a ``verdict``: means over the ``runs`` at the settings and seeds that both have finished. With two
-    classes a temperature leaves the order, and so the area, as they are."""
-    (_, reference), *others = _by_setting(study, results, output_dir, split).items()
-    rows = []
-    for name, settings in others:
-        pairs = [_paired(settings[at], arrays) for at, arrays in reference.items() if arrays and settings.get(at)]
-        if not pairs:
-            continue
-        labels = next(labels for arrays in reference.values() for _, labels in arrays.values())
-        ours, theirs = (_ranking(np.concatenate([pair[i] for pair in pairs]), labels) for i in range(2))
-        change = bootstrap_interval(lambda *two: _area(*two[:2]) - _area(*two[2:]), *ours, *theirs, num_resamples=500)
-        rows.append(
-            {
-                "method": name,
-                "runs": ours[0].shape[1],
-                "aurc": _area(*ours),
-                "difference": change.estimate,
-                "lower": change.lower,
-                "upper": change.upper,
-                "verdict": verdict(change, higher_is_better=False),
-            }
-        )
-    return pd.DataFrame(rows)
-
-
-def _ranking(probs: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Uncertainty and error, (examples, runs) each, of probabilities (runs, examples, C)."""
-    return np.stack([predictive_entropy(run) for run in probs], 1), (probs.argmax(-1) != labels).T
-
-
-def _area(uncertainty: np.ndarray, wrong: np.ndarray) -> float:
-    return float(np.mean([area_under_risk_coverage(*run) for run in zip(uncertainty.T, wrong.T, strict=True)]))
 
 
 def _by_setting(
@@ -126,6 +113,11 @@ def _paired(ours: dict, theirs: dict) -> tuple[np.ndarray, np.ndarray, int]:
         np.stack([theirs[seed][0] for seed in both or theirs]),
         len(both),
     )
+
+
+def _is_whole(arrays: dict, seeds: set[int]) -> bool:
+    """Whether every seed has finished, or they are combined."""
+    return set(arrays) in (seeds, {None})
 
 
 def _columns(metric: str, difference: Difference) -> dict[str, Any]:
@@ -153,7 +145,7 @@ def _predictions(
     if not across:
         return {seed: one[first["method"]] for seed, one in zip(seeds, by_folder, strict=True)}
     methods = Lineup.of(study.methods).across[first["trained"]]
-    method = next(m for m in methods if m.label_on(first["trained"]) == first["method"])
+    method = next(m for m in methods if m.label_on(first["trained"], len(seeds)) == first["method"])
     base = next(iter(by_folder[0]))
     return {None: (method.combine(np.stack([one[base][0] for one in by_folder])), by_folder[0][base][1])}
 

@@ -1,6 +1,5 @@
 """What the methods of one cell work with: data, a fresh network, and the same training and prediction for all."""
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -17,7 +16,7 @@ from bayeslora.analysis import mutual_information
 from bayeslora.data.batches import Collator, batches_by_length
 from bayeslora.errors import InputError
 from bayeslora.models.likelihoods import network_outputs
-from bayeslora.study.outcome import Predicted, Trained
+from bayeslora.study.outcome import Predicted, Stopwatch, Trained
 from bayeslora.study.spec import Cell, Study
 from bayeslora.study.trainer import CheckpointCallback, PlainTrainer
 from bayeslora.tasks.base import Task
@@ -217,12 +216,18 @@ class Experiment:
         trainer.remove_callback(ProgressCallback)
         if self.progress:
             trainer.add_callback(BriefProgress())
-        started = time.perf_counter()
+        watch = Stopwatch()
         trainer.train()
-        seconds = time.perf_counter() - started
+        spent = watch.read()
         network.eval()
         self.arguments, self.history = arguments, trainer.state.log_history
-        return Trained(network, trainer.state.global_step, seconds, curve(trainer.state.log_history), checkpoints.kept)
+        return Trained(
+            network,
+            trainer.state.global_step,
+            curve=curve(trainer.state.log_history),
+            checkpoints=checkpoints.kept,
+            **spent,
+        )
 
     def checkpoint_callback(self, network: nn.Module) -> CheckpointCallback:
         """Copies as many checkpoints as the cell's methods ask for."""
@@ -237,7 +242,7 @@ class Experiment:
     ) -> Predicted:
         """Probabilities of encoded examples, batch by batch; ``run`` maps inputs to probabilities (S, batch, C) of S
         draws. The network's logits at one draw if ``None``."""
-        started = time.perf_counter()
+        watch = Stopwatch()
         collate, device = Collator.for_network(network), next(network.parameters()).device
         batches, order = batches_by_length(data, PREDICTION_BATCH)
         probs, labels = [], []
@@ -248,7 +253,7 @@ class Experiment:
             probs.append(drawn.double().cpu())
         draws = torch.cat(probs, 1).numpy()[:, order]
         information = mutual_information(draws) if len(draws) > 1 else None
-        return Predicted(draws.mean(0), torch.cat(labels).numpy()[order], information, time.perf_counter() - started)
+        return Predicted(draws.mean(0), torch.cat(labels).numpy()[order], information, **watch.read())
 
 
 def curve(history: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:

@@ -17,7 +17,7 @@ from bayeslora.errors import FolderInUseError, InputError, StorageError, Trainin
 from bayeslora.files.records import read_json
 from bayeslora.files.writing import write_json
 from bayeslora.storage.run_folder import failed_write, foreign_entry, free_space
-from bayeslora.study.cell import run_cell
+from bayeslora.study.cell import finished, run_cell
 from bayeslora.study.experiment import check_budget
 from bayeslora.study.isolation import call_isolated, preload
 from bayeslora.study.methods.base import Lineup, method_modules
@@ -25,7 +25,7 @@ from bayeslora.study.predictions import read_predictions
 from bayeslora.study.spec import SETTINGS_FILE, Cell, Study, axes, cells, check_folders
 from bayeslora.study.summary import write_summary
 from bayeslora.study.table import collect, write_tables
-from bayeslora.study.trials import POLL_SECONDS, Progress, are_waiting, open_trials, queue_again, quiet
+from bayeslora.study.trials import POLL_SECONDS, Progress, are_waiting, complete, open_trials, queue_again, quiet
 
 logger = logging.getLogger(__name__)
 
@@ -79,22 +79,25 @@ def run_study(
         (True, 0)
     """
     output_dir = Path(output_dir)
-    trained = list(Lineup.of(study.methods).trained)
+    lineup = Lineup.of(study.methods)
+    lineup.check(study)
+    trained = list(lineup.trained)
     check_folders(study, trained)
     check_budget(study)
     _check_folder(output_dir, study)
     with _reporting_full_disk(output_dir):
-        return _run_cells(study, trained, output_dir, storage, isolate, progress)
+        return _run_cells(study, lineup, output_dir, storage, isolate, progress)
 
 
 def _run_cells(
-    study: Study, trained: list[str], output_dir: Path, storage: str | None, isolate: bool, progress: bool
+    study: Study, lineup: Lineup, output_dir: Path, storage: str | None, isolate: bool, progress: bool
 ) -> StudyResult:
-    space = axes(study, trained)
+    space = axes(study, list(lineup.trained))
     sampler = optuna.samplers.GridSampler(space, seed=0)
     trials = open_trials(f"bayeslora-{study.digest}", sampler, storage, output_dir)
     queue_again(trials, output_dir)
-    said = Progress(len(list(cells(study, trained))), trials, progress)
+    grid = list(cells(study, list(lineup.trained)))
+    said = Progress(len(grid), trials, _read(study, grid, lineup, complete(trials), output_dir), progress)
     ended_by: list[Exception] = []  # what every further cell would meet too
 
     def run(cell: Cell) -> dict:
@@ -128,6 +131,12 @@ def _run_cells(
     write_tables(results, curves, failures, output_dir)
     write_summary(study, results, curves, failures, output_dir)
     return StudyResult(study, results, curves, failures, output_dir)
+
+
+def _read(study: Study, grid: list[Cell], lineup: Lineup, ended: set[Cell], output_dir: Path) -> set[Cell]:
+    """The cells that were finished before this study's trials began: by a smaller one, which has grown since."""
+    digests = {cell: study.cell_digest(cell, lineup.specs[cell.method]) for cell in grid if cell not in ended}
+    return {cell for cell, digest in digests.items() if finished(output_dir / cell.folder, digest) is not None}
 
 
 def cell_modules() -> list[str]:

@@ -30,6 +30,7 @@ from bayeslora.training.budget import TrainingBudget
 SETTINGS_FILE = "comparison.json"  # in the folder of a study: the study, and what its cells have in common
 MOST_LETTERS = 200  # of a name, in a path; file systems take 255 bytes, with what is put around it
 AXES = ("tasks", "methods", "learning_rates", "batch_sizes", "ranks", "seeds")
+LATER = ("prompting", "shift_splits")  # of a task: digests of studies without them stay as they were
 LORA_FIELDS = (
     "lora_alpha",
     "target_modules",
@@ -84,7 +85,8 @@ class Study:
         train_examples, test_examples: Random subsets of these sizes, the same for all; everything when ``None``.
         validation_examples: The same for what is tuned and chosen on; as ``test_examples`` when ``None``.
         test_split: What is scored; ``validation`` where it is unlabelled.
-        shift_splits: Score the task's shifted splits too.
+        shift_splits: Score the tasks' shifted splits too: those that a task is known for, or that its ``shift_splits``
+            names.
         hold_out: Training examples set aside as validation where the task's own validation split is what is scored.
         max_length: Tokens per example.
         num_samples: Draws of every method that draws.
@@ -94,6 +96,8 @@ class Study:
         curve_points: Evaluations on the validation split while training; 0 records no learning curve.
         curve_examples: Of the validation split, for the curve.
         keep_adapters: Keep what was trained; else only predictions, scores and curves stay.
+        reference: What differences are taken from, by the names in the tables; several give a table each. The first
+            method if there is none. It changes tables only.
         retries: How often to repeat a cell that failed otherwise than by diverging or by bad input.
 
     Raises:
@@ -126,6 +130,7 @@ class Study:
     curve_points: int = 0
     curve_examples: int = 200
     keep_adapters: bool = False
+    reference: tuple[str, ...] = ()
     retries: int = 1
 
     def __post_init__(self) -> None:
@@ -160,6 +165,7 @@ class Study:
             raise InputError(f"study: trainer must be a mapping, got {shown(self.trainer)}")
         for name in ("model", "test_split"):
             check_text(name, getattr(self, name))
+        object.__setattr__(self, "reference", _listed_texts("reference", self.reference))
         for name in ("shift_splits", "keep_adapters"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"study: {name} takes true or false, got {shown(getattr(self, name))}")
@@ -168,11 +174,20 @@ class Study:
                 check_text("schedule", value)
             elif value is not None:
                 RANGES[name].check(f"study: {name}", value)
+        self._refuse_idle()
         names = [task.name for task in self.tasks]
         for name in names:
             if names.count(name) > 1:
                 raise InputError(f"study: two tasks are called {name!r}: give one of them another name")
         check_folders(self, ["method"])
+
+    def _refuse_idle(self) -> None:
+        """Refuse entries that would do nothing beside the others."""
+        named = next((task.name for task in self.tasks if task.shift_splits), None)
+        if named and not self.shift_splits:
+            raise InputError(f"study: shift_splits of task {named!r} does nothing beside shift_splits: false")
+        if self.curve_examples != type(self).curve_examples and not self.curve_points:
+            raise InputError("study: curve_examples does nothing without curve_points")
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> "Study":
@@ -198,13 +213,13 @@ class Study:
 
     @property
     def digest(self) -> str:
-        """The same for equal studies."""
-        return _digest(self.to_dict())
+        """The same for studies that train and score the same."""
+        return _digest({name: value for name, value in self.to_dict().items() if name != "reference"})
 
     @property
     def settings(self) -> dict[str, Any]:
         """All but the grid: what cells of one folder have in common."""
-        return {name: value for name, value in self.to_dict().items() if name not in (*AXES, "retries")}
+        return {name: value for name, value in self.to_dict().items() if name not in (*AXES, "reference", "retries")}
 
     def cell_digest(self, cell: Cell, methods: Sequence[MethodSpec]) -> str:
         """Changes with anything that the cell's scores depend on; ``methods`` are those that it serves."""
@@ -261,10 +276,12 @@ def _task_spec(task: Any) -> TaskSpec:
     columns = (columns,) if isinstance(columns, str) else columns
     folder = values.get("data_dir")
     names = values.get("label_names")
+    shifts = values.get("shift_splits")
+    shifts = (shifts,) if isinstance(shifts, str) else shifts
     for name in ("name", "label_column"):
         if values.get(name) is not None or name == "name":
             check_text(f"{name} of a task", values[name])
-    for name, entries in (("text_columns", columns), ("label_names", names)):
+    for name, entries in (("text_columns", columns), ("label_names", names), ("shift_splits", shifts)):
         if isinstance(entries, str) or not isinstance(entries or (), Sequence):
             raise InputError(f"study: {name} of a task takes a list of texts, got {shown(entries)}")
         for entry in entries or ():
@@ -275,14 +292,25 @@ def _task_spec(task: Any) -> TaskSpec:
         "text_columns": columns and tuple(columns),
         "label_names": names and tuple(names),
         "data_dir": folder and str(folder),
+        "shift_splits": None if shifts is None else tuple(shifts),
     }
     return TaskSpec(**{**values, **given})
+
+
+def _listed_texts(name: str, values: Any) -> tuple[str, ...]:
+    """Texts, or one that stands for a list of one."""
+    found = (values,) if isinstance(values, str) else tuple(values) if isinstance(values, list | tuple) else None
+    if found is None:
+        raise InputError(f"study: {name} takes a text or a list of texts, got {shown(values)}")
+    for value in found:
+        check_text(name, value)
+    return found
 
 
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return {name: entry for name, entry in fields.items() if name != "prompting" or entry is not None}
+        return {name: entry for name, entry in fields.items() if name not in LATER or entry is not None}
     if isinstance(value, Mapping):
         return {str(key): _plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):

@@ -1,5 +1,6 @@
 """What a study says, in Markdown, with its figures."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -13,8 +14,8 @@ from bayeslora.analysis.metrics.registry import METRICS
 from bayeslora.analysis.plots import study as plots
 from bayeslora.analysis.tables.comparison import layout
 from bayeslora.analysis.tables.cost import cost_table, steps_to_reach
-from bayeslora.analysis.tables.study import SETTING, robustness_table
-from bayeslora.study.differences import at_best, differences, grid_differences, selective_differences
+from bayeslora.analysis.tables.study import SETTING, known_metrics, robustness_table
+from bayeslora.study.differences import at_best, differences, grid_differences, references
 from bayeslora.study.spec import Study, slug
 
 FIGURES = "figures"
@@ -27,8 +28,9 @@ def write_summary(
     """Write ``summary.md`` and ``figures/``; returns the summary."""
     parts = [f"# {', '.join(task.name for task in study.tasks)}, {study.model}"]
     if len(results):
+        against = references(study, results)
         for task in results["task"].unique():
-            parts += _task_parts(study, str(task), results[results["task"] == task], curves, output_dir)
+            parts += _task_parts(study, str(task), results[results["task"] == task], against, curves, output_dir)
         parts.append(f"Versions: {results['versions'].iloc[0]}.")
     if len(failures):
         parts += [
@@ -46,56 +48,49 @@ def headline(results: pd.DataFrame) -> pd.DataFrame:
     tested = at_best(results)
     if (tested["split"] != "validation").any():
         tested = tested[tested["split"] != "validation"]
-    return comparison_table(tested[["method", "split", "seed", *METRICS]].to_dict("records"))
+    return comparison_table(tested[["method", "split", "seed", *known_metrics(tested)]].to_dict("records"))
 
 
 def _task_parts(
-    study: Study, task: str, results: pd.DataFrame, curves: pd.DataFrame, output_dir: Path
+    study: Study, task: str, results: pd.DataFrame, references: list[str], curves: pd.DataFrame, output_dir: Path
 ) -> Iterator[str]:
     splits = [split for split in results["split"].unique() if split != "validation"] or ["validation"]
     split = "test" if "test" in splits else splits[0]
     several = len(results.drop_duplicates(SETTING)) > 1
-    first = results["method"].iloc[0]
+    methods = [*results["method"].unique()]
+    against = [name for name in references if name in methods] or methods[:1]
     selected = several and "validation" in set(results["split"]) and splits != ["validation"]
     yield f"## {task}"
     if not several or selected:
         chosen = ", each at the setting with its lowest mean NLL on validation" if selected else ""
         yield f"Mean ± standard deviation over seeds{chosen}. A star: tuned on validation labels."
         yield to_markdown(headline(results))
-        for one in splits:
-            compared = differences(study, results, output_dir, one)
+        for one, name in itertools.product(splits, against):
+            compared = differences(study, results, output_dir, one, name)
             if len(compared):
                 yield (
-                    f"Differences from {first} on {one}, in pairs, with 95 % bootstrap intervals over "
+                    f"Differences from {name} on {one}, in pairs, with 95 % bootstrap intervals over "
                     f"{compared['examples'].iloc[0]} examples, and over seeds where both have several:"
                 )
                 yield _difference_table(compared)
     if several:
         yield f"Over all settings of the grid, on {split} (means over seeds first; spread is best − worst):"
         yield _robustness_markdown(robustness_table(results, split=split))
-        for statistic in ("median", "spread"):
-            compared = grid_differences(study, results, output_dir, split, statistic)
+        for statistic, name in itertools.product(("median", "spread"), against):
+            compared = grid_differences(study, results, output_dir, split, statistic, name)
             if len(compared):
                 yield (
-                    f"Differences from {first} in the {statistic} over the settings that both "
+                    f"Differences from {name} in the {statistic} over the settings that both "
                     "have finished, with 95 % bootstrap intervals over examples and seeds:"
                 )
                 yield _difference_table(compared)
-    for one in splits:
-        compared = selective_differences(study, results, output_dir, one)
-        if len(compared):
-            yield (
-                f"Selective prediction on {one}: area under the risk-coverage curve in means over runs, and "
-                f"differences from {first} with 95 % bootstrap intervals over examples:"
-            )
-            yield _selective_markdown(compared)
     if not selected and several:
         yield "There is no labelled validation split to choose a setting by; hold_out takes one from the training set."
     reached = _speed(results, curves[curves["task"] == task] if len(curves) else curves)
     if reached:
         yield reached
-    yield f"Cost, in means over all runs ({results['host'].iloc[0]}, {results['processors'].iloc[0]} processors):"
-    yield _cost_markdown(cost_table(results, split=split, reference=first))
+    yield _cost_words(results)
+    yield _cost_markdown(cost_table(results, split=split, reference=against[0]))
     yield from _figures(task, results, split, several, output_dir)
 
 
@@ -113,42 +108,41 @@ def _difference_table(table: pd.DataFrame) -> str:
     return _markdown(["method", *(METRICS[metric].header for metric in METRICS)], rows)
 
 
-def _selective_markdown(table: pd.DataFrame) -> str:
-    rows = [
-        [
-            row["method"],
-            str(row["runs"]),
-            f"{100 * row['aurc']:.2f}",
-            f"{100 * row['difference']:+.2f} [{100 * row['lower']:+.2f}, {100 * row['upper']:+.2f}] {row['verdict']}",
-        ]
-        for row in table.to_dict("records")
-    ]
-    return _markdown(["method", "runs", "AURC (%)", "difference"], rows)
-
-
 def _robustness_markdown(table: pd.DataFrame) -> str:
     columns = [(metric, part) for metric in GRID_METRICS for part in ("best", "median", "worst", "spread")]
     header = ["method", "settings", *(f"{METRICS[metric].header} {part}" for metric, part in columns)]
     rows = []
     for (_, method), row in table.iterrows():
-        numbers = [f"{METRICS[m].factor * row[m, part]:.{METRICS[m].decimals}f}" for m, part in columns]
+        numbers = [METRICS[metric].shown(row[metric, part]) for metric, part in columns]
         rows.append([method, str(int(row["settings", "count"])), *numbers])
     return _markdown(header, rows)
 
 
+def _cost_words(results: pd.DataFrame) -> str:
+    machines, workers = results["host"].nunique(), results["workers"].max()
+    where = results["host"].iloc[0] if machines == 1 else f"{machines} machines"
+    known = "an unknown number of" if pd.isna(workers) else f"up to {workers}"
+    return (
+        f"Cost, in means over all runs ({where}, {results['processors'].iloc[0]} processors, {known} workers at once), "
+        "by the clock and in processor time. Ratios are of processor time, in pairs of runs at one setting and seed, "
+        "with as many workers beside them:"
+    )
+
+
 def _cost_markdown(table: pd.DataFrame) -> str:
-    header = ["method", "training (s)", "ratio", "prediction (s per 1000)", "peak memory (MB)"]
+    columns = {
+        "training (s)": ("train_seconds", 1),
+        "of processors (s)": ("train_cpu_seconds", 1),
+        "ratio": ("train_ratio", 2),
+        "prediction (s per 1000)": ("predict_seconds", 2),
+        "of processors (s per 1000)": ("predict_cpu_seconds", 2),
+        "peak memory (MB)": ("peak_memory_mb", 0),
+    }
     rows = [
-        [
-            key[1],
-            f"{row['train_seconds']:.1f}",
-            f"{row['train_ratio']:.2f}",
-            f"{row['predict_seconds']:.2f}",
-            "-" if np.isnan(row["peak_memory_mb"]) else f"{row['peak_memory_mb']:.0f}",
-        ]
+        [key[1], *("-" if pd.isna(row[name]) else f"{row[name]:.{decimals}f}" for name, decimals in columns.values())]
         for key, row in table.iterrows()
     ]
-    return _markdown(header, rows)
+    return _markdown(["method", *columns], rows)
 
 
 def _speed(results: pd.DataFrame, curves: pd.DataFrame) -> str:

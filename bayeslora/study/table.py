@@ -8,10 +8,13 @@ import pandas as pd
 from optuna.trial import TrialState
 
 from bayeslora.analysis import calibration_summary
+from bayeslora.analysis.metrics.registry import METRICS
 from bayeslora.study.methods.base import Lineup
 from bayeslora.study.outcome import ACROSS_SEEDS
 from bayeslora.study.predictions import PREDICTIONS_FILE, read_predictions
 from bayeslora.study.spec import Cell, Study
+
+COSTS = ("train_seconds", "train_cpu_seconds", "predict_seconds", "predict_cpu_seconds")
 
 
 def collect(study: Study, trials: Any, output_dir: Path) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
@@ -27,8 +30,11 @@ def collect(study: Study, trials: Any, output_dir: Path) -> tuple[pd.DataFrame, 
         elif trial.state == TrialState.FAIL and len(trial.params) == len(Cell.__dataclass_fields__):
             failed[Cell(**trial.params)] = trial.user_attrs.get("error", "the process was interrupted")
     order = sorted(done, key=_key(study))
-    rows = [row | _provenance(done[cell]) for cell in order for row in done[cell]["rows"]]
-    rows += _across_seeds(study, {cell: done[cell] for cell in order}, output_dir)
+    for cell in order:
+        _complete(done[cell]["rows"], output_dir / cell.folder)
+    workers = _workers(done)
+    rows = [row | _provenance(done[cell], workers[cell]) for cell in order for row in done[cell]["rows"]]
+    rows += _across_seeds(study, {cell: done[cell] for cell in order}, workers, output_dir)
     curves = [{**cell.__dict__, **point} for cell in order for point in done[cell]["curve"]]
     failures = [
         {**cell.__dict__, "error": failed[cell]} for cell in sorted(failed, key=_key(study)) if cell not in done
@@ -37,9 +43,18 @@ def collect(study: Study, trials: Any, output_dir: Path) -> tuple[pd.DataFrame, 
     results = pd.DataFrame(rows)
     if len(results):
         results["seed"] = results["seed"].astype("Int64")
-        for name in ("mutual_information", "peak_memory_mb"):
-            results[name] = pd.to_numeric(results[name])
+        results["workers"] = results["workers"].astype("Int64")
+        for name in ("mutual_information", "peak_memory_mb", *COSTS):
+            results[name] = pd.to_numeric(results.get(name, pd.Series(dtype=float)))
     return results, pd.DataFrame(curves), pd.DataFrame(failures)
+
+
+def _complete(rows: list[dict[str, Any]], folder: Path) -> None:
+    """Score the metrics that there were not when the cell was, by the predictions that it kept."""
+    for row in rows:
+        if not METRICS.keys() <= row.keys() and (folder / PREDICTIONS_FILE).is_file():
+            scores = calibration_summary(*read_predictions(folder, row["split"])[row["method"]])
+            row |= {name: score for name, score in scores.items() if name not in row}
 
 
 def write_tables(results: pd.DataFrame, curves: pd.DataFrame, failures: pd.DataFrame, output_dir: Path) -> None:
@@ -55,7 +70,9 @@ def write_tables(results: pd.DataFrame, curves: pd.DataFrame, failures: pd.DataF
             file.unlink(missing_ok=True)
 
 
-def _across_seeds(study: Study, done: dict[Cell, dict], output_dir: Path) -> list[dict[str, Any]]:
+def _across_seeds(
+    study: Study, done: dict[Cell, dict], workers: dict[Cell, int | None], output_dir: Path
+) -> list[dict[str, Any]]:
     lineup = Lineup.of(study.methods)
     rows: list[dict[str, Any]] = []
     groups: dict[tuple, list[Cell]] = {}
@@ -74,17 +91,15 @@ def _across_seeds(study: Study, done: dict[Cell, dict], output_dir: Path) -> lis
             probs, labels = np.stack([p for p, _ in predictions]), predictions[0][1]
             for method in methods:
                 combined = method.combine(probs)
-                seconds = {
-                    f"{what}_seconds": sum(rows_of[number][f"{what}_seconds"] for rows_of in own)
-                    for what in ("train", "predict")
-                }
+                spent = [{name: row[number].get(name) for name in COSTS} for row in own]
+                seconds = {name: None if None in (of := [one[name] for one in spent]) else sum(of) for name in COSTS}
                 rows.append(
                     {
                         **template,
-                        **_provenance(done[first]),
+                        **_provenance(done[first], workers[first]),
                         **seconds,
                         **calibration_summary(combined, labels),
-                        "method": method.label_on(first.method),
+                        "method": method.label_on(first.method, len(members)),
                         "kind": ACROSS_SEEDS,
                         "seed": None,
                         "members": len(members),
@@ -100,6 +115,19 @@ def _key(study: Study) -> Any:
     return lambda c: (tasks.index(c.task), labels.index(c.method), c.learning_rate, c.batch_size, c.rank, c.seed)
 
 
-def _provenance(result: dict) -> dict[str, Any]:
+def _workers(done: dict[Cell, dict]) -> dict[Cell, int | None]:
+    """How many finished cells of a machine were at work at once, at most, while each one was; None where it is not
+    known, as of an older version."""
+    spans = {cell: (result["host"], *result["between"]) for cell, result in done.items() if "between" in result}
+    found = dict.fromkeys(done)
+    for cell, (host, begin, end) in spans.items():
+        beside = [span[1:] for span in spans.values() if span[0] == host and span[1] < end and span[2] > begin]
+        moments = [max(start, begin) for start, _ in beside]
+        found[cell] = max((sum(start <= now < stop for start, stop in beside) for now in moments), default=1)
+    return found
+
+
+def _provenance(result: dict, workers: int | None) -> dict[str, Any]:
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    return {"versions": versions, "host": result["host"], "processors": result["processors"]}
+    where = {"host": result["host"], "processors": result["processors"], "workers": workers}
+    return {"versions": versions, **where}

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Any
 
@@ -95,23 +95,30 @@ def quiet() -> Iterator[None]:
 
 
 class Progress:
-    """Says what runs, how far the study is and how long the rest will take."""
+    """Says what runs, how far the study is and how long the rest will take.
 
-    def __init__(self, total: int, trials: Any, shown: bool):
-        self.total, self.trials, self.shown = total, trials, shown
+    ``known``: cells that were finished before this study's trials began, as those of a smaller study in the folder.
+    """
+
+    def __init__(self, total: int, trials: Any, known: Set[Cell], shown: bool):
+        self.total, self.trials, self.known, self.shown = total, trials, known, shown
         self.durations: list[float] = []
-        self.started = time.monotonic()
+        self.started, self.reads = time.monotonic(), False
+        if known and shown:
+            tqdm.write(f"[{self.done()}/{self.total}] finished before")
 
     def done(self) -> int:
-        complete = self.trials.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        return len({trial.system_attrs.get("grid_id") for trial in complete})
+        return len(complete(self.trials) | self.known)
 
     def begin(self, cell: Cell) -> None:
-        self.started = time.monotonic()
-        if self.shown:
+        self.started, self.reads = time.monotonic(), cell in self.known
+        if self.shown and not self.reads:
             tqdm.write(f"[{self.done()}/{self.total}] {cell}")
 
     def end(self, _: Any, trial: Any) -> None:
+        reads, self.reads = self.reads, False
+        if reads:
+            return
         took = time.monotonic() - self.started
         self.durations.append(took)
         if not self.shown:
@@ -121,6 +128,12 @@ class Progress:
         failed = trial.state == TrialState.FAIL
         outcome = f"FAILED: {trial.user_attrs.get('error', '?')[:300]}" if failed else f"{took:.0f} s"
         tqdm.write(f"[{done}/{self.total}] {outcome}; about {_clock(left)} left for one worker")
+
+
+def complete(trials: Any) -> set[Cell]:
+    """The cells of which a trial has ended well."""
+    ended = trials.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return {Cell(**trial.params) for trial in ended}
 
 
 def _clock(seconds: float) -> str:

@@ -38,6 +38,7 @@ class Task:
         shift_splits: Labelled splits from another distribution than the training split.
         out_of_scope_splits: Unlabelled splits whose examples belong to no class.
         data_dir: Where the data came from; None for the hub.
+        names_shifts: Whether whoever loaded it said which splits are shifted, so that :attr:`recipe` does too.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Task:
     shift_splits: tuple[str, ...] = ()
     out_of_scope_splits: tuple[str, ...] = ()
     data_dir: str | None = None
+    names_shifts: bool = False
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -59,7 +61,13 @@ class Task:
             "text_columns": list(self.text_columns),
             "label_column": self.label_column,
             "label_names": list(self.label_names) or None,
+            **self.named_shifts,
         }
+
+    @property
+    def named_shifts(self) -> dict[str, Any]:
+        """What :attr:`recipe` says of shifted splits."""
+        return {"shift_splits": list(self.shift_splits)} if self.names_shifts else {}
 
     writes = False  # whether its labels are texts, which a language model can write itself
     takes_texts = True  # whether a text of one's own is all that is read

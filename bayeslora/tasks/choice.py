@@ -200,7 +200,8 @@ class ChoiceTask(Task):
 
     @property
     def recipe(self) -> dict[str, Any]:
-        return {"name": self.name, "data_dir": self.data_dir, "prompting": dataclasses.asdict(self.prompting)}
+        asked = {"prompting": dataclasses.asdict(self.prompting)}
+        return {"name": self.name, "data_dir": self.data_dir, **asked, **self.named_shifts}
 
     @property
     def likelihood_record(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ References:
 import dataclasses
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,6 +88,7 @@ def load_task(
     label_column: str | None = None,
     label_names: Sequence[str] | None = None,
     prompting: Mapping[str, Any] | None = None,
+    shift_splits: Sequence[str] | None = None,
 ) -> "Task":
     """Read a task's data and check it: a named GLUE or SuperGLUE task, another of :data:`NAMED_TASKS`, or your own.
 
@@ -107,7 +108,10 @@ def load_task(
         label_names: Names of the classes in the order of the integers. Without it a data set of your own
             takes the sorted labels of its training split.
         prompting: How a language model is asked: options of :class:`bayeslora.tasks.prompting.ChoicePrompting` or
-            :class:`bayeslora.tasks.prompting.TextPrompting`. Choices and texts take no other option.
+            :class:`bayeslora.tasks.prompting.TextPrompting`. Choices and texts take no other option but
+            ``shift_splits``.
+        shift_splits: Further labelled splits that come from elsewhere than the training data, which comparisons and
+            reports score beside the test split. Those that the task is known for if ``None``.
 
     Raises:
         InputError: anything amiss with the name, the files, the columns, the labels or the options.
@@ -122,7 +126,7 @@ def load_task(
             raise InputError(
                 f"task {name!r} has columns and labels of its own: leave text_columns, label_column and label_names out"
             )
-        return LOADERS[name](name, data_dir, prompting)
+        return _with_shifts(LOADERS[name](name, data_dir, prompting), shift_splits)
     if prompting:
         raise InputError(
             f"prompting is for tasks of language models, and {name!r} is none; those are {', '.join(LOADERS)}"
@@ -140,7 +144,7 @@ def load_task(
     splits, names = prepare_labels(name, splits, label_column, label_names)
     from datasets import DatasetDict
 
-    return Task(
+    task = Task(
         name=name,
         data=DatasetDict(splits),
         text_columns=columns,
@@ -151,6 +155,7 @@ def load_task(
         out_of_scope_splits=tuple(split for split in splits if split.endswith("out_of_scope")) if official else (),
         data_dir=given_path(data_dir),
     )
+    return _with_shifts(task, shift_splits)
 
 
 @dataclass(frozen=True)
@@ -158,7 +163,7 @@ class TaskSpec:
     """What :func:`bayeslora.load_task` needs to read a task.
 
     Args:
-        name, data_dir, text_columns, label_column, label_names, prompting: As there.
+        name, data_dir, text_columns, label_column, label_names, prompting, shift_splits: As there.
 
     Example:
         >>> TaskSpec("reviews", "reviews", text_columns=("text",)).load().label_names
@@ -171,9 +176,21 @@ class TaskSpec:
     label_column: str | None = None
     label_names: tuple[str, ...] | None = None
     prompting: Mapping[str, Any] | None = None
+    shift_splits: tuple[str, ...] | None = None
 
     def load(self) -> Any:
         return load_task(**dataclasses.asdict(self))
+
+
+def _with_shifts(task: Task, names: Sequence[str] | None) -> Task:
+    """The task with these shifted splits, each checked; as it is with None."""
+    if names is None:
+        return task
+    for name in (names,) if isinstance(names, str) else names:
+        if name in ("train", "validation"):
+            raise InputError(f"task {task.name!r}: {name!r} is what is trained or tuned on, and no shifted split")
+        task.split(name, labelled=True)
+    return replace(task, shift_splits=(names,) if isinstance(names, str) else tuple(names), names_shifts=True)
 
 
 def _text_columns(

@@ -137,7 +137,8 @@ class TextTask(Task):
 
     @property
     def recipe(self) -> dict[str, Any]:
-        return {"name": self.name, "data_dir": self.data_dir, "prompting": asdict(self.prompting)}
+        asked = {"prompting": asdict(self.prompting)}
+        return {"name": self.name, "data_dir": self.data_dir, **asked, **self.named_shifts}
 
     @property
     def likelihood_record(self) -> dict[str, Any]:

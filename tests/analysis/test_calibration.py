@@ -7,10 +7,13 @@ from sklearn.metrics import brier_score_loss, log_loss
 
 from bayeslora.analysis import (
     accuracy,
+    area_under_risk_coverage,
     brier_score,
     calibration_summary,
     expected_calibration_error,
     negative_log_likelihood,
+    overconfidence,
+    predictive_entropy,
     reliability_curve,
 )
 from bayeslora.errors import InputError
@@ -47,9 +50,11 @@ def test_closed_form():
 def test_perfect_and_hopeless_forecasts_reach_the_ends_of_the_ranges():
     certain = np.eye(3)[[0, 1, 2]]
     right, wrong = np.array([0, 1, 2]), np.array([1, 2, 0])
-    assert calibration_summary(certain, right) == {"accuracy": 1.0, "nll": 0.0, "ece": 0.0, "brier": 0.0}
+    perfect = {"accuracy": 1.0, "nll": 0.0, "ece": 0.0, "brier": 0.0, "aurc": 0.0, "overconfidence": 0.0}
+    assert calibration_summary(certain, right) == perfect
     hopeless = calibration_summary(certain, wrong)
     assert (hopeless["accuracy"], hopeless["ece"], hopeless["brier"]) == (0.0, 1.0, 2.0)
+    assert (hopeless["aurc"], hopeless["overconfidence"]) == (1.0, 1.0)
 
 
 def test_likelihood_is_clipped_only_at_the_smallest_float():
@@ -57,13 +62,21 @@ def test_likelihood_is_clipped_only_at_the_smallest_float():
     assert negative_log_likelihood([[1.0, 0.0]], [1]) == pytest.approx(1074 * np.log(2))
 
 
-def test_summary_holds_the_four_metrics():
+def test_overconfidence_has_a_sign():
+    sure, unsure = [[0.9, 0.1], [0.8, 0.2]], [[0.6, 0.4], [0.55, 0.45]]
+    assert overconfidence(sure, [0, 1]) == pytest.approx(0.85 - 0.5)
+    assert overconfidence(unsure, [0, 0]) == pytest.approx(0.575 - 1.0)
+
+
+def test_summary_holds_every_metric():
     probs, labels = forecast(200, 4, seed=0)
     assert calibration_summary(probs, labels) == {
         "accuracy": accuracy(probs, labels),
         "nll": negative_log_likelihood(probs, labels),
         "ece": expected_calibration_error(probs, labels, num_bins=15),
         "brier": brier_score(probs, labels),
+        "aurc": area_under_risk_coverage(predictive_entropy(probs), probs.argmax(1) != labels),
+        "overconfidence": overconfidence(probs, labels),
     }
 
 

@@ -112,7 +112,7 @@ class TestPage:
         row = len(cells) - 1 - cells[::-1].index("same")
         differences = [cell for cell in cells if cell.startswith("+0.0")]
         assert row > 0
-        assert len(differences) == 10  # five metrics on two labelled splits
+        assert len(differences) == 12  # six metrics on two labelled splits
         assert set(differences) == {"+0.0+0.0 to +0.0", "+0.000+0.000 to +0.000"}
 
     def test_other_labels_are_not_compared(self):

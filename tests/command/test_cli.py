@@ -10,6 +10,7 @@ from importlib import import_module
 
 import pytest
 
+from bayeslora.command.idle import RULES, refuse_idle
 from bayeslora.command.main import main
 from bayeslora.command.parser import build_parser
 from tests.conftest import tiny_network
@@ -77,7 +78,38 @@ def test_every_command_names_what_runs_it(command):
         ),
         ("compare --model m --task mrcp --output o", "unknown task 'mrcp': did you mean mrpc?"),
         ("compare study.yaml --output o", "'model' is missing"),
-        ("predict run --split test --text-pair b", "--text-pair goes with --text"),
+        ("predict run --split test --text-pair b", "--text-pair does nothing without --text"),
+        ("predict run --text a --max-examples 3", "--max-examples does nothing beside --text"),
+        ("predict run --text a --tolerance 0.1", "--tolerance does nothing without --num-samples auto"),
+        ("evaluate run --num-samples 4 --tolerance 0.1", "--tolerance does nothing without --num-samples auto"),
+        ("evaluate run --num-samples 0 --antithetic", "--antithetic does nothing with --num-samples 0"),
+        ("predict run --text a --num-samples 0 --seed 3", "--seed does nothing with --num-samples 0"),
+        ("evaluate run --max-new-tokens 3", "--max-new-tokens does nothing without --generate"),
+        ("evaluate run --execute-generated-code", "--execute-generated-code does nothing without --generate"),
+        ("evaluate run --generate --top-p 0.5", "--top-p does nothing at --temperature 0"),
+        ("fit --model m --task sst2 --output o --epochs 2 --max-steps 9", "--epochs does nothing beside --max-steps"),
+        ("fit --model m --task sst2 --output o --adapter a --rank 4", "--rank does nothing beside --adapter"),
+        (
+            "fit --model m --task sst2 --output o --warmup 0.3 --schedule constant",
+            "--warmup does nothing with --schedule constant",
+        ),
+        (
+            "fit --model m --task x --data-dir . --text-columns text --output o --best-metric ece",
+            "--best-metric does nothing for task 'x', which has no labelled validation split",
+        ),
+        (
+            "fit --model m --task x --data-dir . --text-columns text --output o --mode post_hoc --preset learned",
+            "noise_schedule='learned' follows what the adapter learns, and mode='post_hoc' freezes it",
+        ),
+        (
+            "compare --model m --task sst2 --output o --methods lora dora --sample-scaler 0.2",
+            "--sample-scaler does nothing without monteclora in --methods",
+        ),
+        (
+            "compare --model m --task sst2 --output o --early-stopping 2",
+            "--early-stopping does nothing in compare, which trains every method on the same budget",
+        ),
+        ("compare study.yaml --output o --seeds 1", "--seeds does nothing beside a study file: change study.yaml"),
     ],
 )
 def test_mistakes_are_found_without_torch(arguments, says, tmp_path):
@@ -92,6 +124,21 @@ def test_mistakes_are_found_without_torch(arguments, says, tmp_path):
     )
     assert done.stdout.strip() == "2 set()"
     assert says in done.stderr
+
+
+@pytest.mark.parametrize("command", RULES)
+def test_every_flag_of_a_rule_exists_and_works_somewhere(command):
+    """A rule that named no flag of its command would never be broken, nor tested."""
+    least = {
+        "fit": "--model m --task t --output o",
+        "predict": "run --text a",
+        "evaluate": "run --generate --temperature 1",
+        "compare": "--output o",
+    }
+    arguments = build_parser().parse_args([command, *least[command].split()])
+    for rule in RULES[command]:
+        assert all(hasattr(arguments, name) for name in rule.names)
+    refuse_idle(arguments)
 
 
 def test_fit_writes_a_run(run):
@@ -146,9 +193,10 @@ def test_relative_noise_that_follows_what_was_learned(model, data, tmp_path):
 def test_post_hoc_starts_from_a_trained_lora(run, model, data, tmp_path, capsys):
     from safetensors.torch import load_file
 
-    post_hoc = ["fit", *data_options(model, data), "--mode", "post_hoc", "--max-steps", "2", *SMALL]
-    assert main([*post_hoc, "--output", str(tmp_path / "without")]) == 2
-    assert "--adapter" in capsys.readouterr().err
+    shape, rest = SMALL[:5], SMALL[5:]
+    post_hoc = ["fit", *data_options(model, data), "--mode", "post_hoc", "--max-steps", "2", *rest]
+    assert main([*post_hoc, "--output", str(tmp_path / "without"), *shape]) == 2
+    assert "say which with --adapter" in capsys.readouterr().err
     assert main([*post_hoc, "--output", str(tmp_path / "o"), "--adapter", str(run / "adapter")]) == 0
     before, after = (load_file(f / "adapter" / "adapter_model.safetensors") for f in (run, tmp_path / "o"))
     assert all((after[name] == before[name]).all() for name in before)

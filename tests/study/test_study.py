@@ -23,7 +23,7 @@ from bayeslora.errors import InputError
 from bayeslora.study import Study
 from bayeslora.study.cell import run_cell
 from bayeslora.study.compare import compare, two_methods
-from bayeslora.study.differences import grid_differences, selective_differences
+from bayeslora.study.differences import differences, grid_differences
 from bayeslora.study.experiment import Experiment
 from bayeslora.study.methods.base import Lineup, all_methods, make_method
 from bayeslora.study.methods.monteclora import TUNED, PostHocMonteCLoRA
@@ -127,6 +127,11 @@ class TestSpec:
             ({"training": {"epoch": 2}}, "did you mean 'epochs'"),
             ({"model": ""}, "'model' is missing"),
             ({"tasks": [{"nme": "x"}]}, "did you mean 'name'"),
+            ({"curve_examples": 50}, "curve_examples does nothing without curve_points"),
+            (
+                {"tasks": [{"name": "x", "shift_splits": ["y"]}], "shift_splits": False},
+                "of task 'x' does nothing beside shift_splits: false",
+            ),
         ],
     )
     def test_mistakes_are_named(self, study, changes, says):
@@ -148,6 +153,14 @@ class TestSpec:
             ),
             (["lora", {"name": "monteclora_post_hoc", "label": "LoRA"}], "two methods are called 'LoRA'"),
             (["temperature"], "builds on 'lora'"),
+            (["lora", {"name": "monteclora_post_hoc", "preset": "learned"}], "and mode='post_hoc' freezes it"),
+            (["lora", {"name": "monteclora", "mode": "post_hoc", "noise_schedule": "per_layer"}], "freezes it"),
+            (["lora", {"name": "monteclora_post_hoc", "mode": "joint"}], "is mode='post_hoc': leave mode out"),
+            (["lora", {"name": "monteclora_post_hoc", "predictions": ["mean"]}], "predicts nothing new"),
+            ([{"name": "gaussian", "guide": "mean_field"}], "is guide='gaussian': leave guide out"),
+            ([{"name": "monteclora", "guide": "gausian"}], "no guide 'gausian'; did you mean 'gaussian'"),
+            ([{"name": "monteclora", "predictions": []}], "predicts nothing new"),
+            ([{"name": "monteclora", "predictions": ["mean"], "antithetic": True}], "antithetic does nothing"),
             (["nowhere:Method"], "cannot import nowhere"),
             (["tests.workers.study_methods:Prier"], "did you mean 'Prior'"),
         ],
@@ -276,13 +289,13 @@ def test_one_training_serves_all_that_builds_on_it(study, tmp_path, monkeypatch)
         "LoRA + temperature*",
         "LoRA + MC dropout",
         "LoRA + checkpoint ensemble",
-        "LoRA deep ensemble",
+        "LoRA deep ensemble of 2",
         "MonteCLoRA post-hoc, 3 draws",
         "MonteCLoRA post-hoc, 3 draws + temperature*",
     }
     members = [read_predictions(tmp_path / "out" / only(made, seed=s).folder, "test")["LoRA"] for s in (0, 1)]
     mean, labels = (members[0][0] + members[1][0]) / 2, members[0][1]
-    ensemble = rows[rows["method"] == "LoRA deep ensemble"].iloc[0]
+    ensemble = rows[rows["method"] == "LoRA deep ensemble of 2"].iloc[0]
     assert ensemble["nll"] == pytest.approx(-np.log(mean[np.arange(len(labels)), labels]).mean(), abs=1e-9)
     assert ensemble["members"] == 2
     assert "summary.md" in {path.name for path in (tmp_path / "out").iterdir()}
@@ -315,6 +328,9 @@ def test_a_width_is_tuned_where_there_are_enough_validation_examples(study, tmp_
     assert set(on_validation) == {"ours, mean", "ours, 3 draws", "ours, 3 draws, agreement"}
     del on_validation["ours, 3 draws, agreement"]
     assert both <= tuned <= min(on_validation.values()) + 1e-9
+    numbers = {row["method"]: {"width", "temperature"} & row.keys() for row in result["rows"]}
+    assert [columns for columns in numbers.values() if columns] == [{"width"}, {"width"}, {"width", "temperature"}]
+    assert all(row["width"] >= 0 for row in result["rows"] if "width" in row)
     few = run_cell(study(ours), only(study(ours)), tmp_path / "few")
     assert not [row for row in few["rows"] if "tuned" in row["method"]]
     assert few["failures"] == []
@@ -355,12 +371,15 @@ def test_draws_in_mirrored_pairs(study, tmp_path):
 
 def test_the_temperature_sees_validation_only(study, tmp_path):
     made = study("lora", "temperature")
-    run_cell(made, only(made), tmp_path)
+    rows = run_cell(made, only(made), tmp_path)["rows"]
     folder = tmp_path / only(made).folder
     validation, test = (read_predictions(folder, split) for split in ("validation", "test"))
     log_odds = {name: np.log(test[name][0][:, 1] / test[name][0][:, 0]) for name in test}
     used = log_odds["LoRA"] / log_odds["LoRA + temperature*"]
     assert np.allclose(used, fit_temperature(*validation["LoRA"]), rtol=1e-3)
+    said = [row["temperature"] for row in rows if row["method"] == "LoRA + temperature*"]
+    assert said == pytest.approx([fit_temperature(*validation["LoRA"])] * 2, rel=1e-5)
+    assert not [row for row in rows if row["method"] == "LoRA" and "temperature" in row]
     assert abs(used.mean() / fit_temperature(*test["LoRA"]) - 1) > 1e-2
 
 
@@ -450,18 +469,94 @@ class TestGrid:
         summary = (tmp_path / "out" / "summary.md").read_text()
         assert "Differences from LoRA in the spread over the settings" in summary
 
-        found = selective_differences(made, result.results, tmp_path / "out", "test").set_index("method")
-        assert list(found["runs"]) == [4, 2]  # the ensemble: one for all seeds of a setting
-        prior = result.results.query("split == 'test' and method == 'prior'")
-        assert found["aurc"]["prior"] == pytest.approx(1 - prior["accuracy"].mean())  # all examples are equally sure
+    def test_the_order_of_errors_is_compared_as_all_else_is(self, study, tmp_path):
+        """Against numbers by hand, on every split: examples and seeds are drawn for AURC too."""
+        made = study("lora", {"name": PRIOR, "label": "prior"}, seeds=[0, 1])
+        result = run_study(made, tmp_path / "out", progress=False)
         areas = []
         for cell in cells(made, ["LoRA"]):
             probs, labels = read_predictions(tmp_path / "out" / cell.folder, "test")["LoRA"]
             areas.append(area_under_risk_coverage(predictive_entropy(probs), probs.argmax(-1) != labels))
-        assert found["difference"]["prior"] == pytest.approx(found["aurc"]["prior"] - np.mean(areas))
-        assert (found["lower"] <= found["difference"]).all()
-        assert (found["difference"] <= found["upper"]).all()
-        assert "Selective prediction on test" in summary
+        rows = scored_on_test(result).set_index("method")
+        assert list(rows["aurc"]["LoRA"]) == pytest.approx(areas, abs=1e-6)
+        prior = 1 - rows["accuracy"]["prior"].mean()  # all examples are equally sure
+        (row,) = differences(made, result.results, tmp_path / "out", "test").to_dict("records")
+        assert row["aurc"] == pytest.approx(prior - np.mean(areas), abs=1e-6)
+        assert row["aurc_lower"] <= row["aurc"] <= row["aurc_upper"]
+        assert row["overconfidence_verdict"] in ("higher", "lower", "no difference seen")
+        assert "AURC (%)" in (tmp_path / "out" / "summary.md").read_text()
+
+    def test_processor_time_lies_beside_the_clock(self, study, tmp_path):
+        made = study("lora", "temperature", "monteclora", "deep_ensemble", seeds=[0, 1])
+        rows = scored_on_test(run_study(made, tmp_path / "out", progress=False)).set_index("method")
+        for what in ("train", "predict"):
+            wall, cpu = rows[f"{what}_seconds"], rows[f"{what}_cpu_seconds"]
+            assert (cpu > 0).all()
+            assert cpu["LoRA deep ensemble of 2"] == pytest.approx(cpu["LoRA"].sum())
+            assert wall["LoRA deep ensemble of 2"] == pytest.approx(wall["LoRA"].sum())
+        assert set(rows["workers"]) == {1}
+        summary = (tmp_path / "out" / "summary.md").read_text()
+        assert "up to 1 workers at once" in summary
+
+    def test_the_reference_is_a_choice(self, study, tmp_path):
+        """From LoRA, from LoRA with a temperature, or both; another choice trains nothing again."""
+        both = ["LoRA", "LoRA + temperature"]
+        made = study("lora", "temperature", "deep_ensemble", seeds=[0, 1], reference=both)
+        result = run_study(made, tmp_path / "out", progress=False)
+        summary = (tmp_path / "out" / "summary.md").read_text()
+        found = {}
+        for name in ("LoRA", "LoRA + temperature*"):
+            assert f"Differences from {name} on test" in summary
+            rows = differences(made, result.results, tmp_path / "out", "test", name).set_index("method")
+            assert name not in rows.index
+            assert len(rows) == 2
+            found[name] = rows["nll"]
+        assert found["LoRA"]["LoRA + temperature*"] == -found["LoRA + temperature*"]["LoRA"]
+        written = [file.stat().st_mtime_ns for file in sorted((tmp_path / "out").rglob("scores.json"))]
+        other = Study.from_dict({**made.to_dict(), "reference": "LoRA deep ensemble of 2"})
+        run_study(other, tmp_path / "out", progress=False)
+        assert written == [file.stat().st_mtime_ns for file in sorted((tmp_path / "out").rglob("scores.json"))]
+        assert "Differences from LoRA on" not in (tmp_path / "out" / "summary.md").read_text()
+
+    @pytest.mark.parametrize(
+        ("reference", "says"),
+        [("LoRA + temprature", "did you mean 'LoRA . temperature"), ("DoRA", "nothing is called as the reference")],
+    )
+    def test_a_reference_that_there_is_not_is_refused_before_training(self, study, tmp_path, reference, says):
+        made = study("lora", "temperature", reference=reference)
+        with pytest.raises(InputError, match=says):
+            run_study(made, tmp_path / "out", progress=False)
+        assert not (tmp_path / "out").exists()
+
+    def test_an_ensemble_of_one_is_refused_before_training(self, study, tmp_path):
+        with pytest.raises(InputError, match="combines the trainings of several seeds"):
+            run_study(study("lora", "deep_ensemble"), tmp_path / "out", progress=False)
+        assert not (tmp_path / "out").exists()
+
+    def test_a_new_measure_needs_no_new_training(self, study, tmp_path):
+        """Cells that were scored before there was one are scored by the predictions that they kept."""
+        made = self.grid(study, tmp_path)
+        first = run_study(made, tmp_path / "out", progress=False)
+        for file in (tmp_path / "out").rglob("scores.json"):
+            kept = json.loads(file.read_text())
+            for row in kept["rows"]:
+                del row["aurc"], row["overconfidence"]
+            file.write_text(json.dumps(kept))
+        (tmp_path / "out" / "optuna.journal").unlink()
+        second = run_study(made, tmp_path / "out", progress=False)
+        assert self.trainings(tmp_path) == ["0", "1", "2"]
+        for name in ("aurc", "overconfidence"):
+            np.testing.assert_allclose(second.results[name], first.results[name], atol=1e-6)
+
+    def test_a_study_that_has_grown_counts_what_is_finished(self, study, tmp_path, capsys):
+        run_study(self.grid(study, tmp_path), tmp_path / "out", progress=False)
+        grown = Study.from_dict({**self.grid(study, tmp_path).to_dict(), "seeds": [0, 1, 2, 3]})
+        run_study(grown, tmp_path / "out")
+        said = capsys.readouterr().out.splitlines()
+        assert said[0] == "[3/4] finished before"
+        assert [line.split("]")[0] for line in said if line.startswith("[")] == ["[3/4", "[3/4", "[4/4"]
+        assert "seed 3" in said[1]
+        assert self.trainings(tmp_path) == ["0", "1", "2", "3"]
 
     def test_a_finished_study_is_read(self, study, tmp_path):
         made = self.grid(study, tmp_path)
@@ -604,6 +699,22 @@ def test_hold_out_makes_a_validation_split(study, place, tmp_path):
     assert experiment.splits == ("validation", "test")
     result = run_cell(made, only(made), tmp_path / "with")
     assert {row["method"] for row in result["rows"] if row["split"] == "test"} == {"LoRA", "LoRA + temperature*"}
+
+
+def test_a_study_names_shifted_splits_of_its_own_data(study, place, tmp_path):
+    """They are scored beside the test split, and a study without them has the digests it had."""
+    reviews = tmp_path / "reviews"
+    shutil.copytree(place / "reviews", reviews)
+    shutil.copy(reviews / "test.csv", reviews / "forum.csv")
+    task = {"name": "reviews", "data_dir": str(reviews), "text_columns": "text"}
+    made = study({"name": PRIOR}, tasks=[{**task, "shift_splits": ["forum"]}])
+    assert Study.from_dict(json.loads(json.dumps(made.to_dict()))) == made
+    rows = run_cell(made, only(made), tmp_path / "out")["rows"]
+    assert [row["split"] for row in rows] == ["validation", "test", "forum"]
+    assert rows[1]["nll"] == rows[2]["nll"]
+    without = study({"name": PRIOR}, tasks=[task])
+    assert "shift_splits" not in without.to_dict()["tasks"][0]
+    assert without.digest != made.digest
 
 
 def test_compare_in_python(place, tmp_path):

@@ -435,6 +435,8 @@ class TestYaml:
             ({"tasks": [{"name": "x", "text_columns": ["a", 5]}]}, "text_columns of a task takes text"),
             ({"tasks": [{"name": "x", "label_names": [True, False]}]}, "label_names of a task takes text"),
             ({"tasks": [{"name": "x", "label_names": "ab"}]}, "takes a list"),
+            ({"tasks": [{"name": "x", "shift_splits": 5}]}, "shift_splits of a task takes a list"),
+            ({"reference": 5}, "reference takes a text"),
             ({"tasks": [{"name": "x", "prompting": ["a"]}]}, "prompting of a task must be a mapping"),
             ({"shift_splits": "no"}, "shift_splits takes true or false"),
             ({"keep_adapters": 1}, "keep_adapters takes true"),

@@ -5,7 +5,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bayeslora.analysis import accuracy, brier_score, expected_calibration_error, negative_log_likelihood
+from bayeslora.analysis import (
+    accuracy,
+    area_under_risk_coverage,
+    brier_score,
+    expected_calibration_error,
+    negative_log_likelihood,
+    overconfidence,
+    predictive_entropy,
+)
 from bayeslora.analysis.metrics.bootstrap import Interval
 from bayeslora.analysis.plots.study import (
     plot_accuracy_calibration,
@@ -16,6 +24,8 @@ from bayeslora.analysis.plots.study import (
 from bayeslora.analysis.tables.cost import cost_table, steps_to_reach
 from bayeslora.analysis.tables.study import (
     BETTER,
+    HIGHER,
+    LOWER,
     METRICS,
     NO_DIFFERENCE,
     WORSE,
@@ -27,6 +37,7 @@ from bayeslora.analysis.tables.study import (
     verdict,
 )
 from bayeslora.errors import InputError
+from bayeslora.study.table import _workers
 
 
 def table() -> pd.DataFrame:
@@ -103,13 +114,16 @@ def random_probs(rng, *shape, skill=0.0, labels=None):
     return odds / odds.sum(-1, keepdims=True)
 
 
+def area(probs, labels):
+    return area_under_risk_coverage(predictive_entropy(probs), probs.argmax(-1) != labels)
+
+
 def test_the_estimate_is_the_difference_of_the_metric():
     rng = np.random.default_rng(0)
     labels = rng.integers(3, size=60)
     ours, theirs = (random_probs(rng, 2, 60) for _ in range(2))
-    for metric, score in zip(
-        METRICS, (accuracy, negative_log_likelihood, expected_calibration_error, brier_score), strict=True
-    ):
+    scores = (accuracy, negative_log_likelihood, expected_calibration_error, brier_score, area, overconfidence)
+    for metric, score in zip(METRICS, scores, strict=True):
         expected = np.mean([score(a, labels) - score(b, labels) for a, b in zip(ours, theirs, strict=True)])
         found = paired_difference(ours, theirs, labels, metric=metric, num_resamples=50)
         assert found.estimate == pytest.approx(expected, abs=1e-12)
@@ -158,13 +172,15 @@ def test_noise_is_no_difference_and_skill_is_one():
         assert paired_difference(poor, good, labels, metric=metric).verdict == WORSE
 
 
-def test_seeds_that_disagree_widen_the_interval():
+@pytest.mark.parametrize("metric", METRICS)
+def test_seeds_that_disagree_widen_the_interval(metric):
+    """Of every measure, that of order among them."""
     rng = np.random.default_rng(4)
     labels = rng.integers(3, size=400)
     theirs = np.repeat(random_probs(rng, 1, 400), 3, axis=0)
     steady = np.repeat(random_probs(rng, 1, 400, skill=0.5, labels=labels), 3, axis=0)
     moody = np.stack([random_probs(rng, 400, skill=skill, labels=labels) for skill in (-1.5, 0.5, 2.5)])
-    widths = [np.ptp(paired_difference(p, theirs, labels)[1:3]) for p in (steady, moody)]
+    widths = [np.ptp(paired_difference(p, theirs, labels, metric=metric)[1:3]) for p in (steady, moody)]
     assert widths[1] > 3 * widths[0]
 
 
@@ -230,6 +246,9 @@ def test_less_spread_is_better():
         ((-0.1, 0.1), True, NO_DIFFERENCE),
         ((0.0, 0.1), True, NO_DIFFERENCE),
         ((np.nan, np.nan), True, NO_DIFFERENCE),
+        ((0.1, 0.2), None, HIGHER),
+        ((-0.2, -0.1), None, LOWER),
+        ((-0.1, 0.1), None, NO_DIFFERENCE),
     ],
 )
 def test_verdicts(ends, higher, word):
@@ -246,6 +265,8 @@ def test_differences_of_what_cannot_be_compared():
         paired_robustness(probs, probs, [0] * 4)
     with pytest.raises(InputError, match="statistic must be one of best, median"):
         paired_robustness(probs[None], probs[None], [0] * 4, statistic="mean")
+    with pytest.raises(InputError, match="no end of overconfidence is the better one"):
+        paired_robustness(probs[None], probs[None], [0] * 4, metric="overconfidence", statistic="best")
 
 
 def test_steps_to_reach():
@@ -257,11 +278,42 @@ def test_steps_to_reach():
 
 
 def test_cost():
-    found = cost_table(table())
+    found = cost_table(timed(table()))
     assert list(found["train_ratio"]) == [1.0, 3.0]
     assert list(found["predict_seconds"]) == [20.0, 20.0]  # per 1000 examples
+    assert list(found["predict_cpu_seconds"]) == [10.0, 10.0]
     assert found["peak_memory_mb"].isna().all()
-    assert cost_table(table(), reference="none")["train_ratio"].isna().all()
+    assert cost_table(timed(table()), reference="none")["train_ratio"].isna().all()
+
+
+def timed(rows: pd.DataFrame) -> pd.DataFrame:
+    """One worker, whose processor time is half of what the clock shows."""
+    cpu = {f"{what}_cpu_seconds": rows[f"{what}_seconds"] / 2 for what in ("train", "predict")}
+    return rows.assign(host="here", workers=1, **cpu)
+
+
+def test_ratios_are_of_pairs_that_had_as_much_of_the_machine():
+    """One run of LoRA shared the machine: its clock ran on, and a ratio of means would praise the other method."""
+    rows = timed(table()[lambda t: t["learning_rate"] == 1e-3])
+    shared = (rows["method"] == "LoRA") & (rows["seed"] == 0)
+    rows.loc[shared, ["train_seconds", "train_cpu_seconds", "workers"]] = 129.0, 8.0, 3
+    found = cost_table(rows).loc["t"]
+    assert found["train_seconds"]["LoRA"] == (129 + 10) / 2
+    assert found["train_ratio"]["DoRA"] == 3.0  # of seed 1 alone
+    rows.loc[rows["method"] == "DoRA", "host"] = "there"
+    assert np.isnan(cost_table(rows).loc["t"]["train_ratio"]["DoRA"])
+
+
+def test_a_table_without_processor_time_has_no_ratios():
+    found = cost_table(table())
+    assert list(found["train_seconds"]) == [10.0, 30.0]
+    assert found["train_ratio"].isna().all()
+
+
+def test_workers_are_counted_where_their_cells_overlap():
+    names = dict(zip("abcde", [("x", 0, 10), ("x", 1, 4), ("x", 5, 9), ("y", 0, 9), ("x", 10, 12)], strict=True))
+    done = {name: {"host": host, "between": [*span]} for name, (host, *span) in names.items()}
+    assert _workers({**done, "old": {"host": "x"}}) == {"a": 2, "b": 2, "c": 2, "d": 1, "e": 1, "old": None}
 
 
 class TestPlots:
@@ -287,7 +339,7 @@ class TestPlots:
     def test_many_methods_can_be_told_apart_and_leave_room(self):
         many = pd.concat([table()[lambda t: t["method"] == "LoRA"].assign(method=f"method {i}") for i in range(16)])
         ax = plot_cost(many)
-        assert len({(line.get_color(), line.get_marker()) for line in ax.lines}) == 16
+        assert len({(line.get_color(), line.get_marker()) for line in ax.lines[::2]}) == 16
         ax.figure.canvas.draw()
         assert ax.get_window_extent().height > 1.2 * ax.figure.dpi  # inches, below the legend
 
@@ -295,11 +347,16 @@ class TestPlots:
         ax = plot_accuracy_calibration(table(), metric="nll")
         (x, y) = ax.lines[0].get_xydata()[0]
         assert (x, y) == pytest.approx((82, 0.81))
-        ax = plot_cost(table())
-        assert [tuple(line.get_xydata()[0]) for line in ax.lines] == [
-            pytest.approx((10, 0.81)),
-            pytest.approx((30, 0.91)),
-        ]
+
+    def test_cost_is_of_training_and_of_prediction(self):
+        for rows, scale in ((table(), 1.0), (timed(table()), 0.5)):  # processor time where there is some
+            ax = plot_cost(rows)
+            points, lines = ax.lines[::2], ax.lines[1::2]
+            assert [tuple(line.get_xydata()[0]) for line in points] == [
+                pytest.approx((10 * scale, 0.81)),
+                pytest.approx((30 * scale, 0.91)),
+            ]
+            assert [np.ptp(line.get_xdata()) for line in lines] == pytest.approx([20 * scale] * 2)  # 4 s for 200
 
     def test_one_task_a_picture(self):
         both = pd.concat([table(), table().assign(task="u")])

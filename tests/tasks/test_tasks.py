@@ -15,6 +15,7 @@ import pyarrow.parquet
 import pytest
 
 from bayeslora import InputError, load_task
+from bayeslora.files.records import _is_recipe
 from bayeslora.tasks.load import NAMED_TASKS
 from tests.task_files import OFFICIAL, official_rows, write
 
@@ -118,6 +119,19 @@ def test_mnli_takes_the_matched_splits_and_keeps_the_mismatched_as_shift(tmp_pat
     task = load_task("mnli", tmp_path)
     assert task.splits == ("train", "validation", "test", "validation_mismatched", "test_mismatched")
     assert task.shift_splits == ("validation_mismatched",)
+
+
+def test_shifted_splits_of_ones_own_data(tmp_path):
+    """Named by who has them, and kept in the recipe; they have labels, and are not what is trained or tuned on."""
+    write(tmp_path / "tweets.jsonl", REVIEWS)
+    write(tmp_path / "forum.jsonl", [{"review": "a"}])
+    assert "shift_splits" not in reviews(tmp_path).recipe
+    task = reviews(tmp_path, shift_splits=["tweets"])
+    assert task.shift_splits == load_task(**task.recipe).shift_splits == ("tweets",)
+    assert _is_recipe(task.recipe)
+    for name, says in (("tweet", "no split 'tweet'"), ("forum", "has no labels"), ("train", "no shifted split")):
+        with pytest.raises(InputError, match=says):
+            reviews(tmp_path, shift_splits=[name])
 
 
 def test_the_hub_route_reads_class_labels_and_renames(tmp_path, monkeypatch):

@@ -727,9 +727,12 @@ class TestComputeMetrics:
     def test_which_is_better_of_ours_is_known_under_both_names(self, prefix):
         better = {
             name: Metrics(classifier(), None, prefix + name).selection()["greater_is_better"]
-            for name in ("loss", "accuracy", "nll", "ece", "brier")
+            for name in ("loss", "accuracy", "nll", "ece", "brier", "aurc")
         }
-        assert better == {"loss": False, "accuracy": True, "nll": False, "ece": False, "brier": False}
+        assert better.pop("accuracy")
+        assert set(better.values()) == {False}
+        with pytest.raises(InputError, match=r"no evaluation metric .*overconfidence"):  # no end of it is the better
+            Metrics(classifier(), None, prefix + "overconfidence")
 
     def test_a_best_metric_that_there_is_not(self, tmp_path):
         with pytest.raises(InputError, match=r"no evaluation metric 'f1'; there are loss, accuracy, .*mine"):

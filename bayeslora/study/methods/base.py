@@ -26,6 +26,7 @@ from bayeslora.study.outcome import Predict, Predictor, Trained
 
 if TYPE_CHECKING:
     from bayeslora.study.experiment import Experiment
+    from bayeslora.study.spec import Study
 
 METHODS: dict[str, type["Method"]] = {}
 KINDS = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text"}
@@ -118,9 +119,15 @@ class AcrossSeeds(Method):
     def combine(self, probs: np.ndarray) -> np.ndarray:
         """From (seeds, n, C) to (n, C)."""
 
-    def label_on(self, trained: str) -> str:
-        """What tables call the combination of the trainings of a method with this label."""
-        return f"{trained} {self.label}"
+    def check(self, study: "Study") -> None:
+        if len(study.seeds) < 2:
+            raise InputError(
+                f"{self.label!r} combines the trainings of several seeds, and the study has one: add seeds"
+            )
+
+    def label_on(self, trained: str, members: int) -> str:
+        """What tables call the combination of so many trainings of a method with this label."""
+        return f"{trained} {self.label} of {members}"
 
 
 def register(cls: type[Method]) -> type[Method]:
@@ -200,6 +207,21 @@ class Lineup:
         if not trained:
             raise InputError("the study trains nothing: name at least one method such as lora or monteclora")
         return lineup
+
+    def check(self, study: "Study") -> None:
+        """Raise ``InputError`` for an ensemble of one, and a reference that the study cannot have."""
+        across = [method for made in self.across.values() for method in made]
+        if across and len(study.seeds) < 2:
+            raise InputError(
+                f"{across[0].label!r} combines the trainings of several seeds, and the study has one: add seeds"
+            )
+        further = [*across, *(method for made in self.post_hoc.values() for method in made)]
+        on_top = [f"{label} + {method.label}" for label, made in self.post_hoc.items() for method in made]
+        for name in study.reference:
+            is_on_top = any(name.startswith(f"{label} + ") for label in self.trained)
+            known = on_top if is_on_top else [*self.trained, *(method.label for method in further)]
+            if not any(name.startswith(label.rstrip("*")) for label in known):
+                raise InputError(f"study: nothing is called as the reference {name!r}; {suggest(name, known)}")
 
     def base(self, method: PostHocMethod | AcrossSeeds) -> str:
         """The label of the trained method that ``method`` builds on."""

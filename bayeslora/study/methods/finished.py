@@ -71,6 +71,7 @@ class OnFinished(PostHocMethod):
             experiment.on_top(self.label),
             cache(lambda split: predict(bayes, experiment.data(split), count, self.antithetic, tuning)),
             draws=True,
+            tuned={"width": tuning.width},
         )
 
 

@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import logging
 import shutil
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -15,7 +14,7 @@ import numpy as np
 from bayeslora.analysis import mixture_entropy
 from bayeslora.config import MonteCLoRAConfig
 from bayeslora.errors import InputError
-from bayeslora.guides import MixtureGuide
+from bayeslora.guides import GUIDES, MixtureGuide
 from bayeslora.inference.tuning import LEAST_EXAMPLES, Widths, as_tuned
 from bayeslora.models import Tuning
 from bayeslora.module import BayesLoRA
@@ -24,7 +23,7 @@ from bayeslora.study.entries import suggest
 from bayeslora.study.experiment import curve
 from bayeslora.study.methods.base import Method, PostHocMethod, TrainedMethod, register
 from bayeslora.study.methods.post_hoc import tempered
-from bayeslora.study.outcome import Predict, Predicted, Predictor, Trained
+from bayeslora.study.outcome import Predict, Predicted, Predictor, Stopwatch, Trained
 from bayeslora.training.fit import fit
 from bayeslora.training.monitor import components_in_use, noise_to_signal
 
@@ -61,6 +60,7 @@ class PosteriorOptions:
     antithetic: bool = False
 
     title: ClassVar[str]
+    decided: ClassVar[Mapping[str, Any]] = {}  # fields of the configuration that are the method's own
 
     def default_label(self) -> str:
         usual = next(f.default for f in dataclasses.fields(self) if f.name == "preset")
@@ -71,6 +71,9 @@ class PosteriorOptions:
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Any:
         own = [f.name for f in dataclasses.fields(cls) if f.name != "config"]
+        for option, value in cls.decided.items():
+            if options.get(option, value) != value:
+                raise InputError(f"method {cls.name!r} is {option}={value!r}: leave {option} out")  # type: ignore[attr-defined]
         for option in options:
             if option not in own and option not in CONFIG_FIELDS:
                 raise InputError(
@@ -92,11 +95,25 @@ class PosteriorOptions:
                         f"{suggest(str(predictor), PREDICTORS)}"
                     )
         made = cls(config=config, **rest)
-        MonteCLoRAConfig.preset(made.preset, **config)  # a mistake is found before anything is trained
+        made.check()
         return made
 
-    def configuration(self, experiment: "Experiment", **changes: Any) -> MonteCLoRAConfig:
-        return MonteCLoRAConfig.preset(self.preset, **{**experiment.lora_options(), **self.config, **changes})
+    def check(self) -> None:
+        """Raise ``InputError`` for a mistake, and for what would do nothing."""
+        name = self.name  # type: ignore[attr-defined]
+        chosen = MonteCLoRAConfig.preset(self.preset, **{**self.config, **self.decided})
+        if chosen.guide not in GUIDES:
+            raise InputError(f"method {name!r} has no guide {chosen.guide!r}; {suggest(chosen.guide, sorted(GUIDES))}")
+        drawn = [predictor for predictor in self.predictions if not predictor.startswith("mean")]
+        if not (drawn if isinstance(self, PostHocMethod) else self.predictions):
+            raise InputError(f"method {name!r} predicts nothing new with predictions={[*self.predictions]}")
+        if not drawn:
+            for option in ("num_samples", "antithetic"):
+                if getattr(self, option):
+                    raise InputError(f"method {name!r}: {option} does nothing where predictions are at the mean")
+
+    def configuration(self, experiment: "Experiment") -> MonteCLoRAConfig:
+        return MonteCLoRAConfig.preset(self.preset, **{**experiment.lora_options(), **self.config, **self.decided})
 
     def fit(self, bayes: BayesLoRA, experiment: "Experiment", scale: float) -> Trained:
         """Within the study's budget."""
@@ -105,7 +122,7 @@ class PosteriorOptions:
         evaluating: dict[str, Any] = (
             {"eval_strategy": "steps", "load_best_model_at_end": False} if experiment.curve_data else {}
         )
-        started = time.perf_counter()
+        watch = Stopwatch()
         result = fit(
             bayes,
             experiment.train_data,
@@ -120,9 +137,16 @@ class PosteriorOptions:
             evaluations=experiment.evaluations,
             **experiment.study.trainer,
         )
-        seconds = time.perf_counter() - started
-        facts = posterior_facts(bayes) if bayes.sampling else {}
-        return Trained(bayes.network, result.steps, seconds, curve(result.history), checkpoints.kept, facts, bayes)
+        spent = watch.read()
+        return Trained(
+            bayes.network,
+            result.steps,
+            curve=curve(result.history),
+            checkpoints=checkpoints.kept,
+            facts=posterior_facts(bayes) if bayes.sampling else {},
+            bayes=bayes,
+            **spent,
+        )
 
     def fitted_predictors(self, bayes: BayesLoRA, experiment: "Experiment", label: str) -> Iterator[Predictor]:
         """The predictors of a fitted posterior."""
@@ -141,9 +165,9 @@ class PosteriorOptions:
         if not experiment.has_validation:
             return
         if "mean_temperature" in wanted:
-            yield Predictor(f"{label}, mean + temperature*", tempered(mean))
+            yield tempered(f"{label}, mean + temperature*", mean)
         if "draws_temperature" in wanted:
-            yield Predictor(f"{label}, {these} + temperature*", tempered(draws), draws=True)
+            yield tempered(f"{label}, {these} + temperature*", draws, draws=True)
         tuned = [name for name in TUNED if name in wanted]
         if not tuned or len(experiment.data("validation")) < LEAST_EXAMPLES:
             return
@@ -163,7 +187,10 @@ class PosteriorOptions:
                 logger.warning("%s is left out of %s: %s", name, experiment.cell, error)
                 continue
             title = name.replace("_", " + ") + ("" if name == "agreement" else "*")  # which needs no labels
-            yield Predictor(f"{label}, {these}, {title}", predictor(count, found), draws=True)
+            numbers = {"width": found.width}
+            if "with_temperature" in TUNED[name]:
+                numbers["temperature"] = found.temperature
+            yield Predictor(f"{label}, {these}, {title}", predictor(count, found), draws=True, tuned=numbers)
 
 
 @register
@@ -199,9 +226,7 @@ class GaussianPosterior(MonteCLoRAMethod):
 
     name: ClassVar[str] = "gaussian"
     title: ClassVar[str] = "Gaussian guide"
-
-    def configuration(self, experiment: "Experiment", **changes: Any) -> MonteCLoRAConfig:
-        return super().configuration(experiment, guide="gaussian", **changes)
+    decided: ClassVar[Mapping[str, Any]] = {"guide": "gaussian"}
 
 
 @register
@@ -214,9 +239,10 @@ class PostHocMonteCLoRA(PosteriorOptions, PostHocMethod):
     shows_base: ClassVar[bool] = False
     name: ClassVar[str] = "monteclora_post_hoc"
     title: ClassVar[str] = "MonteCLoRA post-hoc"
+    decided: ClassVar[Mapping[str, Any]] = {"mode": "post_hoc"}
 
     def predictors(self, trained: Trained, experiment: "Experiment", predict: Predict) -> Iterator[Predictor]:
-        config = self.configuration(experiment, mode="post_hoc")
+        config = self.configuration(experiment)
         bayes = BayesLoRA(copy.deepcopy(trained.network), config, likelihood=experiment.task.likelihood())
         bayes.eval()
         self.fit(bayes, experiment, 1.0)
@@ -230,13 +256,13 @@ def predict(
     bayes: BayesLoRA, data: Any, num_samples: int, antithetic: bool = False, tuning: Tuning | None = None
 ) -> Predicted:
     """The posterior predictive with a tuned width and temperature; at the mean with no samples."""
-    started = time.perf_counter()
+    watch = Stopwatch()
     with as_tuned(bayes, tuning):
         prediction = bayes.predict(
             data, num_samples=num_samples, antithetic=antithetic, keep_draws=False, progress=False
         )
     information = prediction.mutual_information if num_samples else None
-    return Predicted(prediction.probs, prediction.labels, information, time.perf_counter() - started)
+    return Predicted(prediction.probs, prediction.labels, information, **watch.read())
 
 
 def posterior_facts(bayes: BayesLoRA) -> dict[str, float]:

@@ -36,7 +36,7 @@ class Temperature(PostHocMethod):
                 f"{self.label!r} needs a labelled validation split besides what is scored; "
                 "set hold_out to take one from the training examples"
             )
-        yield Predictor(experiment.on_top(self.label), tempered(predict))
+        yield tempered(experiment.on_top(self.label), predict)
 
 
 @register
@@ -131,16 +131,16 @@ class Laplace(PostHocMethod):
         )
 
 
-def tempered(base: Predict) -> Predict:
+def tempered(label: str, base: Predict, *, draws: bool = False) -> Predictor:
     """The same with a temperature that is fitted to the labels of the validation split, and to no other."""
     held_out = base("validation")
     temperature = fit_temperature(held_out.probs, held_out.labels)
 
-    def predictor(split: str) -> Predicted:
+    def predict(split: str) -> Predicted:
         predicted = base(split)
         return replace(predicted, probs=apply_temperature(predicted.probs, temperature))
 
-    return predictor
+    return Predictor(label, predict, draws, {"temperature": temperature})
 
 
 def _ensemble(network: nn.Module, members: Sequence[Mapping[str, Tensor]], experiment: "Experiment", split: str) -> Any:
