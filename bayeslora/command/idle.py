@@ -35,6 +35,10 @@ RULES: dict[str, tuple[Rule, ...]] = {
         _WARMUP,
         Rule(LORA_FLAGS, lambda given: given.adapter is None, "beside --adapter, whose own it is"),
     ),
+    "bayesianize": (
+        Rule(("agreement",), lambda given: given.width in (None, "agreement"), "beside another --width"),
+        Rule(("max_train_examples",), lambda given: given.steps, "without --steps"),
+    ),
     "predict": (
         _AUTO,
         _DRAWS,

@@ -152,6 +152,8 @@ class TestRefused:
             (["--width", "wide"], "width"),
             (["--shape", "round"], "invalid choice: 'round'"),
             (["--max-examples", "5"], "at least 20 examples"),
+            (["--width", "labels", "--agreement", "0.8"], "--agreement does nothing beside another --width"),
+            (["--max-train-examples", "8"], "--max-train-examples does nothing without --steps"),
         ],
     )
     def test_words(self, command, words, says, capsys, tmp_path):
