@@ -1,11 +1,12 @@
 r"""Which way the noise of a finished adapter points: a covariance of the rows of A, the same for all its columns.
 
 =============  ========================================================================================================
-``isotropic``  Σ ∝ I, of a size in units of each layer's own A.
-``output``     Σ ∝ (BᵀB)⁻¹, of one size for all layers: every direction of the layer's output gets the same noise.
-``curvature``  Σ ∝ (BᵀGB + λI)⁻¹, in units of each layer's own A, with G the covariance of the gradients of
-               log p(y | x) at the layer's output: the row factor of a Laplace approximation. λ is a tenth of the mean
-               of BᵀGB's diagonal.
+``isotropic``  Σ ∝ I. Width 1 is noise as large as each layer's own A.
+``output``     Σ ∝ (BᵀB)⁻¹: every direction of the output has the same noise, in all layers. Width 1 is as much in the
+               outputs, in the mean square over layers, as isotropic noise of width 1 is.
+``curvature``  Σ ∝ (BᵀGB + λI)⁻¹, with G the covariance of the gradients of log p(y | x) at the layer's output: the
+               row factor of a Laplace approximation. λ is a tenth of the mean of BᵀGB's diagonal. Width 1 is as much in
+               each layer's output as isotropic noise of width 1 is.
 =============  ========================================================================================================
 
 References:
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from bayeslora.adapters.drawing import clear_draw
-from bayeslora.adapters.groups import Adapter, AdapterGroup
+from bayeslora.adapters.groups import AdapterGroup
 from bayeslora.adapters.modes import evaluation_mode, without_cache
 from bayeslora.data.checks import read_examples
 from bayeslora.models.joint import JointModel
@@ -51,45 +52,53 @@ def isotropic_shape(groups: Iterable[AdapterGroup]) -> Shape:
 
 @torch.no_grad()
 def output_shape(groups: Iterable[AdapterGroup]) -> Shape:
-    """Noise of one size in the outputs of all layers, such that A − μ and μ have the same mean square over layers."""
+    """Noise of one size in the outputs of all layers."""
     groups = tuple(groups)
-    found = {group.name: [_inverse_factor(_gram(adapter), LEAST) for adapter in group.adapters] for group in groups}
-    sizes = {name: torch.stack([size for _, size in each]) for name, each in found.items()}
-    own = {group.name: group.mean_scale() for group in groups}
-    trained = {name: size.isfinite() for name, size in sizes.items()}  # elsewhere B is zero, and no noise counts
-    both = [torch.cat([each[name][trained[name]] for name in sizes]) for each in (own, sizes)]
-    ratio = both[0].square().mean().sqrt() / both[1].square().mean().sqrt()
-    deviations = {name: torch.where(trained[name], ratio * sizes[name], own[name]) for name in sizes}
-    return Shape({name: torch.stack([factor for factor, _ in each]) for name, each in found.items()}, deviations)
+    grams = {group.name: _grams(group) for group in groups}
+    factors = {name: _inverse_factors(each, LEAST) for name, each in grams.items()}
+    sizes = {name: _gain(factors[name], each) for name, each in grams.items()}
+    even = {group.name: group.mean_scale() * _gain(None, grams[group.name]) for group in groups}
+    trained = torch.cat([*sizes.values()]) > 0  # elsewhere B is zero, and no noise counts
+    size = torch.cat([*even.values()])[trained].square().mean().sqrt()
+    deviations = {
+        group.name: torch.where(sizes[group.name] > 0, size / sizes[group.name], group.mean_scale()) for group in groups
+    }
+    return Shape(factors, deviations)
 
 
 def curvature_shape(model: JointModel, dataset: Any, *, batch_size: int, seed: int) -> Shape:
-    """The row factor of a Laplace approximation, in units of each layer's μ."""
+    """The row factor of a Laplace approximation."""
     covariances = gradient_covariances(model, dataset, batch_size=batch_size, seed=seed)
-    factors = {}
-    for group in model.groups:
-        each = [_inverse_factor(covariance, DAMPING)[0] for covariance in covariances[group.name]]
-        factors[group.name] = torch.stack(each)
-    return Shape(factors, isotropic_shape(model.groups).deviations)
+    factors, deviations = {}, {}
+    with torch.no_grad():
+        for group in model.groups:
+            grams, factor = _grams(group), _inverse_factors(covariances[group.name], DAMPING)
+            ratio = _gain(None, grams) / _gain(factor, grams)
+            factors[group.name] = factor
+            deviations[group.name] = group.mean_scale() * ratio.nan_to_num(1.0)  # B is zero
+    return Shape(factors, deviations)
 
 
-def _gram(adapter: Adapter) -> Tensor:
-    """BᵀB, ``(r, r)``."""
-    matrix = adapter.layer.lora_B[adapter.key].weight.double()  # type: ignore[index, union-attr]
-    return matrix.mT @ matrix
+def _grams(group: AdapterGroup) -> Tensor:
+    """BᵀB of every adapter, ``(adapters, r, r)``, in float64."""
+    matrices: list[Any] = [adapter.layer.lora_B[adapter.key].weight for adapter in group.adapters]
+    return torch.stack([(b.double().mT @ b.double()).to(group.device) for b in matrices])
 
 
-def _inverse_factor(precision: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """F with FFᵀ ∝ (precision + λI)⁻¹, and the root of the mean of that inverse's diagonal; the identity and infinity
-    for a precision of zero."""
-    rank, size = len(precision), precision.diagonal().mean()
-    identity = torch.eye(rank, dtype=torch.float64, device=precision.device)
-    if not size > 0:
-        return identity.float(), size.new_tensor(torch.inf).float()
-    scaled = precision / size + damping * identity
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(scaled))
-    mean = inverse.diagonal().mean()
-    return torch.linalg.cholesky(inverse / mean).float(), (mean / size).sqrt().float()
+def _gain(factors: Tensor | None, grams: Tensor) -> Tensor:
+    """Root mean square over the rank of the output of noise Fz, for z of variance 1: ``(adapters,)``."""
+    turned = grams if factors is None else factors.double().mT @ grams @ factors.double()
+    return turned.diagonal(dim1=-2, dim2=-1).mean(-1).sqrt().float()
+
+
+def _inverse_factors(precisions: Tensor, damping: float) -> Tensor:
+    """F with FFᵀ ∝ (precision + λI)⁻¹ and a mean of 1 on its diagonal; the identity for a precision of zero."""
+    identity = torch.eye(precisions.shape[-1], dtype=torch.float64, device=precisions.device)
+    sizes = precisions.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    scaled = torch.where(sizes > 0, precisions / sizes + damping * identity, identity)
+    inverses = torch.cholesky_inverse(torch.linalg.cholesky(scaled))
+    means = inverses.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    return torch.linalg.cholesky(inverses / means).float()
 
 
 def gradient_covariances(model: JointModel, dataset: Any, *, batch_size: int = 32, seed: int = 0) -> dict[str, Tensor]:
@@ -160,4 +169,4 @@ def _add_squares(
             for gradient in by_name.get(adapter.name, []):
                 if gradient is not None:
                     rows = gradient.flatten(0, -2).double()
-                    total += rows.mT @ rows
+                    total += (rows.mT @ rows).to(total.device)

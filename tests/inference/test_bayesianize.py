@@ -99,25 +99,35 @@ class TestShapes:
         torch.testing.assert_close(*sizes)
 
     def test_output_noise_is_the_inverse_of_b_in_one_unit(self):
-        """Covariances of a column are c²·(BᵀB)⁻¹ with the same c in all layers, and mean squares those of μ."""
+        """Covariances of a column are c²·(BᵀB)⁻¹ with the same c in all layers, which even noise has on average."""
         network = trained()
         make_samplable(network)
         groups = find_groups(network)
         shape = output_shape(groups)
-        units, squares, own = [], [], []
+        units, even = [], []
         for group in groups:
             covariance = shape.deviations[group.name].square()[:, None, None] * (
                 shape.factors[group.name] @ shape.factors[group.name].mT
             )
-            for adapter, found in zip(group.adapters, covariance, strict=True):
+            scales = group.mean_scale()
+            for adapter, found, scale in zip(group.adapters, covariance, scales, strict=True):
                 b = adapter.layer.lora_B[adapter.key].weight.detach()
                 whole = b @ found @ b.mT  # the covariance of the layer's output is a projection, times c²
                 units.append(torch.linalg.matrix_norm(whole, 2))
                 torch.testing.assert_close(whole @ whole, whole * units[-1], rtol=1e-3, atol=1e-5)
-                squares.append(found.diagonal().mean())
-            own.append(group.mean_scale().square())
+                even.append(scale**2 * (b @ b.mT).trace() / 3)
         torch.testing.assert_close(torch.stack(units), units[0].expand(len(units)), rtol=1e-3, atol=0)
-        torch.testing.assert_close(torch.stack(squares).mean(), torch.cat(own).mean())
+        torch.testing.assert_close(units[0], torch.stack(even).mean(), rtol=1e-3, atol=0)
+
+    def test_curvature_noise_is_as_large_in_each_output_as_even_noise(self):
+        bayes = BayesLoRA.from_adapter(trained(), DATA, width=1.0)
+        shape = curvature_shape(bayes.model, DATA, batch_size=32, seed=0)
+        for group in bayes.model.groups:
+            for place, adapter in enumerate(group.adapters):
+                b = adapter.layer.lora_B[adapter.key].weight.detach()
+                turned = shape.deviations[group.name][place] * b @ shape.factors[group.name][place]
+                even = group.mean_scale()[place] * b
+                torch.testing.assert_close(turned.square().sum(), even.square().sum())
 
     def test_a_layer_whose_b_is_zero_has_even_noise(self):
         network = trained()
