@@ -42,12 +42,11 @@ def robustness_table(
     Args:
         results: A study's tidy table.
         split: Of which split.
-        metrics: Columns of the table, in their own units; by default all that the results have and of which one end is
-            the better one.
+        metrics: Columns of the table, in their own units; by default all that the results have.
 
     Returns:
         Indexed by ``(task, method)``; columns ``(metric, "best" | "median" | "worst" | "spread")`` and
-        ``("settings", "count")``. Spread is never negative.
+        ``("settings", "count")``. Spread is never negative. Of a number with a sign there is no best or worst.
 
     Raises:
         InputError: no rows of that split.
@@ -58,20 +57,16 @@ def robustness_table(
     """
     chosen = rows_of_split(results, split)
     order = first_seen(chosen, ["task", "method"])
-    directed = [name for name in known_metrics(results) if METRICS[name].higher_is_better is not None]
-    metrics = directed if metrics is None else list(metrics)
+    metrics = known_metrics(results) if metrics is None else list(metrics)
     means = chosen.groupby(["task", "method", *SETTING], sort=False)[[*metrics]].mean()
     groups = means.groupby(["task", "method"], sort=False)
     columns: dict[tuple[str, str], pd.Series] = {}
     for metric in metrics:
         low, high = groups[metric].min(), groups[metric].max()
         best, worst = (high, low) if _is_higher_better(metric) else (low, high)
-        columns |= {
-            (metric, "best"): best,
-            (metric, "median"): groups[metric].median(),
-            (metric, "worst"): worst,
-            (metric, "spread"): (best - worst).abs(),
-        }
+        parts = {"best": best, "median": groups[metric].median(), "worst": worst, "spread": high - low}
+        directed = metric not in METRICS or METRICS[metric].higher_is_better is not None
+        columns |= {(metric, part): parts[part] for part in (parts if directed else ("median", "spread"))}
     columns["settings", "count"] = groups.size()
     return pd.DataFrame(columns).loc[order]
 

@@ -27,12 +27,18 @@ _AUTO = Rule(("tolerance",), lambda given: given.num_samples == "auto", "without
 _DRAWS = Rule(("antithetic", "seed"), lambda given: given.num_samples != 0, "with --num-samples 0, the mean network")
 _STEPS = Rule(("epochs",), lambda given: given.max_steps is None, "beside --max-steps")
 _WARMUP = Rule(("warmup",), lambda given: given.schedule != "constant", "with --schedule constant")
+_NOISE = Rule(
+    ("variational_learning_rate", *(flag for flag in METHOD_FLAGS if flag not in ("preset", "mode", "sample_scaler"))),
+    lambda given: given.sample_scaler != 0,
+    "with --sample-scaler 0, which is plain LoRA",
+)
 _WRITES = ("max_new_tokens", "temperature", "top_p", "execute_generated_code")
 
 RULES: dict[str, tuple[Rule, ...]] = {
     "fit": (
         _STEPS,
         _WARMUP,
+        _NOISE,
         Rule(LORA_FLAGS, lambda given: given.adapter is None, "beside --adapter, whose own it is"),
     ),
     "bayesianize": (
@@ -51,9 +57,18 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Rule(_WRITES, lambda given: given.generate, "without --generate"),
         Rule(("top_p",), lambda given: given.temperature > 0, "at --temperature 0: the most probable token is taken"),
     ),
+    "tune": (
+        Rule(
+            ("with_temperature",),
+            lambda given: given.agreement is None,
+            "beside --agreement: a temperature needs labels",
+        ),
+    ),
+    "report": (_DRAWS._replace(names=("seed",)),),
     "compare": (
         _STEPS,
         _WARMUP,
+        _NOISE,
         Rule(
             METHOD_FLAGS,
             lambda given: not given.methods or "monteclora" in given.methods,

@@ -20,12 +20,24 @@ from bayeslora.study.outcome import Predicted, Stopwatch, Trained
 from bayeslora.study.spec import Cell, Study
 from bayeslora.study.trainer import CheckpointCallback, PlainTrainer
 from bayeslora.tasks.base import Task
-from bayeslora.training.budget import TrainingBudget
+from bayeslora.training.budget import TRAINER_NAMES, TrainingBudget
 from bayeslora.training.monitor import BriefProgress
 from bayeslora.training.record import run_record
 from bayeslora.training.settings import trainer_settings
 
 PREDICTION_BATCH = 32
+# Fields of TrainingArguments that a study sets, and where it is told what they say.
+DECIDED = {
+    "learning_rate": "learning_rates has it",
+    "per_device_train_batch_size": "batch_sizes has it",
+    "seed": "seeds has it",
+    "eval_strategy": "curve_points says how often to evaluate",
+    "save_strategy": "checkpoints are not kept, and keep_adapters keeps what was trained",
+    "load_best_model_at_end": "every method is scored at the end of the budget",
+    "metric_for_best_model": "every method is scored at the end of the budget",
+    "disable_tqdm": "run_study has progress",
+    "resume_from_checkpoint": "a cell is trained from its start",
+}
 
 
 class Experiment:
@@ -273,7 +285,12 @@ def training_budget(study: Study) -> TrainingBudget:
 
 
 def check_budget(study: Study) -> None:
-    """Raise ``InputError`` for a name or value in ``training`` or ``trainer`` that Trainer does not take."""
+    """Raise ``InputError`` for a name or value in ``training`` or ``trainer`` that Trainer does not take, or that is
+    said elsewhere."""
+    shared = {field: f"training has {name}" for name, field in TRAINER_NAMES.items()} | DECIDED
+    for name in study.trainer:
+        if name in shared:
+            raise InputError(f"study: trainer cannot have {name!r}: {shared[name]}")
     settings = trainer_settings(training_budget(study), 1, Path(), progress=False)
     try:
         TrainingArguments(**{**settings, **study.trainer})

@@ -110,6 +110,7 @@ def _difference_table(table: pd.DataFrame) -> str:
 
 def _robustness_markdown(table: pd.DataFrame) -> str:
     columns = [(metric, part) for metric in GRID_METRICS for part in ("best", "median", "worst", "spread")]
+    columns += [(metric, "median") for metric in METRICS if metric not in GRID_METRICS and metric in table]
     header = ["method", "settings", *(f"{METRICS[metric].header} {part}" for metric, part in columns)]
     rows = []
     for (_, method), row in table.iterrows():
@@ -119,12 +120,12 @@ def _robustness_markdown(table: pd.DataFrame) -> str:
 
 
 def _cost_words(results: pd.DataFrame) -> str:
-    machines, workers = results["host"].nunique(), results["workers"].max()
+    machines, workers = results["host"].nunique(), results["workers"]
     where = results["host"].iloc[0] if machines == 1 else f"{machines} machines"
-    known = "an unknown number of" if pd.isna(workers) else f"up to {workers}"
+    known = "unknown" if workers.isna().any() else f"{workers.max()} at most"
     return (
-        f"Cost, in means over all runs ({where}, {results['processors'].iloc[0]} processors, {known} workers at once), "
-        "by the clock and in processor time. Ratios are of processor time, in pairs of runs at one setting and seed, "
+        f"Cost, in means over all runs ({where}, {results['processors'].iloc[0]} processors; workers at once: {known}),"
+        " by the clock and in processor time. Ratios are of processor time, in pairs of runs at one setting and seed, "
         "with as many workers beside them:"
     )
 

@@ -109,6 +109,12 @@ def test_every_command_names_what_runs_it(command):
             "compare --model m --task sst2 --output o --early-stopping 2",
             "--early-stopping does nothing in compare, which trains every method on the same budget",
         ),
+        (
+            "fit --model m --task sst2 --output o --sample-scaler 0 --guide gaussian",
+            "--guide does nothing with --sample",
+        ),
+        ("tune run --agreement 0.9 --with-temperature", "--with-temperature does nothing beside --agreement"),
+        ("report run --num-samples 0 --seed 1", "--seed does nothing with --num-samples 0"),
         ("compare study.yaml --output o --seeds 1", "--seeds does nothing beside a study file: change study.yaml"),
     ],
 )
@@ -133,6 +139,8 @@ def test_every_flag_of_a_rule_exists_and_works_somewhere(command):
         "fit": "--model m --task t --output o",
         "predict": "run --text a",
         "evaluate": "run --generate --temperature 1",
+        "tune": "run",
+        "report": "run",
         "compare": "--output o",
     }
     arguments = build_parser().parse_args([command, *least[command].split()])

@@ -496,7 +496,7 @@ class TestGrid:
             assert wall["LoRA deep ensemble of 2"] == pytest.approx(wall["LoRA"].sum())
         assert set(rows["workers"]) == {1}
         summary = (tmp_path / "out" / "summary.md").read_text()
-        assert "up to 1 workers at once" in summary
+        assert "workers at once: 1 at most" in summary
 
     def test_the_reference_is_a_choice(self, study, tmp_path):
         """From LoRA, from LoRA with a temperature, or both; another choice trains nothing again."""

@@ -476,9 +476,20 @@ class TestYaml:
         with pytest.raises(InputError, match=says):
             Lineup.of(study(method).methods)
 
-    @pytest.mark.parametrize("changes", [{"training": {"schedule": "nosuch"}}, {"trainer": {"bf17": True}}], ids=str)
-    def test_what_trainer_does_not_take_is_refused_before_a_folder_is_made(self, study, tmp_path, changes):
-        with pytest.raises(InputError, match="TrainingArguments refuses"):
+    @pytest.mark.parametrize(
+        ("changes", "says"),
+        [
+            ({"training": {"schedule": "nosuch"}}, "TrainingArguments refuses"),
+            ({"trainer": {"bf17": True}}, "TrainingArguments refuses"),
+            ({"trainer": {"num_train_epochs": 9}}, "training has epochs"),
+            ({"trainer": {"weight_decay": 0.1}}, "training has weight_decay"),
+            ({"trainer": {"learning_rate": 0.1}}, "learning_rates has it"),
+            ({"trainer": {"save_strategy": "epoch"}}, "keep_adapters keeps what was trained"),
+        ],
+        ids=str,
+    )
+    def test_what_trainer_does_not_take_is_refused_before_a_folder_is_made(self, study, tmp_path, changes, says):
+        with pytest.raises(InputError, match=says):
             run_study(study(**changes), tmp_path / "out", progress=False)
         assert not (tmp_path / "out").exists()
 

@@ -81,6 +81,12 @@ def test_robustness_is_over_settings_after_seeds():
     assert found.loc[("t", "DoRA")]["accuracy", "best"] == pytest.approx(0.72)
 
 
+def test_a_number_with_a_sign_has_no_best_setting():
+    rows = table().assign(overconfidence=lambda t: t["accuracy"] - 0.7)
+    found = robustness_table(rows).loc[("t", "LoRA")]["overconfidence"]
+    assert found.to_dict() == pytest.approx({"median": 0.02, "spread": 0.20})
+
+
 def test_settings_are_chosen_on_validation_alone():
     chosen = best_settings(table())
     assert list(chosen["learning_rate"]) == [1e-3, 1e-3]  # the worst on test
