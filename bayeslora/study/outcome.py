@@ -45,6 +45,7 @@ class Trained:
         checkpoints: Values of the trained parameters at some steps, for methods that asked for them.
         facts: Further numbers for the table.
         bayes: The :class:`bayeslora.BayesLoRA` around the network, where there is one.
+        posterior: What else a method draws from.
     """
 
     network: Any
@@ -54,3 +55,4 @@ class Trained:
     checkpoints: Sequence[Mapping[str, Any]] = ()
     facts: Mapping[str, float] = field(default_factory=dict)
     bayes: Any = None
+    posterior: Any = None

@@ -174,6 +174,14 @@ class TestSpec:
             "checkpoint_ensemble",
             "deep_ensemble",
             "laplace",
+            "laplace_lora",
+            "blob",
+            "scalabl",
+            "swag",
+            "ivon",
+            "isotonic",
+            "histogram",
+            "dirichlet",
         }
         for name, method in all_methods().items():
             assert make_method(MethodSpec(name)).label
