@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, TensorDataset
 
 from bayeslora.data.batches import Collator, batches_by_length
@@ -79,7 +80,7 @@ class LaplaceLoRA(PostHocMethod):
         posterior = self.posterior(network, experiment)
 
         def run(inputs: Mapping[str, Tensor]) -> Tensor:
-            with torch.inference_mode(False), torch.enable_grad(), only_lora(network), _quiet():
+            with torch.inference_mode(False), torch.enable_grad(), only_lora(network), _for_laplace():
                 given = {name: value.clone() for name, value in inputs.items()}
                 count = len(next(iter(given.values())))
                 parts = [{name: value[i : i + size] for name, value in given.items()} for i in range(0, count, size)]
@@ -100,7 +101,7 @@ class LaplaceLoRA(PostHocMethod):
             batch_size=self.examples_at_once,
             collate_fn=lambda rows: dict(collate(rows).to(device)),
         )
-        with only_lora(network), _quiet():
+        with only_lora(network), _for_laplace():
             found = _laplace(
                 _Outputs(network, experiment),
                 "classification",
@@ -138,9 +139,9 @@ def only_lora(network: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without warnings about what laplace-torch uses and does."""
-    with warnings.catch_warnings():
+def _for_laplace() -> Iterator[None]:
+    """Without warnings about what laplace-torch uses and does, and with an attention that it can vectorize over."""
+    with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.filterwarnings("ignore", message="By default `link_approx` is `probit`")
         yield
@@ -182,7 +183,7 @@ def _last_layer_laplace(network: nn.Module, experiment: "Experiment") -> Callabl
     alone = nn.Linear(head.in_features, head.out_features, bias=head.bias is not None, device=head.weight.device)
     alone.load_state_dict(head.state_dict())
     data = DataLoader(TensorDataset(torch.cat(features).clone(), labels), batch_size=256)
-    with _quiet():
+    with _for_laplace():
         posterior = _laplace(alone, "classification", subset_of_weights="all", hessian_structure="full")
         posterior.fit(data)
         posterior.optimize_prior_precision(method="marglik")

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from sklearn.isotonic import IsotonicRegression
-from sklearn.linear_model import LogisticRegressionCV
-from sklearn.model_selection import StratifiedKFold
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV, StratifiedKFold
 
 from bayeslora.analysis import apply_temperature, fit_temperature
 from bayeslora.errors import InputError
@@ -135,7 +135,8 @@ class Dirichlet(Recalibration):
                 f"finds {counts.min() if len(classes) == probs.shape[1] else 0} of one: set validation_examples higher"
             )
         folds = StratifiedKFold(self.folds, shuffle=True, random_state=0)
-        found = LogisticRegressionCV(Cs=np.logspace(-4, 4, 9), cv=folds, scoring="neg_log_loss", max_iter=1000)
+        strengths = {"C": np.logspace(-4, 4, 9)}
+        found = GridSearchCV(LogisticRegression(max_iter=1000), strengths, cv=folds, scoring="neg_log_loss")
         found.fit(_log(probs), labels)
         return lambda new: found.predict_proba(_log(new))
 

@@ -11,7 +11,14 @@ from transformers import TrainerCallback
 
 from bayeslora.errors import InputError
 from bayeslora.study.methods.base import register
-from bayeslora.study.methods.draws import DrawingOptions, mean_and_draws, over_members, predict_with, seeded
+from bayeslora.study.methods.draws import (
+    DrawingOptions,
+    mean_and_draws,
+    over_members,
+    predict_with,
+    seeded,
+    using_values,
+)
 from bayeslora.study.methods.peft import LoRA
 from bayeslora.study.outcome import Predictor, Trained
 
@@ -85,6 +92,11 @@ class SWAG(DrawingOptions, LoRA):
             }
         over = {name: over_members(network, members, experiment) for name, members in kinds.items()}
         return mean_and_draws(self.label, predict_with(network, iterates.mean(), experiment), over, experiment)
+
+    def save(self, trained: Trained, experiment: "Experiment") -> None:
+        """The mean as PEFT's adapter."""
+        with using_values(trained.network, trained.posterior.mean()):
+            super().save(trained, experiment)
 
 
 class Iterates:
