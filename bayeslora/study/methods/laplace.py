@@ -56,13 +56,12 @@ class LaplaceLoRA(PostHocMethod):
     them. The head stays as trained. K-FAC is laplace-torch's, through curvlinops: the factor of a layer's inputs and
     that of the gradients at its outputs, each token counted as an example.
 
-    A prediction takes a backward pass for each class, and holds the Jacobian of ``examples_at_once`` examples.
+    The Jacobian is that of one example at a time, by a backward pass for each class.
     """
 
     hessian_structure: str = "kron"
     prior_structure: str = "scalar"
     num_logits: int = 1000
-    examples_at_once: int = 8
 
     name: ClassVar[str] = "laplace_lora"
     title: ClassVar[str] = "Laplace-LoRA"
@@ -76,14 +75,14 @@ class LaplaceLoRA(PostHocMethod):
                 )
 
     def predictors(self, trained: Trained, experiment: "Experiment", predict: Predict) -> Iterator[Predictor]:
-        network, size = trained.network, self.examples_at_once
+        network = trained.network
         posterior = self.posterior(network, experiment)
 
         def run(inputs: Mapping[str, Tensor]) -> Tensor:
             with torch.inference_mode(False), torch.enable_grad(), only_lora(network), _for_laplace():
                 given = {name: value.clone() for name, value in inputs.items()}
                 count = len(next(iter(given.values())))
-                parts = [{name: value[i : i + size] for name, value in given.items()} for i in range(0, count, size)]
+                parts = [{name: value[i : i + 1] for name, value in given.items()} for i in range(count)]
                 options = {"pred_type": "glm", "link_approx": "mc", "n_samples": self.num_logits}
                 return torch.cat([posterior(part, **options).detach() for part in parts])[None]
 
@@ -96,11 +95,10 @@ class LaplaceLoRA(PostHocMethod):
     def posterior(self, network: nn.Module, experiment: "Experiment") -> Any:
         """laplace-torch's, fitted to the training examples."""
         collate, device = Collator.for_network(network), next(network.parameters()).device
-        data = DataLoader(
-            experiment.train_data,
-            batch_size=self.examples_at_once,
-            collate_fn=lambda rows: dict(collate(rows).to(device)),
-        )
+        size = 8 if self.hessian_structure == "kron" else 1  # a Jacobian of n examples takes n times as long for each
+        batches, _ = batches_by_length(experiment.train_data, size)  # where little is padded
+        examples: Any = [example for batch in batches for example in batch]
+        data: DataLoader[Any] = DataLoader(examples, size, collate_fn=lambda rows: dict(collate(rows).to(device)))
         with only_lora(network), _for_laplace():
             found = _laplace(
                 _Outputs(network, experiment),
