@@ -84,6 +84,10 @@ test-newest: release-check
 docs: $(VENV)/.installed
 	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going docs build/docs
 
+# laplace-torch and all that it needs but torchvision, which it lists and does not import, and which breaks beside a torch
+# that it was not built for
+LAPLACE := laplace-torch asdfghjkl backpack-for-pytorch curvlinops-for-pytorch einconv einops linear_operator opt_einsum unfoldNd
+
 benchmark: $(VENV)/.installed
 	$(BIN)/python benchmarks/training_cost.py
 
@@ -91,6 +95,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "bayeslora needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps $(LAPLACE)
 	touch $@
 
 clean:

@@ -18,7 +18,7 @@ from bayeslora.errors import InputError
 from bayeslora.models.likelihoods import network_outputs
 from bayeslora.study.outcome import Predicted, Stopwatch, Trained
 from bayeslora.study.spec import Cell, Study
-from bayeslora.study.trainer import CheckpointCallback, PlainTrainer
+from bayeslora.study.trainer import CheckpointCallback, Drawing, PlainTrainer
 from bayeslora.tasks.base import Task
 from bayeslora.training.budget import TRAINER_NAMES, TrainingBudget
 from bayeslora.training.monitor import BriefProgress
@@ -186,6 +186,7 @@ class Experiment:
         optimizer: Callable[[type, dict[str, Any]], Any] | None = None,
         penalty: Callable[[nn.Module], Tensor | float] | None = None,
         callbacks: Sequence[TrainerCallback] = (),
+        drawing: Drawing | None = None,
     ) -> Trained:
         """Train a network that is not ours within the budget: data order, schedule, warm-up, clipping, optimizer and
         seed are those of :func:`bayeslora.fit`.
@@ -196,6 +197,7 @@ class Experiment:
             optimizer: From the optimizer's class and its options to one; one rate for all if ``None``.
             penalty: What is added to the loss in training.
             callbacks: Further ``TrainerCallback`` objects.
+            drawing: From a batch to what is entered around its forward and backward pass.
 
         Raises:
             TrainingDivergedError: when the loss is NaN or infinite.
@@ -217,6 +219,7 @@ class Experiment:
             arguments,
             make_optimizer=optimizer,
             penalty=penalty,
+            drawing=drawing,
             train_dataset=self.train_data,
             eval_dataset=self.curve_data,
             data_collator=Collator.for_network(network),

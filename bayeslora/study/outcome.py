@@ -70,6 +70,7 @@ class Trained:
         checkpoints: Values of the trained parameters at some steps, for methods that asked for them.
         facts: Further numbers for the table.
         bayes: The :class:`bayeslora.BayesLoRA` around the network, where there is one.
+        posterior: What else a method draws from.
     """
 
     network: Any
@@ -80,3 +81,4 @@ class Trained:
     facts: Mapping[str, float] = field(default_factory=dict)
     bayes: Any = None
     cpu_seconds: float | None = None
+    posterior: Any = None

@@ -1,6 +1,8 @@
 """Training of networks that are not ours, as ``fit`` trains a posterior, and checkpoints kept along the way."""
 
 import math
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -12,14 +14,25 @@ from bayeslora.errors import TrainingDivergedError
 from bayeslora.models.likelihoods import network_outputs
 from bayeslora.training.parameters import trained_parameters
 
+Drawing = Callable[[Mapping[str, Tensor]], AbstractContextManager[Any]]  # around the passes of a training batch
+
 
 class PlainTrainer(Trainer):
     """``Trainer`` for networks that are not ours, with batches weighed and parameters decayed as ``fit`` does it."""
 
     optimizer: Any
 
-    def __init__(self, *args: Any, make_optimizer: Any, penalty: Any, likelihood: Any = None, **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        make_optimizer: Any,
+        penalty: Any,
+        drawing: Drawing | None = None,
+        likelihood: Any = None,
+        **kwargs: Any,
+    ):
         self.make_optimizer, self.penalty, self.likelihood = make_optimizer, penalty, likelihood
+        self.drawing = drawing
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = True  # each loss below is its batch's share of the step's
 
@@ -39,6 +52,13 @@ class PlainTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> int | None:
         return sum(len(batch["labels"]) for batch in batch_samples) or None
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        if self.drawing is None:
+            return super().training_step(model, inputs, *args, **kwargs)
+        inputs = self._prepare_inputs(inputs)
+        with self.drawing(inputs):
+            return super().training_step(model, inputs, *args, **kwargs)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -22,7 +22,7 @@ from bayeslora.storage.run_folder import ADAPTER_FOLDER, RUN_FILE
 from bayeslora.study.entries import suggest
 from bayeslora.study.experiment import curve
 from bayeslora.study.methods.base import Method, PostHocMethod, TrainedMethod, register
-from bayeslora.study.methods.post_hoc import tempered
+from bayeslora.study.methods.recalibration import tempered
 from bayeslora.study.outcome import Predict, Predicted, Predictor, Stopwatch, Trained
 from bayeslora.training.fit import fit
 from bayeslora.training.monitor import components_in_use, noise_to_signal

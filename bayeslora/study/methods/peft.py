@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from peft import AdaLoraConfig, LoraConfig, MontecloraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, MontecloraConfig, PeftModel, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 from transformers import TrainerCallback
@@ -58,13 +58,15 @@ class LoRA(PointEstimate):
     title: ClassVar[str] = "LoRA"
 
     def train(self, experiment: "Experiment") -> Trained:
-        network = experiment.network()
-        network = get_peft_model(
-            network, self.adapter(lora_config(network, self.configuration(experiment)), experiment)
-        )
+        network = self.adapted(experiment)
         return experiment.train(
             network, learning_rate_scale=self.learning_rate_scale, **self.training(network, experiment)
         )
+
+    def adapted(self, experiment: "Experiment") -> PeftModel:
+        """The network with its adapter, as training starts."""
+        network = experiment.network()
+        return get_peft_model(network, self.adapter(lora_config(network, self.configuration(experiment)), experiment))
 
     def configuration(self, experiment: "Experiment") -> MonteCLoRAConfig:
         """Plain LoRA's, as a posterior without noise."""
