@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from bayeslora.adapters.drawing import (
-    check_arrival,
     check_in_use,
     clear_draw,
     one_at_a_time,
@@ -65,7 +64,6 @@ class Posterior(WrappedNetwork):
         self.noise_schedule = start_noise(model, guide)
         self.sampling = config.sample_scaler > 0
         self._rows: bool | None = None  # whether examples can have their own noise; looked up at the first batch
-        self._arrives = False  # whether draws are known to reach the network; looked at after the first training batch
         self._freeze()
         self._say_what_counts()
 
@@ -206,10 +204,7 @@ class Posterior(WrappedNetwork):
                 outputs.append(observed.nodes["_RETURN"]["value"][0])
                 scores.append(self.elbo.score({**drawn.model.nodes, **observed.nodes}, drawn.guide.nodes))
             loss = self.elbo.average(scores)
-        if not self._arrives:
-            inputs = _without_labels(batch)
-            check_arrival(self.network, self.model.groups, lambda: self.model.outputs(inputs, batch["labels"]))
-            self._arrives = True
+        self.model.check_arrival(**batch)
         logits = torch.stack(outputs).mean(0).detach()
         self.noise_schedule.see_logits(logits)
         if self.noise_schedule.follows_loss:

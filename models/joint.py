@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from bayeslora.adapters.arrival import Arrival
 from bayeslora.adapters.drawing import using_draw
 from bayeslora.adapters.groups import find_groups
 from bayeslora.adapters.modes import checkpointable, recomputes
@@ -44,6 +45,7 @@ class JointModel(Prior):
         super().__init__(find_groups(network), config)
         self._network = (network,)  # in a tuple: its parameters are its own, not this module's
         self._checkpointable = checkpointable(network)
+        self._arrival = Arrival()
         self.likelihood = likelihood
         self.num_examples = num_examples
 
@@ -69,7 +71,19 @@ class JointModel(Prior):
         with self.full_precision():
             draw = self.run(pyro)
         with using_draw(self.groups, draw, keep=self.recomputes()):
-            return self.observe(labels=labels, **inputs)
+            observed = self.observe(labels=labels, **inputs)
+        self.check_arrival(labels=labels, **inputs)
+        return observed
+
+    def check_arrival(self, labels: Tensor | None = None, **inputs: Any) -> None:
+        """Make sure that the last draw reached every adapted layer; with labels, that none is switched off.
+
+        Raises:
+            InputError: naming the layers (:mod:`bayeslora.adapters.arrival`).
+        """
+        self._arrival.check(
+            self.network, self.groups, lambda: self.outputs(inputs, labels), switched_on=labels is not None
+        )
 
     def observe(self, labels: Tensor | None = None, **inputs: Any) -> tuple[Tensor, Tensor]:
         """The likelihood's site, given the draw that is set; returns outputs and labels."""

@@ -181,7 +181,7 @@ def make_samplable(network: PeftModel) -> None:
         InputError: with the reason, where a layer does not multiply its input by a plain ``lora_A``.
     """
     key = active_adapter(network)
-    found = False
+    found: dict[int, str] = {}  # a weight, and the first layer that has it
     for name, layer in lora_layers(network):
         variant = getattr(layer, "lora_variant", {}).get(key)
         if variant is not None:
@@ -199,7 +199,11 @@ def make_samplable(network: PeftModel) -> None:
                 "layers in target_modules, those of the attention for instance"
             )
         lora_a = layer.lora_A[key]
-        found = True
+        if found.setdefault(id(lora_a.weight), name) != name:
+            raise InputError(
+                f"layers {found[id(lora_a.weight)]!r} and {name!r} share one lora_A, which would have two draws at "
+                "once: adapt one of them, or give each its own"
+            )
         if isinstance(lora_a, SampledLinear):
             continue
         if type(lora_a) is not nn.Linear or lora_a.bias is not None:
