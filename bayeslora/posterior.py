@@ -11,6 +11,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from bayeslora.adapters.arrival import refuse_switched_off
 from bayeslora.adapters.drawing import (
     check_in_use,
     clear_draw,
@@ -21,6 +22,7 @@ from bayeslora.adapters.drawing import (
 )
 from bayeslora.adapters.groups import active_adapter
 from bayeslora.adapters.modes import without_cache
+from bayeslora.adapters.placement import is_split
 from bayeslora.adapters.provenance import Sketch, kept_keys, not_in_checkpoint
 from bayeslora.distributed import own_noise, refuse_sharded
 from bayeslora.distributions import random_signs
@@ -60,6 +62,9 @@ class Posterior(WrappedNetwork):
         self.sketches: dict[str, Sketch] = {}  # of what is taken from the base network, made at the first saving
         self.model = model
         self.guide = guide
+        if model.groups[0].device.type != "meta":  # where every draw is made
+            self.model.to(model.groups[0].device)
+            self.guide.to(model.groups[0].device)
         self.elbo = CooperativeELBO.from_config(config)
         self.noise_schedule = start_noise(model, guide)
         self.sampling = config.sample_scaler > 0
@@ -86,13 +91,19 @@ class Posterior(WrappedNetwork):
             base.loss_type = loss_type  # GPT-2 does not say so: the first label has nothing before it
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Posterior":
-        """Moves everything and casts the network; the posterior stays in float32 where ``fn`` would narrow it."""
+        """Moves everything and casts the network; the posterior stays in float32 where ``fn`` would narrow it, and
+        what is split over several devices stays where it is."""
+        split = is_split(self.network)
+
+        def in_place(tensor: Tensor) -> Tensor:
+            moves = split and fn(tensor.new_empty(0)).device != tensor.device
+            return tensor.to(fn(tensor.new_empty(0)).dtype) if moves else fn(tensor)
 
         def keep_precision(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
+            moved = in_place(tensor)
             return tensor.to(moved.device) if moved.dtype in (torch.bfloat16, torch.float16) else moved
 
-        self.network._apply(fn, recurse)
+        self.network._apply(in_place, recurse)
         self.model._apply(keep_precision, recurse)
         self.guide._apply(keep_precision, recurse)
         return self
@@ -204,7 +215,8 @@ class Posterior(WrappedNetwork):
                 outputs.append(observed.nodes["_RETURN"]["value"][0])
                 scores.append(self.elbo.score({**drawn.model.nodes, **observed.nodes}, drawn.guide.nodes))
             loss = self.elbo.average(scores)
-        self.model.check_arrival(**batch)
+        if not self.model.arrived(**batch) and loss.requires_grad:
+            loss.register_hook(refuse_switched_off)
         logits = torch.stack(outputs).mean(0).detach()
         self.noise_schedule.see_logits(logits)
         if self.noise_schedule.follows_loss:
@@ -272,8 +284,7 @@ class Posterior(WrappedNetwork):
     def _signs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """±1 for every adapter, example and row of A: each example's own mirror image of the noise."""
         examples = len(batch["labels"])
-        device = batch["labels"].device
-        return {g.name: random_signs(len(g), examples, g.rank, device=device) for g in self.model.groups}
+        return {g.name: random_signs(len(g), examples, g.rank, device=g.device) for g in self.model.groups}
 
     def negative_log_likelihood(self, logits: Tensor, labels: Tensor) -> Tensor:
         """−log p(label | logits) of every example, in nats, shape ``(batch,)``."""

@@ -39,6 +39,11 @@ class WrappedNetwork(PeftModel):
         return nn.Module.__getattr__(self, name)
 
     @property
+    def hf_device_map(self) -> dict[str, Any]:
+        """Where ``device_map`` put the network, which Trainer then leaves there; without one there is no such name."""
+        return self.network.get_base_model().hf_device_map
+
+    @property
     def base_model(self) -> nn.Module:
         """PEFT's tuner, where a PeftModel has it."""
         return self.network.base_model

@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from bayeslora.adapters.arrival import Arrival
+from bayeslora.adapters.arrival import Arrival, refuse_switched_off
 from bayeslora.adapters.drawing import using_draw
 from bayeslora.adapters.groups import find_groups
 from bayeslora.adapters.modes import checkpointable, recomputes
@@ -72,18 +72,17 @@ class JointModel(Prior):
             draw = self.run(pyro)
         with using_draw(self.groups, draw, keep=self.recomputes()):
             observed = self.observe(labels=labels, **inputs)
-        self.check_arrival(labels=labels, **inputs)
+        if not self.arrived(labels=labels, **inputs) and labels is not None:
+            refuse_switched_off()
         return observed
 
-    def check_arrival(self, labels: Tensor | None = None, **inputs: Any) -> None:
-        """Make sure that the last draw reached every adapted layer; with labels, that none is switched off.
+    def arrived(self, labels: Tensor | None = None, **inputs: Any) -> bool:
+        """Whether the last draw reached every adapted layer; false where adapters are switched off.
 
         Raises:
-            InputError: naming the layers (:mod:`bayeslora.adapters.arrival`).
+            InputError: naming layers that it went past (:mod:`bayeslora.adapters.arrival`).
         """
-        self._arrival.check(
-            self.network, self.groups, lambda: self.outputs(inputs, labels), switched_on=labels is not None
-        )
+        return self._arrival.check(self.network, self.groups, lambda: self.outputs(inputs, labels))
 
     def observe(self, labels: Tensor | None = None, **inputs: Any) -> tuple[Tensor, Tensor]:
         """The likelihood's site, given the draw that is set; returns outputs and labels."""

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,33 +53,23 @@ class Arrival:
     def __init__(self) -> None:
         self.left_out = 0  # batches that left out a layer
 
-    def check(
-        self, network: nn.Module, groups: tuple[AdapterGroup, ...], run: Callable[[], Tensor], *, switched_on: bool
-    ) -> None:
-        """:func:`check_reached` after a training batch.
+    def check(self, network: nn.Module, groups: tuple[AdapterGroup, ...], run: Callable[[], Tensor]) -> bool:
+        """:func:`check_reached` after a training batch; ``run`` gives the batch's outputs again.
 
-        Args:
-            network: The network.
-            groups: Its adapters.
-            run: Gives the batch's outputs again.
-            switched_on: Whether adapters that are switched off are an error: the KL alone would be trained.
+        Returns:
+            False where adapters are switched off: what would be trained is the posterior's KL alone.
 
         Raises:
             InputError: naming the layers.
         """
         missing = unreached(groups)
         if not missing:
-            return
+            return True
         if any(adapter.layer.disable_adapters for adapter in missing):
-            if not switched_on:
-                return
-            raise InputError(
-                "the adapter is switched off, so nothing would be learned from the data: call "
-                "bayes.network.enable_adapter_layers(), or leave its disable_adapter() before training"
-            )
+            return False
         self.left_out += 1
         if self.left_out & (self.left_out - 1):
-            return
+            return True
         with keeping_draw(groups), _keeping_state(network, groups[0].device):
             set_draw(groups, {group.name: group.mean().detach() for group in groups})
             with evaluation_mode(network), torch.no_grad():
@@ -86,6 +77,19 @@ class Arrival:
                 check_reached(groups)
             if self.left_out == 1:
                 _check_unread(missing, run)
+        return True
+
+
+def refuse_switched_off(*_: Any) -> None:
+    """For a training step of adapters that are switched off.
+
+    Raises:
+        InputError: saying how to switch them on.
+    """
+    raise InputError(
+        "the adapter is switched off, so nothing would be learned from the data: call "
+        "bayes.network.enable_adapter_layers(), or leave its disable_adapter() before training"
+    )
 
 
 def _check_unread(adapters: list[Adapter], run: Callable[[], Tensor]) -> None:

@@ -50,7 +50,7 @@ def set_draw(groups: tuple[AdapterGroup, ...], matrices: Mapping[str, Tensor]) -
     for group in groups:
         drawn = matrices[group.name].mT.to(group.adapters[0].lora_A.weight.dtype)
         for adapter, weight in zip(group.adapters, drawn.unbind(-3), strict=True):
-            adapter.lora_A.draw.set(weight)
+            adapter.lora_A.draw.set(weight.to(adapter.lora_A.weight.device))
 
 
 def set_noise(
@@ -63,7 +63,7 @@ def set_noise(
         signs: Group name to ±1, ``(adapters, examples, r)``: every example's own mirror image of the rows of A − μ.
     """
     for group in groups:
-        mean = torch.stack([adapter.lora_A.weight for adapter in group.adapters])
+        mean = group.weights()
         deviation = noise[group.name].mT
         mirrors: Sequence[Tensor | None] = [None] * len(group)
         if signs is None:
@@ -74,7 +74,8 @@ def set_noise(
             identity = torch.eye(group.rank, device=turned.device).expand_as(turned)
             mirrors = torch.cat([identity, turned], dim=-2).unbind()
         for adapter, matrix, mirror in zip(group.adapters, matrices.unbind(), mirrors, strict=True):
-            adapter.lora_A.draw.set(matrix, mirror)
+            device = adapter.lora_A.weight.device
+            adapter.lora_A.draw.set(matrix.to(device), None if mirror is None else mirror.to(device))
 
 
 def clear_draw(groups: tuple[AdapterGroup, ...]) -> None:

@@ -17,6 +17,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from bayeslora.adapters.groups import active_adapter, lora_layers
+from bayeslora.adapters.placement import check_resident
 from bayeslora.adapters.provenance import new_modules
 from bayeslora.adapters.quantized import is_quantized, keep_trainable
 from bayeslora.adapters.sampled import SampledLinear
@@ -38,6 +39,7 @@ def adapt(network: nn.Module, config: MonteCLoRAConfig) -> PeftModel:
             "torch.compile(network) hides the network's class and the names of its layers: "
             "pass the network itself, then call bayes.compile()"
         )
+    check_resident(network)
     keep_trainable(network)
     if not isinstance(network, PeftModel):
         if carries_adapter(network):

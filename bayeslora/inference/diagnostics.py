@@ -182,7 +182,7 @@ def _response_to_labels(bayes: Posterior, data: _Batches, seed: int) -> tuple[np
             labels = inputs.pop("labels")
             sites = {n: s["value"] for n, s in draw_trace(bayes, seed, index).nodes.items() if s["type"] == "sample"}
             drawn = model.matrices(sites)
-            logs = [torch.zeros(len(group), 1, 1, device=labels.device, requires_grad=True) for group in groups]
+            logs = [torch.zeros(len(group), 1, 1, device=group.device, requires_grad=True) for group in groups]
             scaled = {}
             for group, log_scale in zip(groups, logs, strict=True):
                 mean = group.mean().detach()
