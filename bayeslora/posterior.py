@@ -68,6 +68,8 @@ class Posterior(WrappedNetwork):
         self.elbo = CooperativeELBO.from_config(config)
         self.noise_schedule = start_noise(model, guide)
         self.sampling = config.sample_scaler > 0
+        #: What forward is instead, for a trainer whose loss is its own (:mod:`bayeslora.training.preference`).
+        self.run_instead: Callable[..., Any] | None = None
         self._rows: bool | None = None  # whether examples can have their own noise; looked up at the first batch
         self._freeze()
         self._say_what_counts()
@@ -149,6 +151,10 @@ class Posterior(WrappedNetwork):
             InputError: where the network no longer uses the adapter that the posterior is over, under
                 ``torch.compile(bayes)``. In training mode without labels, the backward pass from ``logits`` raises it.
         """
+        if self.run_instead is not None:
+            inputs |= {"labels": labels, "num_items_in_batch": num_items_in_batch, "token_type_ids": token_type_ids}
+            given = {name: value for name, value in inputs.items() if value is not None}
+            return self.run_instead(input_ids=input_ids, attention_mask=attention_mask, **given)
         named = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
         inputs |= {name: value for name, value in named.items() if value is not None}
         if getattr(self, "_is_replica", False):
@@ -204,7 +210,7 @@ class Posterior(WrappedNetwork):
     def _objective(self, batch: dict[str, Any]) -> SequenceClassifierOutput:
         """Draw, run the network as that draw, score both programs, for each particle."""
         self._check_objective()
-        draw = self._draw if _has_plain_forward(self.guide) else self._draw_through_pyro
+        draw = self._draw if has_plain_forward(self.guide) else self._draw_through_pyro
         scores, outputs = [], []
         with pyro.validation_enabled(False):
             for _ in range(self.elbo.num_particles):
@@ -237,8 +243,11 @@ class Posterior(WrappedNetwork):
                 "accumulate gradients over several steps instead"
             )
 
-    def _draw(self, batch: dict[str, Any]) -> "Drawn":
-        """Without Pyro's handlers, which cost more than the arithmetic, and of A − μ, which examples can mirror."""
+    def _draw(self, batch: dict[str, Any], rows_each: int = 1) -> "Drawn":
+        """Without Pyro's handlers, which cost more than the arithmetic, and of A − μ, which examples can mirror.
+
+        The inputs have all examples' first rows, then all their second ones, up to ``rows_each``.
+        """
         groups, guide = self.model.groups, Recorder()
         means = self.model.zero_means() if self.guide.takes_mean else None
         with self.model.full_precision():
@@ -247,7 +256,7 @@ class Posterior(WrappedNetwork):
             noise = self.model.run(model, means)
             if means is None:
                 noise = {group.name: noise[group.name] - self.model.mean(group) for group in groups}
-            signs = self._signs(batch) if self._has_own_noise(batch) else None
+            signs = self._signs(len(batch["labels"]), rows_each) if self._has_own_noise(batch) else None
         return Drawn(using_noise(groups, noise, signs, keep=self.model.recomputes()), model, guide)
 
     def _draw_through_pyro(self, batch: dict[str, Any]) -> "Drawn":
@@ -281,10 +290,10 @@ class Posterior(WrappedNetwork):
             self._rows = rows_are_examples(self.network, self.model.groups, inputs, run=self.model.outputs)
         return self._rows
 
-    def _signs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """±1 for every adapter, example and row of A: each example's own mirror image of the noise."""
-        examples = len(batch["labels"])
-        return {g.name: random_signs(len(g), examples, g.rank, device=g.device) for g in self.model.groups}
+    def _signs(self, examples: int, rows_each: int) -> dict[str, Tensor]:
+        """±1 for every adapter, row of inputs and row of A: each example's own mirror image of the noise."""
+        signs = {g.name: random_signs(len(g), examples, g.rank, device=g.device) for g in self.model.groups}
+        return {name: own.repeat(1, rows_each, 1) for name, own in signs.items()}
 
     def negative_log_likelihood(self, logits: Tensor, labels: Tensor) -> Tensor:
         """−log p(label | logits) of every example, in nats, shape ``(batch,)``."""
@@ -295,6 +304,11 @@ class Posterior(WrappedNetwork):
     def train(self, mode: bool = True) -> "Posterior":
         clear_draw(self.model.groups)  # a checkpointed step leaves its draw for the backward pass
         return super().train(mode)
+
+    def draw_for_pairs(self, inputs: Mapping[str, Tensor]) -> "Drawn":
+        """A draw for inputs whose second half belongs to the first, row by row: both rows of a pair see the same."""
+        self._check_objective()
+        return self._draw({**inputs, "labels": inputs["input_ids"][::2, 0]}, rows_each=2)  # labels: one for each pair
 
     @contextmanager
     def without_sampling(self) -> Iterator[None]:
@@ -314,7 +328,7 @@ class Drawn(NamedTuple):
     guide: Recorder | Trace
 
 
-def _has_plain_forward(guide: nn.Module) -> bool:
+def has_plain_forward(guide: nn.Module) -> bool:
     """Whether a guide is its :meth:`~bayeslora.guides.Guide.run`, and no more."""
     return isinstance(guide, Guide) and type(guide).forward is Guide.forward
 
