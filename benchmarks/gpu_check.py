@@ -14,6 +14,7 @@ Ends with status 1 where a test failed or a step waited.
 """
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -122,6 +123,7 @@ def synchronize(device: str) -> None:
 
 def measure(method: str, shape: dict[str, int], size: int, length: int, device: str) -> dict[str, float]:
     """Median milliseconds of a step, peak memory in GiB, and MiB that memory grew over the timed steps."""
+    gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -171,27 +173,46 @@ def cost(device: str, tiny: bool, clock: Clock) -> dict[str, Any]:
     return found
 
 
+def waits_of(run: Callable[[], Any]) -> int:
+    """How often ``run`` waits for the device."""
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            run()
+        return sum("synchroniz" in str(one.message) for one in said)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def synchronisation(device: str) -> dict[str, Any]:
-    """A step of forward and backward pass in which a wait for the device is an error; of texts, how many there are."""
+    """How often forward and backward pass wait for the device, beside LoRA's; of classes, where waiting is an error.
+
+    Texts wait once or more: the scored positions are counted. No mask goes in: transformers looks at its values.
+    """
     if device != "cuda":
         return {"skipped": "torch.cuda.set_sync_debug_mode needs CUDA"}
     found: dict[str, Any] = {}
     for what, classes in (("classes", 2), ("texts", None)):
-        bayes = BayesLoRA(network(TINY["tiny"], device, classes=classes, dtype=torch.float32)).train()
+        base = network(TINY["tiny"], device, classes=classes, dtype=torch.float32)
+        lora = {"r": 4, "target_modules": "all-linear", "task_type": "SEQ_CLS" if classes else "CAUSAL_LM"}
+        peft_model = get_peft_model(base, LoraConfig(**lora)).train()
         batch = batch_of(4, 16, device, classes=classes)
+        del batch["attention_mask"]
+        found[f"{what}, LoRA"] = waits_of(lambda: peft_model(**batch).loss.backward())  # noqa: B023
+        bayes = BayesLoRA(peft_model, MonteCLoRAConfig()).train()
         for _ in range(3):
             bayes(**batch).loss.backward()  # what is looked up once
         torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error" if classes else "warn")
-        try:
-            with warnings.catch_warnings(record=True) as waits:
-                warnings.simplefilter("always")
+        found[f"{what}, bayeslora"] = waits_of(lambda: bayes(**batch).loss.backward())  # noqa: B023
+        if classes:
+            torch.cuda.set_sync_debug_mode("error")
+            try:
                 bayes(**batch).loss.backward()
-            found[what] = sum("synchronizing" in str(wait.message) for wait in waits)
-        except RuntimeError as error:
-            found[what] = {"failed": str(error).splitlines()[0]}
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+            except RuntimeError as error:
+                found[what] = {"failed": str(error).splitlines()[0]}
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
     return found
 
 
