@@ -60,7 +60,8 @@ class _OnPairs(OnPosterior):
 
         bayes.run_instead = run
         try:
-            found = super().compute_loss(model, inputs, return_outputs=return_outputs, **options)  # type: ignore[misc]
+            with self.trl_forward():
+                found = super().compute_loss(model, inputs, return_outputs=return_outputs, **options)  # type: ignore[misc]
         finally:
             bayes.run_instead = None
         task, *outputs = found if return_outputs else (found,)

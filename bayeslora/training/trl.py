@@ -1,7 +1,8 @@
 """What every trainer of TRL's has on a posterior: TRL's data preparation and arguments, our parameters and noise."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,11 @@ class OnPosterior:
         if args is not None:
             check_arguments(args, self.refused)
             _check_can_be_done(args)
+        self._base = model.network.get_base_model()
+        own = vars(self._base).get("forward")  # accelerate's, of a network with a device_map
         start(model, *more, **options)
+        self._trl_forward = vars(self._base).get("forward")
+        set_forward(self._base, own)
         self.add_callback(NoiseScheduleCallback(model.noise_schedule))
         self.add_callback(DropTuning(model))
         self.variational_learning_rate = variational_rate(self.args, variational_learning_rate)
@@ -66,10 +71,31 @@ class OnPosterior:
     def bayes(self) -> Posterior:
         return self.accelerator.unwrap_model(self.model)
 
+    @contextmanager
+    def trl_forward(self) -> Iterator[None]:
+        """Inside, the network's forward is the one that TRL put there, with a loss of its own.
+
+        Outside it is the network's, for a copy of TRL's goes on to run the network that it was made for.
+        """
+        own = vars(self._base).get("forward")
+        set_forward(self._base, self._trl_forward)
+        try:
+            yield
+        finally:
+            set_forward(self._base, own)
+
     create_optimizer = BayesTrainer.create_optimizer
 
     def create_model_card(self, *args: Any, **options: Any) -> None:
         """None is written: the folder holds what :func:`bayeslora.storage.checkpoint.write_adapter` writes."""
+
+
+def set_forward(module: torch.nn.Module, forward: Any) -> None:
+    """The forward of this one module; that of its class if None."""
+    if forward is not None:
+        module.forward = forward
+    else:
+        vars(module).pop("forward", None)
 
 
 def _check_can_be_done(args: TrainingArguments) -> None:

@@ -151,6 +151,19 @@ def test_the_reference_is_the_network_without_the_adapter(tmp_path):
     assert trainer._metrics["train"]["rewards/chosen"][-1] == pytest.approx(0, abs=1e-5)  # B is zero at the start
 
 
+def test_a_merged_draw_of_a_trained_policy_is_that_draw(tmp_path):
+    """Not the network that TRL has put a forward of its own into."""
+    trainer = build("dpo", tmp_path, MonteCLoRAConfig(r=4, sample_scaler=0.5), max_steps=4, learning_rate=2e-2)
+    trainer.train()
+    bayes, tokens = trainer.bayes.eval(), torch.tensor([[5, 6, 7, 8]])
+    merged = bayes.merge(draw=2).eval()
+    with torch.no_grad(), bayes.as_draw(2) as network:
+        expected = network(tokens).logits
+    with torch.no_grad():
+        torch.testing.assert_close(merged(tokens).logits, expected, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(bayes.network(tokens).logits, expected, atol=1e-3)
+
+
 def test_evaluation_is_at_the_mean(tmp_path):
     trainer = build("reward", tmp_path, MonteCLoRAConfig(r=4, sample_scaler=0.5))
     losses = [trainer.evaluate(pairs(8))["eval_loss"] for _ in range(2)]

@@ -355,7 +355,19 @@ def sharding(folder, rank):
             fully_shard(layer, mesh=mesh)
         return fully_shard(bayes, mesh=mesh)
 
+    def fused(wrap):
+        """With a kernel that reads lora_A.weight itself, on both processes."""
+
+        def fuse(bayes):
+            adapter = bayes.model.groups[0].adapters[0]
+            layer, a, b = adapter.layer, adapter.lora_A, adapter.layer.lora_B["default"]
+            layer.forward = lambda x: layer.base_layer(x) + torch.nn.functional.linear(x, b.weight @ a.weight)
+            return wrap(bayes)
+
+        return error_of(lambda: step(fuse), InputError)
+
     mesh = init_device_mesh("cpu", (2,))
+    yield "fused", [fused(DistributedDataParallel), fused(lambda bayes: fully_shard(bayes, mesh=mesh))]
     yield "ddp", step(DistributedDataParallel)
     yield "fsdp2", step(lambda bayes: fully_shard(bayes, mesh=mesh))
     yield "fsdp2, layer by layer", error_of(lambda: step(layer_by_layer), InputError)
