@@ -183,7 +183,9 @@ def drawn_outputs(bayes: Posterior, inputs: dict[str, Any]) -> tuple[ModelOutput
                 output = bayes.network(**inputs)
             bayes.model.arrived(**read)
             penalty = _penalty(bayes, drawn, len(read["input_ids"]) // 2)
-        output["penalty"] = penalty  # for DistributedDataParallel, which looks for parameters in what forward returns
+        # DistributedDataParallel looks for parameters in what forward returns, and takes no further entry there
+        name = next(name for name, value in output.items() if isinstance(value, Tensor) and value.requires_grad)
+        output[name] = output[name] + 0 * penalty
         return output, penalty
 
 

@@ -283,6 +283,11 @@ class TestErrors:
         assert "the evaluation gave NaN or infinite outputs at step 3" in both(ranks("refusals", "evaluation"))
 
 
+def test_preferences_are_learnt_to_equal_parameters(ranks):
+    assert both(ranks("preferences", "wrapped")) == "DistributedDataParallel"
+    both(ranks("preferences", "ended"))
+
+
 class TestSharding:
     def test_around_the_whole_module(self, ranks):
         for rank in (0, 1):

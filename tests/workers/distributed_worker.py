@@ -374,13 +374,36 @@ def sharding(folder, rank):
     yield "fit, fsdp", error_of(lambda: run(folder / "fsdp", new(), fsdp=True), InputError)
 
 
+def preferences(folder, rank):
+    """TRL's DPO on a posterior, under DistributedDataParallel, which looks for unused parameters there."""
+    import trl
+    from datasets import Dataset
+
+    from bayeslora.training.preference import BayesDPOTrainer
+    from tests.language import tiny_tokenizer
+
+    pair = {"prompt": "where is the cat?", "chosen": " to the north", "rejected": " to the south"}
+    bayes = BayesLoRA(tiny_language_model(), MonteCLoRAConfig(r=4, sample_scaler=0.3))
+    asked = {"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 5e-3, "logging_steps": 1, "bf16": False}
+    quiet = {"report_to": [], "save_strategy": "no", "disable_tqdm": True, "use_cpu": True}
+    trainer = BayesDPOTrainer(
+        bayes,
+        args=trl.DPOConfig(str(folder), **asked, **quiet),
+        train_dataset=Dataset.from_list([pair] * 16),
+        processing_class=tiny_tokenizer(),
+    )
+    trainer.train()
+    yield "ended", digest(bayes)
+    yield "wrapped", type(trainer.model_wrapped).__name__
+
+
 def main():
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
     distributed.init_process_group("gloo")
     rank = distributed.get_rank()
     gc.freeze()  # Accelerate collects garbage at the start of each run
-    for scenario in (training, coverage, gradients, other_loops, refusals, sharding):
+    for scenario in (training, coverage, gradients, other_loops, refusals, sharding, preferences):
         place = folder / scenario.__name__
         place.mkdir(exist_ok=True)
         seen = dict(scenario(place, rank))
