@@ -10,14 +10,14 @@ from peft import PeftModel
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from bayeslora.adapters.drawing import check_in_use, in_turn, one_at_a_time, using_draw
+from bayeslora.adapters.drawing import check_in_use, in_turn, one_at_a_time
 from bayeslora.adapters.inject import with_lora_fields
 from bayeslora.config import MonteCLoRAConfig
 from bayeslora.errors import InputError
 from bayeslora.guides.selection import guide_for
 from bayeslora.inference.bayesianize import AGREEMENT
 from bayeslora.inference.bayesianize import from_adapter as posterior_of_adapter
-from bayeslora.inference.draws import Draws, PosteriorDraws, sample_sites
+from bayeslora.inference.draws import Draws, PosteriorDraws, running_as, sample_sites
 from bayeslora.inference.draws import posterior_draws as draws_per_adapter
 from bayeslora.inference.generation import Generation
 from bayeslora.inference.generation import generate as generate_texts
@@ -247,6 +247,10 @@ class BayesLoRA(Posterior):
     def as_draw(self, index: int = 0, *, seed: int = 0) -> Iterator[nn.Module]:
         """Inside, ``bayes.network`` is draw ``index`` of ``seed``, one network for whatever is done with it.
 
+        Raises:
+            InputError: at the end, where the network ran and the draw did not reach one of its layers, or where it was
+                taken away inside, as ``predict`` does.
+
         Example:
             >>> one = bayes.predict(dataset, num_samples=1, first_draw=3).probs[0]
             >>> tokens = {name: torch.tensor([dataset[0][name]]) for name in ("input_ids", "attention_mask")}
@@ -255,7 +259,7 @@ class BayesLoRA(Posterior):
             >>> bool(np.abs(logits.softmax(-1)[0].numpy() - one).max() < 1e-5)
             True
         """
-        with one_at_a_time, using_draw(self.model.groups, Draws(self, 1, seed, first=index).matrices(0, 1)):
+        with running_as(self, Draws(self, 1, seed, first=index).matrices(0, 1)):
             yield self.network
 
     def merge(self, draw: int | None = None, *, seed: int = 0) -> nn.Module:

@@ -163,8 +163,10 @@ class PerLayerSchedule(NoiseSchedule):
         gradients = [weight.grad for weight in weights if weight.grad is not None]
         if len(gradients) < len(weights):
             return
-        sizes = torch.tensor([gradient.numel() for gradient in gradients], device=gradients[0].device)
-        fisher = torch.stack(torch._foreach_norm(gradients)).float().square() / sizes
+        device = self.model.groups[0].device
+        sizes = torch.tensor([gradient.numel() for gradient in gradients], device=device)
+        norms = [norm.to(device) for norm in torch._foreach_norm(gradients)]
+        fisher = torch.stack(norms).float().square() / sizes
         if not bool((fisher > 0).all() & torch.isfinite(fisher).all()):  # while B is zero, so is μ's gradient
             return
         log_deviation = -fisher.log() / 2

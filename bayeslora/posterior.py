@@ -11,8 +11,8 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from bayeslora.adapters.arrival import refuse_switched_off
 from bayeslora.adapters.drawing import (
-    check_arrival,
     check_in_use,
     clear_draw,
     one_at_a_time,
@@ -22,6 +22,7 @@ from bayeslora.adapters.drawing import (
 )
 from bayeslora.adapters.groups import active_adapter
 from bayeslora.adapters.modes import without_cache
+from bayeslora.adapters.placement import is_split
 from bayeslora.adapters.provenance import Sketch, kept_keys, not_in_checkpoint
 from bayeslora.distributed import own_noise, refuse_sharded
 from bayeslora.distributions import random_signs
@@ -61,11 +62,15 @@ class Posterior(WrappedNetwork):
         self.sketches: dict[str, Sketch] = {}  # of what is taken from the base network, made at the first saving
         self.model = model
         self.guide = guide
+        if model.groups[0].device.type != "meta":  # where every draw is made
+            self.model.to(model.groups[0].device)
+            self.guide.to(model.groups[0].device)
         self.elbo = CooperativeELBO.from_config(config)
         self.noise_schedule = start_noise(model, guide)
         self.sampling = config.sample_scaler > 0
+        #: What forward is instead, for a trainer whose loss is its own (:mod:`bayeslora.training.preference`).
+        self.run_instead: Callable[..., Any] | None = None
         self._rows: bool | None = None  # whether examples can have their own noise; looked up at the first batch
-        self._arrives = False  # whether draws are known to reach the network; looked at after the first training batch
         self._freeze()
         self._say_what_counts()
 
@@ -88,13 +93,19 @@ class Posterior(WrappedNetwork):
             base.loss_type = loss_type  # GPT-2 does not say so: the first label has nothing before it
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Posterior":
-        """Moves everything and casts the network; the posterior stays in float32 where ``fn`` would narrow it."""
+        """Moves everything and casts the network; the posterior stays in float32 where ``fn`` would narrow it, and
+        what is split over several devices stays where it is."""
+        split = is_split(self.network)
+
+        def in_place(tensor: Tensor) -> Tensor:
+            moves = split and fn(tensor.new_empty(0)).device != tensor.device
+            return tensor.to(fn(tensor.new_empty(0)).dtype) if moves else fn(tensor)
 
         def keep_precision(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
+            moved = in_place(tensor)
             return tensor.to(moved.device) if moved.dtype in (torch.bfloat16, torch.float16) else moved
 
-        self.network._apply(fn, recurse)
+        self.network._apply(in_place, recurse)
         self.model._apply(keep_precision, recurse)
         self.guide._apply(keep_precision, recurse)
         return self
@@ -140,6 +151,10 @@ class Posterior(WrappedNetwork):
             InputError: where the network no longer uses the adapter that the posterior is over, under
                 ``torch.compile(bayes)``. In training mode without labels, the backward pass from ``logits`` raises it.
         """
+        if self.run_instead is not None:
+            inputs |= {"labels": labels, "num_items_in_batch": num_items_in_batch, "token_type_ids": token_type_ids}
+            given = {name: value for name, value in inputs.items() if value is not None}
+            return self.run_instead(input_ids=input_ids, attention_mask=attention_mask, **given)
         named = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
         inputs |= {name: value for name, value in named.items() if value is not None}
         if getattr(self, "_is_replica", False):
@@ -195,7 +210,7 @@ class Posterior(WrappedNetwork):
     def _objective(self, batch: dict[str, Any]) -> SequenceClassifierOutput:
         """Draw, run the network as that draw, score both programs, for each particle."""
         self._check_objective()
-        draw = self._draw if _has_plain_forward(self.guide) else self._draw_through_pyro
+        draw = self._draw if has_plain_forward(self.guide) else self._draw_through_pyro
         scores, outputs = [], []
         with pyro.validation_enabled(False):
             for _ in range(self.elbo.num_particles):
@@ -206,10 +221,8 @@ class Posterior(WrappedNetwork):
                 outputs.append(observed.nodes["_RETURN"]["value"][0])
                 scores.append(self.elbo.score({**drawn.model.nodes, **observed.nodes}, drawn.guide.nodes))
             loss = self.elbo.average(scores)
-        if not self._arrives:
-            inputs = _without_labels(batch)
-            check_arrival(self.network, self.model.groups, lambda: self.model.outputs(inputs, batch["labels"]))
-            self._arrives = True
+        if not self.model.arrived(**batch) and loss.requires_grad:
+            loss.register_hook(refuse_switched_off)
         logits = torch.stack(outputs).mean(0).detach()
         self.noise_schedule.see_logits(logits)
         if self.noise_schedule.follows_loss:
@@ -230,8 +243,11 @@ class Posterior(WrappedNetwork):
                 "accumulate gradients over several steps instead"
             )
 
-    def _draw(self, batch: dict[str, Any]) -> "Drawn":
-        """Without Pyro's handlers, which cost more than the arithmetic, and of A − μ, which examples can mirror."""
+    def _draw(self, batch: dict[str, Any], rows_each: int = 1) -> "Drawn":
+        """Without Pyro's handlers, which cost more than the arithmetic, and of A − μ, which examples can mirror.
+
+        The inputs have all examples' first rows, then all their second ones, up to ``rows_each``.
+        """
         groups, guide = self.model.groups, Recorder()
         means = self.model.zero_means() if self.guide.takes_mean else None
         with self.model.full_precision():
@@ -240,7 +256,7 @@ class Posterior(WrappedNetwork):
             noise = self.model.run(model, means)
             if means is None:
                 noise = {group.name: noise[group.name] - self.model.mean(group) for group in groups}
-            signs = self._signs(batch) if self._has_own_noise(batch) else None
+            signs = self._signs(len(batch["labels"]), rows_each) if self._has_own_noise(batch) else None
         return Drawn(using_noise(groups, noise, signs, keep=self.model.recomputes()), model, guide)
 
     def _draw_through_pyro(self, batch: dict[str, Any]) -> "Drawn":
@@ -274,15 +290,13 @@ class Posterior(WrappedNetwork):
             self._rows = rows_are_examples(self.network, self.model.groups, inputs, run=self.model.outputs)
         return self._rows
 
-    def _signs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """±1 for every adapter, example and row of A: each example's own mirror image of the noise. Rows that are
-        correlated turn together."""
-        examples, device = len(batch["labels"]), batch["labels"].device
+    def _signs(self, examples: int, rows_each: int) -> dict[str, Tensor]:
+        """±1 for every adapter, row of inputs and row of A: each example's own mirror image of the noise. Where rows of
+        A are correlated, they turn together."""
         together = self.monteclora_config.wishart_scale == "full"
-        return {
-            g.name: random_signs(len(g), examples, 1 if together else g.rank, device=device).expand(-1, -1, g.rank)
-            for g in self.model.groups
-        }
+        sizes = {g: (len(g), examples, 1 if together else g.rank) for g in self.model.groups}
+        signs = {g: random_signs(*size, device=g.device).expand(-1, -1, g.rank) for g, size in sizes.items()}
+        return {g.name: own.repeat(1, rows_each, 1) for g, own in signs.items()}
 
     def negative_log_likelihood(self, logits: Tensor, labels: Tensor) -> Tensor:
         """−log p(label | logits) of every example, in nats, shape ``(batch,)``."""
@@ -293,6 +307,11 @@ class Posterior(WrappedNetwork):
     def train(self, mode: bool = True) -> "Posterior":
         clear_draw(self.model.groups)  # a checkpointed step leaves its draw for the backward pass
         return super().train(mode)
+
+    def draw_for_pairs(self, inputs: Mapping[str, Tensor]) -> "Drawn":
+        """A draw for inputs whose second half belongs to the first, row by row: both rows of a pair see the same."""
+        self._check_objective()
+        return self._draw({**inputs, "labels": inputs["input_ids"][::2, 0]}, rows_each=2)  # labels: one for each pair
 
     @contextmanager
     def without_sampling(self) -> Iterator[None]:
@@ -312,7 +331,7 @@ class Drawn(NamedTuple):
     guide: Recorder | Trace
 
 
-def _has_plain_forward(guide: nn.Module) -> bool:
+def has_plain_forward(guide: nn.Module) -> bool:
     """Whether a guide is its :meth:`~bayeslora.guides.Guide.run`, and no more."""
     return isinstance(guide, Guide) and type(guide).forward is Guide.forward
 

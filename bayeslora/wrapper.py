@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from bayeslora.adapters.modes import refuse_reentrant
+from bayeslora.adapters.modes import checkpointable, refuse_reentrant
 from bayeslora.errors import InputError
 
 
@@ -37,6 +37,11 @@ class WrappedNetwork(PeftModel):
     def __getattr__(self, name: str) -> Any:
         """No more than a module has: what is true of the network (being quantised) is not true of the guide."""
         return nn.Module.__getattr__(self, name)
+
+    @property
+    def hf_device_map(self) -> dict[str, Any]:
+        """Where ``device_map`` put the network, which Trainer then leaves there; without one there is no such name."""
+        return self.network.get_base_model().hf_device_map
 
     @property
     def base_model(self) -> nn.Module:
@@ -106,6 +111,18 @@ class WrappedNetwork(PeftModel):
         enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
         enable(activation_checkpointing_kwargs, **options)
         base.enable_input_require_grads()
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether activations are recomputed; TRL asks, and switches it off while a reference runs."""
+        return any(layer.gradient_checkpointing for layer in checkpointable(self.network))
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep activations for the backward pass."""
+        base = self.network.get_base_model()
+        (getattr(base, "activation_checkpointing_disable", None) or base.gradient_checkpointing_disable)()
+
+    gradient_checkpointing_enable = activation_checkpointing_enable
 
 
 def repeated_blocks(network: nn.Module) -> list[nn.Module]:

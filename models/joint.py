@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from bayeslora.adapters.arrival import Arrival, refuse_switched_off
 from bayeslora.adapters.drawing import using_draw
 from bayeslora.adapters.groups import find_groups
 from bayeslora.adapters.modes import checkpointable, recomputes
@@ -44,6 +45,7 @@ class JointModel(Prior):
         super().__init__(find_groups(network), config)
         self._network = (network,)  # in a tuple: its parameters are its own, not this module's
         self._checkpointable = checkpointable(network)
+        self._arrival = Arrival()
         self.likelihood = likelihood
         self.num_examples = num_examples
 
@@ -69,7 +71,18 @@ class JointModel(Prior):
         with self.full_precision():
             draw = self.run(pyro)
         with using_draw(self.groups, draw, keep=self.recomputes()):
-            return self.observe(labels=labels, **inputs)
+            observed = self.observe(labels=labels, **inputs)
+        if not self.arrived(labels=labels, **inputs) and labels is not None:
+            refuse_switched_off()
+        return observed
+
+    def arrived(self, labels: Tensor | None = None, **inputs: Any) -> bool:
+        """Whether the last draw reached every adapted layer; false where adapters are switched off.
+
+        Raises:
+            InputError: naming layers that it went past (:mod:`bayeslora.adapters.arrival`).
+        """
+        return self._arrival.check(self.network, self.groups, lambda: self.outputs(inputs, labels))
 
     def observe(self, labels: Tensor | None = None, **inputs: Any) -> tuple[Tensor, Tensor]:
         """The likelihood's site, given the draw that is set; returns outputs and labels."""

@@ -156,7 +156,7 @@ class TestModelAndGuide:
     def test_each_example_of_a_batch_has_the_same_law(self):
         """Rows that are correlated turn together: a sign for each would undo the correlation."""
         bayes = turned()
-        signs = bayes._signs(tiny_batch(50))
+        signs = bayes._signs(50, 1)
         for group in bayes.model.groups:
             values = signs[group.name]
             assert (values == values[..., :1]).all()

@@ -50,7 +50,7 @@ def set_draw(groups: tuple[AdapterGroup, ...], matrices: Mapping[str, Tensor]) -
     for group in groups:
         drawn = matrices[group.name].mT.to(group.adapters[0].lora_A.weight.dtype)
         for adapter, weight in zip(group.adapters, drawn.unbind(-3), strict=True):
-            adapter.lora_A.draw.set(weight)
+            adapter.lora_A.draw.set(weight.to(adapter.lora_A.weight.device))
 
 
 def set_noise(
@@ -63,7 +63,7 @@ def set_noise(
         signs: Group name to ±1, ``(adapters, examples, r)``: every example's own mirror image of the rows of A − μ.
     """
     for group in groups:
-        mean = torch.stack([adapter.lora_A.weight for adapter in group.adapters])
+        mean = group.weights()
         deviation = noise[group.name].mT
         mirrors: Sequence[Tensor | None] = [None] * len(group)
         if signs is None:
@@ -74,7 +74,8 @@ def set_noise(
             identity = torch.eye(group.rank, device=turned.device).expand_as(turned)
             mirrors = torch.cat([identity, turned], dim=-2).unbind()
         for adapter, matrix, mirror in zip(group.adapters, matrices.unbind(), mirrors, strict=True):
-            adapter.lora_A.draw.set(matrix, mirror)
+            device = adapter.lora_A.weight.device
+            adapter.lora_A.draw.set(matrix.to(device), None if mirror is None else mirror.to(device))
 
 
 def clear_draw(groups: tuple[AdapterGroup, ...]) -> None:
@@ -85,48 +86,12 @@ def clear_draw(groups: tuple[AdapterGroup, ...]) -> None:
             draw.weight = draw.mirrors = None
 
 
-def check_reached(groups: tuple[AdapterGroup, ...]) -> None:
-    """Make sure that every layer used the draw that was last set for it, unless its adapter is switched off.
-
-    Raises:
-        InputError: naming layers that did not run: a kernel reads their ``lora_A.weight`` itself, or the network never
-            gets to them.
-    """
-    adapters = [adapter for group in groups for adapter in group.adapters if not adapter.layer.disable_adapters]
-    unreached = [adapter.name for adapter in adapters if not adapter.lora_A.draw.is_reached]
-    if unreached:
-        shown = ", ".join(unreached[:3]) + (f" and {len(unreached) - 3} more" if len(unreached) > 3 else "")
-        raise InputError(
-            f"the draw did not arrive in {shown} (of {len(adapters)} adapted layers): either the network does not run "
-            "them, then leave them out of target_modules; or a fused kernel reads lora_A.weight itself, as Unsloth's "
-            "and axolotl's do, then switch it off (Unsloth: load the network with transformers; axolotl: "
-            "lora_mlp_kernel, lora_qkv_kernel and lora_o_kernel: false)"
-        )
-
-
 @contextmanager
 def in_turn(groups: tuple[AdapterGroup, ...]) -> Iterator[None]:
     """Inside, no other thread draws; the network uses these adapters (:func:`check_in_use`)."""
     with one_at_a_time:
         check_in_use(groups)
         yield
-
-
-def check_arrival(network: nn.Module, groups: tuple[AdapterGroup, ...], run: Callable[[], Any]) -> None:
-    """:func:`check_reached` after a training batch; some networks leave out layers at random while they are trained.
-
-    Args:
-        network: The network.
-        groups: Its adapters.
-        run: Runs the batch again, for a second look in evaluation mode.
-    """
-    try:
-        check_reached(groups)
-    except InputError:
-        with evaluation_mode(network), torch.no_grad(), keeping_draw(groups):
-            set_draw(groups, {group.name: group.mean() for group in groups})
-            run()
-            check_reached(groups)
 
 
 @contextmanager

@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from torch import Tensor
+from torch import Tensor, nn
 
 from bayeslora.adapters.sampled import SampledLinear
 from bayeslora.errors import InputError
@@ -44,11 +44,16 @@ class Adapter:
 
 @dataclass(frozen=True)
 class AdapterGroup:
-    """All adapters with one (r, n_in): one plate in the model, three sites for all of them together."""
+    """All adapters with one (r, n_in): one plate in the model, three sites for all of them together.
+
+    Where a network, ``home``, is split over devices, its posterior and every draw are made on the first one, to which
+    inputs and outputs belong, and each A then goes to its layer: sites, files and seeds do not depend on the split.
+    """
 
     rank: int
     columns: int
     adapters: tuple[Adapter, ...]
+    home: nn.Module | None = field(default=None, repr=False, compare=False)
 
     @property
     def name(self) -> str:
@@ -59,17 +64,22 @@ class AdapterGroup:
 
     @property
     def device(self) -> torch.device:
-        return self.adapters[0].lora_A.weight.device
+        return next((self.home or self.adapters[0].lora_A).parameters()).device
+
+    def weights(self) -> Tensor:
+        """``lora_A.weight`` of every adapter, on the group's device: shape ``(adapters, r, columns)``."""
+        device = self.device
+        return torch.stack([adapter.lora_A.weight.to(device) for adapter in self.adapters])
 
     def mean(self) -> Tensor:
         """μ of every adapter in float32 (or wider), one column a row: shape ``(adapters, columns, r)``."""
-        stacked = torch.stack([adapter.lora_A.weight for adapter in self.adapters])
+        stacked = self.weights()
         return stacked.to(torch.promote_types(stacked.dtype, torch.float32)).mT
 
     def mean_scale(self) -> Tensor:
         """Root mean square of the entries of μ, without gradient: shape ``(adapters,)``."""
         norms = torch._foreach_norm([adapter.lora_A.weight.detach() for adapter in self.adapters])
-        return torch.stack(norms).float() / math.sqrt(self.columns * self.rank)
+        return torch.stack([norm.to(self.device) for norm in norms]).float() / math.sqrt(self.columns * self.rank)
 
 
 def active_adapter(network: PeftModel) -> str:
@@ -99,4 +109,5 @@ def find_groups(network: PeftModel) -> tuple[AdapterGroup, ...]:
         if key in layer.lora_A:
             adapter = Adapter(name, layer, layer.lora_A[key], key)
             shapes.setdefault((adapter.rank, adapter.columns), []).append(adapter)
-    return tuple(AdapterGroup(*shape, tuple(adapters)) for shape, adapters in shapes.items())
+    home = network.get_base_model()
+    return tuple(AdapterGroup(*shape, tuple(adapters), home) for shape, adapters in shapes.items())

@@ -17,6 +17,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from bayeslora.adapters.groups import active_adapter, lora_layers
+from bayeslora.adapters.placement import check_resident
 from bayeslora.adapters.provenance import new_modules
 from bayeslora.adapters.quantized import is_quantized, keep_trainable
 from bayeslora.adapters.sampled import SampledLinear
@@ -38,6 +39,7 @@ def adapt(network: nn.Module, config: MonteCLoRAConfig) -> PeftModel:
             "torch.compile(network) hides the network's class and the names of its layers: "
             "pass the network itself, then call bayes.compile()"
         )
+    check_resident(network)
     keep_trainable(network)
     if not isinstance(network, PeftModel):
         if carries_adapter(network):
@@ -181,7 +183,7 @@ def make_samplable(network: PeftModel) -> None:
         InputError: with the reason, where a layer does not multiply its input by a plain ``lora_A``.
     """
     key = active_adapter(network)
-    found = False
+    found: dict[int, str] = {}  # a weight, and the first layer that has it
     for name, layer in lora_layers(network):
         variant = getattr(layer, "lora_variant", {}).get(key)
         if variant is not None:
@@ -199,7 +201,11 @@ def make_samplable(network: PeftModel) -> None:
                 "layers in target_modules, those of the attention for instance"
             )
         lora_a = layer.lora_A[key]
-        found = True
+        if found.setdefault(id(lora_a.weight), name) != name:
+            raise InputError(
+                f"layers {found[id(lora_a.weight)]!r} and {name!r} share one lora_A, which would have two draws at "
+                "once: adapt one of them, or give each its own"
+            )
         if isinstance(lora_a, SampledLinear):
             continue
         if type(lora_a) is not nn.Linear or lora_a.bias is not None:

@@ -9,6 +9,7 @@ import torch
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
+from bayeslora.adapters.arrival import check_reached
 from bayeslora.adapters.drawing import one_at_a_time, using_draw
 from bayeslora.adapters.modes import evaluation_mode
 from bayeslora.analysis.tables import diagnostics as verdicts
@@ -181,13 +182,14 @@ def _response_to_labels(bayes: Posterior, data: _Batches, seed: int) -> tuple[np
             labels = inputs.pop("labels")
             sites = {n: s["value"] for n, s in draw_trace(bayes, seed, index).nodes.items() if s["type"] == "sample"}
             drawn = model.matrices(sites)
-            logs = [torch.zeros(len(group), 1, 1, device=labels.device, requires_grad=True) for group in groups]
+            logs = [torch.zeros(len(group), 1, 1, device=group.device, requires_grad=True) for group in groups]
             scaled = {}
             for group, log_scale in zip(groups, logs, strict=True):
                 mean = group.mean().detach()
                 scaled[group.name] = mean + log_scale.exp() * (drawn[group.name] - mean)
             with using_draw(groups, scaled):
                 logits = model.outputs(inputs)
+            check_reached(groups)
             loss, other = (bayes.negative_log_likelihood(logits, y).mean() for y in (labels, permuted))
             gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(other - loss, logs)]))
             curvatures.append(_curvature(bayes, sites, data.size))

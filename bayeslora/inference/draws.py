@@ -10,7 +10,8 @@ import pyro
 import torch
 from torch import Tensor
 
-from bayeslora.adapters.drawing import check_reached, using_draw
+from bayeslora.adapters.arrival import check_reached
+from bayeslora.adapters.drawing import one_at_a_time, using_draw
 from bayeslora.adapters.groups import AdapterGroup
 from bayeslora.adapters.modes import evaluation_mode, without_cache
 from bayeslora.errors import InputError
@@ -197,3 +198,23 @@ def run_as(bayes: Posterior, matrices: dict[str, Tensor] | None, run: Callable[[
         output = run()
     check_reached(bayes.model.groups)
     return output
+
+
+@contextmanager
+def running_as(bayes: Posterior, matrices: dict[str, Tensor]) -> Iterator[None]:
+    """Inside, the network is this draw; afterwards it must have reached every layer, if the network ran."""
+    ran: list[bool] = []
+    hook = bayes.network.get_base_model().register_forward_hook(lambda *_: ran.append(True))
+    try:
+        with one_at_a_time, using_draw(bayes.model.groups, matrices):
+            yield
+            taken = any(a.lora_A.draw.weight is None for group in bayes.model.groups for a in group.adapters)
+    finally:
+        hook.remove()
+    if taken:
+        raise InputError(
+            "inside as_draw something else took the draw away, and what ran after it was the mean network: call "
+            "predict, generate, merge or a training step outside"
+        )
+    if ran:
+        check_reached(bayes.model.groups)

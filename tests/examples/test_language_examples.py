@@ -2,7 +2,10 @@
 
 import math
 
+import numpy as np
 import pytest
+import transformers
+from datasets import Dataset
 
 from tests.language import OFFICIAL, tiny_language_model, tiny_tokenizer, write
 from tests.scripts import script
@@ -40,3 +43,21 @@ def test_gsm8k(place, capsys):
     assert found["LoRA"]["mutual information"] == 0  # of one model with itself
     assert found["MonteCLoRA"]["mutual information"] > 0
     assert "nats a token" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing:FutureWarning")  # TRL's own
+def test_how_sure_is_the_reward(tmp_path, capsys):
+    config = tiny_language_model().config
+    config.num_labels = 1
+    network = transformers.AutoModelForSequenceClassification.from_config(config)
+    pairs = Dataset.from_list([{"chosen": "where is the cat? up", "rejected": "where is the cat? down"}] * 8)
+    quiet = {"report_to": [], "save_strategy": "no", "disable_tqdm": True, "use_cpu": True, "bf16": False}
+    mean, std = script("examples/how_sure_is_the_reward").main(
+        network, tiny_tokenizer(), pairs, pairs, num_samples=8, max_steps=4, output_dir=str(tmp_path), **quiet
+    )
+    assert mean.shape == std.shape == (16,)
+    assert (std > 0).all()
+    np.testing.assert_allclose(std[:8], std[0], rtol=1e-3)  # one text, in each draw the same reward
+    printed = capsys.readouterr().out
+    assert printed.count("reward ") == 10
+    assert "of 8 pairs" in printed

@@ -280,7 +280,8 @@ def test_a_width_is_tuned_where_there_are_enough_validation_examples(study, tmp_
     long = tmp_path / "long"
     shutil.copytree(place / "reviews", long / "reviews")
     (long / "reviews" / "validation.csv").write_text((long / "reviews" / "train.csv").read_text())
-    made = study(ours, tasks=[{"name": "reviews", "data_dir": str(long / "reviews"), "text_columns": "text"}])
+    tasks = [{"name": "reviews", "data_dir": str(long / "reviews"), "text_columns": "text"}]
+    made = study(ours, tasks=tasks, learning_rates=[0.03], training={"max_steps": 80})
     result = run_cell(made, only(made), tmp_path / "out")
     on_validation = {row["method"]: row["nll"] for row in result["rows"] if row["split"] == "validation"}
     tuned, both = (on_validation.pop(f"ours, 3 draws, {name}*") for name in ("tuned", "tuned + temperature"))
@@ -290,6 +291,10 @@ def test_a_width_is_tuned_where_there_are_enough_validation_examples(study, tmp_
     numbers = {row["method"]: {"width", "temperature"} & row.keys() for row in result["rows"]}
     assert [columns for columns in numbers.values() if columns] == [{"width"}, {"width"}, {"width", "temperature"}]
     assert all(row["width"] >= 0 for row in result["rows"] if "width" in row)
+    made = study(ours, tasks=tasks)  # too short a training: all reviews are answered alike, which says nothing
+    alike = {row["method"] for row in run_cell(made, only(made), tmp_path / "alike")["rows"]}
+    assert "ours, 3 draws, agreement" not in alike
+    assert "ours, 3 draws, tuned*" in alike
     few = run_cell(study(ours), only(study(ours)), tmp_path / "few")
     assert not [row for row in few["rows"] if "tuned" in row["method"]]
     assert few["failures"] == []

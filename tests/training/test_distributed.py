@@ -283,10 +283,21 @@ class TestErrors:
         assert "the evaluation gave NaN or infinite outputs at step 3" in both(ranks("refusals", "evaluation"))
 
 
+def test_preferences_are_learnt_to_equal_parameters(ranks):
+    assert both(ranks("preferences", "wrapped")) == "DistributedDataParallel"
+    both(ranks("preferences", "ended"))
+
+
 class TestSharding:
     def test_around_the_whole_module(self, ranks):
         for rank in (0, 1):
             assert ranks("sharding", "fsdp2")[rank] == pytest.approx(ranks("sharding", "ddp")[rank], rel=1e-5)
+
+    def test_a_draw_that_does_not_arrive_is_an_error_on_each(self, ranks):
+        """Under DistributedDataParallel and fully_shard."""
+        ddp, fsdp = both(ranks("sharding", "fused"))
+        assert ddp == fsdp
+        assert "the draw did not arrive in bert.encoder.layer.0" in ddp
 
     def test_what_cannot_work_says_so(self, ranks, monkeypatch, tmp_path):
         assert "is sharded, and a draw is made of whole matrices" in both(ranks("sharding", "fsdp2, layer by layer"))

@@ -92,13 +92,13 @@ def copied_inside_the_network(bayes):
 
 def after_disabling(bayes):
     with bayes.disable_adapter():
-        bayes(**tiny_batch()).loss.backward()
+        bayes.network(**inputs_only(tiny_batch()))
     return bayes
 
 
 def layers_off_and_on(bayes):
     bayes.network.base_model.disable_adapter_layers()
-    bayes(**tiny_batch())
+    bayes.network(**inputs_only(tiny_batch()))
     bayes.network.base_model.enable_adapter_layers()
     return bayes
 

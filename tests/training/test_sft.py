@@ -64,6 +64,16 @@ def test_prompts_and_completions_are_learnt(tmp_path):
     )
 
 
+def test_a_merged_draw_is_that_draw_afterwards(tmp_path):
+    """TRL puts a forward of its own into the network, and a copy of that would run the network that it was made for."""
+    bayes = BayesLoRA(tiny_language_model(), MonteCLoRAConfig(r=4, sample_scaler=0.5))
+    trainer(tmp_path, bayes, count=8, max_steps=4, learning_rate=2e-2).train()
+    tokens = torch.tensor([[5, 6, 7, 8]])
+    merged = bayes.eval().merge(draw=2).eval()
+    with torch.no_grad(), bayes.as_draw(2) as network:
+        torch.testing.assert_close(merged(tokens).logits, network(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
 def test_the_loss_is_that_of_the_module_on_the_completion_alone(tmp_path):
     bayes = BayesLoRA(tiny_language_model(), MonteCLoRAConfig(r=4, sample_scaler=0.0))
     sft = trainer(tmp_path, bayes, count=3, per_device_train_batch_size=3)

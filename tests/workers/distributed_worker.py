@@ -355,11 +355,46 @@ def sharding(folder, rank):
             fully_shard(layer, mesh=mesh)
         return fully_shard(bayes, mesh=mesh)
 
+    def fused(wrap):
+        """With a kernel that reads lora_A.weight itself, on both processes."""
+
+        def fuse(bayes):
+            adapter = bayes.model.groups[0].adapters[0]
+            layer, a, b = adapter.layer, adapter.lora_A, adapter.layer.lora_B["default"]
+            layer.forward = lambda x: layer.base_layer(x) + torch.nn.functional.linear(x, b.weight @ a.weight)
+            return wrap(bayes)
+
+        return error_of(lambda: step(fuse), InputError)
+
     mesh = init_device_mesh("cpu", (2,))
+    yield "fused", [fused(DistributedDataParallel), fused(lambda bayes: fully_shard(bayes, mesh=mesh))]
     yield "ddp", step(DistributedDataParallel)
     yield "fsdp2", step(lambda bayes: fully_shard(bayes, mesh=mesh))
     yield "fsdp2, layer by layer", error_of(lambda: step(layer_by_layer), InputError)
     yield "fit, fsdp", error_of(lambda: run(folder / "fsdp", new(), fsdp=True), InputError)
+
+
+def preferences(folder, rank):
+    """TRL's DPO on a posterior, under DistributedDataParallel, which looks for unused parameters there."""
+    import trl
+    from datasets import Dataset
+
+    from bayeslora.training.preference import BayesDPOTrainer
+    from tests.language import tiny_tokenizer
+
+    pair = {"prompt": "where is the cat?", "chosen": " to the north", "rejected": " to the south"}
+    bayes = BayesLoRA(tiny_language_model(), MonteCLoRAConfig(r=4, sample_scaler=0.3))
+    asked = {"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 5e-3, "logging_steps": 1, "bf16": False}
+    quiet = {"report_to": [], "save_strategy": "no", "disable_tqdm": True, "use_cpu": True}
+    trainer = BayesDPOTrainer(
+        bayes,
+        args=trl.DPOConfig(str(folder), **asked, **quiet),
+        train_dataset=Dataset.from_list([pair] * 16),
+        processing_class=tiny_tokenizer(),
+    )
+    trainer.train()
+    yield "ended", digest(bayes)
+    yield "wrapped", type(trainer.model_wrapped).__name__
 
 
 def main():
@@ -368,7 +403,7 @@ def main():
     distributed.init_process_group("gloo")
     rank = distributed.get_rank()
     gc.freeze()  # Accelerate collects garbage at the start of each run
-    for scenario in (training, coverage, gradients, other_loops, refusals, sharding):
+    for scenario in (training, coverage, gradients, other_loops, refusals, sharding, preferences):
         place = folder / scenario.__name__
         place.mkdir(exist_ok=True)
         seen = dict(scenario(place, rank))

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 from transformers import TrainerCallback
 
-from bayeslora.adapters.drawing import check_arrival, rows_are_examples, using_draw, using_noise
+from bayeslora.adapters.arrival import Arrival
+from bayeslora.adapters.drawing import rows_are_examples, using_draw, using_noise
 from bayeslora.adapters.groups import AdapterGroup, find_groups
 from bayeslora.adapters.inject import make_samplable
 from bayeslora.distributions import random_signs
@@ -180,6 +181,7 @@ def drawing(network: nn.Module, groups: tuple[AdapterGroup, ...], experiment: "E
     """Around the passes of each training batch: a draw of the noise, mirrored from example to example where examples
     lie along the first dimension of every adapted layer."""
     known: dict[str, bool] = {}
+    arrival = Arrival()
     family: VariationalFamily = network.variational  # type: ignore[assignment]
 
     def run(inputs: Mapping[str, Tensor]) -> Tensor:
@@ -194,9 +196,7 @@ def drawing(network: nn.Module, groups: tuple[AdapterGroup, ...], experiment: "E
         signs = {g.name: random_signs(*shape, device=g.device) for g, shape in shapes} if known["rows"] else None
         with using_noise(groups, family.noise(), signs):
             yield
-            if "arrives" not in known:
-                check_arrival(network, groups, lambda: run(inputs))
-                known["arrives"] = True
+            arrival.check(network, groups, lambda: run(inputs))
 
     return draw
 
