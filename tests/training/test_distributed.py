@@ -284,6 +284,7 @@ class TestErrors:
 
 
 def test_preferences_are_learnt_to_equal_parameters(ranks):
+    pytest.importorskip("trl")
     assert both(ranks("preferences", "wrapped")) == "DistributedDataParallel"
     both(ranks("preferences", "ended"))
 

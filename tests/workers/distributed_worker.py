@@ -9,6 +9,7 @@ import json
 import math
 import sys
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -376,6 +377,8 @@ def sharding(folder, rank):
 
 def preferences(folder, rank):
     """TRL's DPO on a posterior, under DistributedDataParallel, which looks for unused parameters there."""
+    if find_spec("trl") is None:
+        return
     import trl
     from datasets import Dataset
 
