@@ -19,14 +19,15 @@ def run_predict(arguments: argparse.Namespace) -> None:
         print(f"{run.posterior.tuning} (--untuned leaves that out)", file=sys.stderr)
     if arguments.text:
         data: Any = run.encode(arguments.text, arguments.text_pair)
+        named: Any = [{"text": text} for text in arguments.text]
     else:
         data = run.data(arguments.split, limit=arguments.max_examples)
+        named = [{"index": row} for row in run.task.rows(arguments.split, limit=arguments.max_examples)]
     prediction = _predict(run, data, arguments)
     if prediction.monte_carlo_error is not None:
         draws = f"{len(prediction.sample_outputs)} draws"
         print(f"{draws}: Monte Carlo error {prediction.monte_carlo_error.mean():.3f} on average", file=sys.stderr)
-    for index in range(len(data)):
-        of = {"text": arguments.text[index]} if arguments.text else {"index": index}
+    for index, of in enumerate(named):
         print(json.dumps(of | prediction.row(index), ensure_ascii=not shows_unicode(sys.stdout)))
 
 

@@ -1,5 +1,6 @@
 """The command line as a user meets it: exit codes, one-line errors, and a whole run on a tiny network."""
 
+import csv
 import inspect
 import json
 import re
@@ -191,6 +192,17 @@ def test_predict_texts(run, capsys):
 def test_predict_an_unlabelled_split(run, capsys):
     assert main(["predict", str(run), "--split", "unlabelled", "--num-samples", "2"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_the_index_of_a_prediction_is_the_row_of_the_file(run, data, capsys):
+    texts = [row["text"] for row in csv.DictReader((data / "test.csv").read_text().splitlines())]
+    words = ["predict", str(run), "--num-samples", "0"]
+    assert main([*words, "--split", "test", "--max-examples", "5"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["index"] for line in lines] != [0, 1, 2, 3, 4]
+    assert main([*words, "--text", *(texts[line["index"]] for line in lines)]) == 0
+    again = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["probs"] for line in lines] == [pytest.approx(line["probs"], abs=1e-5) for line in again]
 
 
 def test_diagnose_for_people_and_programs(run, capsys):
