@@ -154,8 +154,8 @@ def _add_predict(commands: Any) -> None:
         "predict",
         "predict:run_predict",
         "predict with a fitted run, and say how certain it is",
-        "One JSON object a line on standard output: probabilities, entropy and mutual information (nats), with the text,\n"
-        "or as index the row of the split's file, from 0.",
+        "One JSON object a line on standard output: probabilities, entropy and mutual information (nats), with the\n"
+        "text, or as index the row of the split's file, from 0.",
         check="check_predict",
     )
     _add_run_options(parser, auto=True)
