@@ -1,6 +1,8 @@
 """``bayeslora fit``."""
 
 import argparse
+import sys
+from typing import Any
 
 from transformers import set_seed
 
@@ -15,6 +17,7 @@ from bayeslora.storage.peft_files import open_peft_adapter
 from bayeslora.tasks.base import Task
 from bayeslora.training.budget import FitOptions
 from bayeslora.training.fit import FitResult, fit
+from bayeslora.training.predictive import PREFIX
 
 
 def run(arguments: argparse.Namespace, task: Task, config: MonteCLoRAConfig) -> None:
@@ -22,20 +25,24 @@ def run(arguments: argparse.Namespace, task: Task, config: MonteCLoRAConfig) -> 
     network, tokenizer = task.load_network(arguments.model)
     if arguments.adapter:
         network = open_peft_adapter(arguments.adapter, network)
+        _say_what_is_trained(arguments, config)
     elif config.mode == "post_hoc":
         raise InputError("--mode post_hoc puts a posterior on a trained LoRA: say which with --adapter RUN/adapter")
     length = arguments.max_length
-    evaluated = "validation" in task.splits and task.is_labelled("validation")
     if arguments.tune == "validation":
         warn_of_judging(task, "validation")
-    validation = task.encode(tokenizer, "validation", max_length=length) if evaluated else None
     bayes = BayesLoRA(network, config, likelihood=task.likelihood())
+    train = task.encode(tokenizer, "train", max_length=length, limit=arguments.max_train_examples, labelled=True)
+    most = arguments.max_eval_examples or _examples_read(arguments, len(train))
+    validation = _validation(task, tokenizer, length, most)
     result = fit(
         bayes,
-        task.encode(tokenizer, "train", max_length=length, limit=arguments.max_train_examples, labelled=True),
+        train,
         validation,
         output_dir=arguments.output,
-        tune=validation if arguments.tune == "validation" else arguments.tune,
+        tune=task.encode(tokenizer, "validation", max_length=length)
+        if arguments.tune == "validation"
+        else arguments.tune,
         resume=arguments.resume,
         metadata={
             "model": arguments.model,
@@ -46,17 +53,60 @@ def run(arguments: argparse.Namespace, task: Task, config: MonteCLoRAConfig) -> 
         **{field.name: getattr(arguments, field.name) for field in flags(FitOptions)},
     )
     if rank() == 0:
-        _report(result, task)
+        _report(result, 0 if validation is None else len(validation), config, arguments.eval_samples)
         if bayes.tuning is not None:
             print(f"  {bayes.tuning}")
+        print(f"next: bayeslora evaluate {result.output_dir}")
     leave()
 
 
-def _report(result: FitResult, task: Task) -> None:
+def _say_what_is_trained(arguments: argparse.Namespace, config: MonteCLoRAConfig) -> None:
+    if rank() == 0 and arguments.mode is None and config.mode == "joint":
+        print(
+            f"the adapter in {arguments.adapter} is trained on, together with its posterior; "
+            "--mode post_hoc leaves it as it is",
+            file=sys.stderr,
+        )
+
+
+def _examples_read(arguments: argparse.Namespace, num_examples: int) -> int:
+    """As many as training reads in all, 200 at most: an evaluation must not outlast the training that it is for."""
+    budget = FitOptions(**{field.name: getattr(arguments, field.name) for field in flags(FitOptions)})
+    steps, every = budget.total_steps(num_examples), budget.batch_size * budget.gradient_accumulation
+    return min(steps * min(every, num_examples), 200)
+
+
+def _validation(task: Task, tokenizer: Any, max_length: int, most: int) -> Any:
+    """A labelled validation split, or a random subset of it; None where there is none."""
+    if "validation" not in task.splits or not task.is_labelled("validation"):
+        return None
+    data, total = task.encode(tokenizer, "validation", max_length=max_length, limit=most), len(task.split("validation"))
+    if rank() == 0 and len(data) < total:
+        print(f"evaluating on {len(data)} of {total} validation examples (--max-eval-examples)", file=sys.stderr)
+    return data
+
+
+def _report(result: FitResult, evaluated: int, config: MonteCLoRAConfig, draws: int) -> None:
+    """What was kept, and what the draws do for it."""
     print(f"fitted in {result.steps} steps; adapter and posterior: {result.output_dir / 'adapter'}")
-    if task.writes and "eval_loss" in result.metrics:
-        print(f"  validation loss at the mean, nats per token: {result.metrics['eval_loss']:.4f}")
-    for name in METRICS:
-        if f"eval_{name}" in result.metrics:
-            print(f"  validation {name} at the mean: {result.metrics[f'eval_{name}']:.4f}")
-    print(f"next: bayeslora evaluate {result.output_dir}")
+    if not evaluated:
+        return
+    best = "the best" if any(f"eval_{PREFIX}" in name for name in result.metrics) else "the best at the mean"
+    print(f"kept: step {result.checkpoint}, {best} of {len(_looks(result))} evaluations, on {evaluated} examples")
+    before, after = "at the mean", f"{draws} draws"
+    if config.mode == "post_hoc":
+        before, after = "the LoRA alone", f"with its posterior, {after}"
+    rows = [
+        (name, result.metrics.get(f"eval_{mean}"), result.metrics.get(f"eval_{PREFIX}{name}"))
+        for name, mean in [("nll", "loss"), *((name, name) for name in METRICS if name != "nll")]
+    ]
+    drawn = any(draw is not None for _, _, draw in rows)
+    print(f"  {'validation':12} {before:>16}" + (f"  {after}" if drawn else ""))
+    for name, mean, draw in rows:
+        if mean is not None:
+            print(f"  {name:12} {mean:16.4f}" + ("" if draw is None else f"  {draw:.4f}"))
+
+
+def _looks(result: FitResult) -> set[float]:
+    """The steps at which there was an evaluation."""
+    return {entry["step"] for entry in result.history if "eval_loss" in entry}

@@ -110,7 +110,12 @@ def _add_fit(commands: Any) -> None:
     _add_data_options(parser)
     parser.add_argument("--output", type=path, required=True, metavar="DIR", help="a new folder for the run")
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run in --output")
-    parser.add_argument("--adapter", type=path, metavar="DIR", help="start from this PEFT adapter (--mode post_hoc)")
+    parser.add_argument(
+        "--adapter",
+        type=path,
+        metavar="DIR",
+        help="start from this PEFT adapter and train it on; with --mode post_hoc only a posterior around it is trained",
+    )
     parser.add_argument(
         "--tune",
         nargs="?",
@@ -119,6 +124,13 @@ def _add_fit(commands: Any) -> None:
         metavar="SHARE",
         help="at the end, choose how wide the noise is: by the validation split, or by this share of the training "
         "examples, such as 0.1, held out of training",
+    )
+    parser.add_argument(
+        "--max-eval-examples",
+        type=number("max_eval_examples"),
+        metavar="N",
+        help="validation examples of an evaluation, a random subset; default: as many as training reads in all, up to "
+        "200",
     )
     _add_training_options(parser)
     _add_method_options(parser)
@@ -323,7 +335,7 @@ def _add_training_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_shared_training_options(parser: argparse.ArgumentParser) -> None:
     """What compare takes for all methods. What a study's folder remembers of it does not grow: folders stay valid."""
-    left_out = ("seed", "weight_decay", "evaluations", "best_metric")
+    left_out = ("seed", "weight_decay", "evaluations", "eval_samples", "best_metric")
     fields = [field for field in flags(FitOptions) if field.name not in left_out]
     group = parser.add_argument_group("training")
     add_options(group, FitOptions, fields, several=("batch_size", "learning_rate"))

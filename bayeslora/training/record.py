@@ -73,7 +73,7 @@ def read_record(run_file: Path) -> dict[str, Any]:
 
 def _check_same_run(output_dir: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     """A resumed run goes on with the settings it began with; a field that came later had its default."""
-    defaults = {"config": MonteCLoRAConfig().to_dict(), "training": {"tuning_examples": 0}}
+    defaults = {"config": MonteCLoRAConfig().to_dict(), "training": {"tuning_examples": 0, "eval_samples": 0}}
     for part, missing in defaults.items():
         began = {**missing, **before[part]}
         for name, value in now[part].items():
@@ -88,6 +88,7 @@ def run_record(
     bayes: Posterior,
     arguments: TrainingArguments,
     variational_learning_rate: float,
+    eval_samples: int,
     data: Mapping[str, Any],
     metadata: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
@@ -99,6 +100,7 @@ def run_record(
         "config": bayes.monteclora_config.to_dict(),
         "training": {
             **{name: _plain(getattr(arguments, name)) for name in RECORDED if hasattr(arguments, name)},
+            "eval_samples": eval_samples if data.get("eval_dataset") is not None else 0,
             "variational_learning_rate": variational_learning_rate,
             "train_examples": num_examples,
             "tuning_examples": 0 if tuning_set is None else len(tuning_set),

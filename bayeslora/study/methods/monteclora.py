@@ -115,6 +115,7 @@ class PosteriorOptions:
             **evaluating,
             **dataclasses.asdict(experiment.budget(scale)),
             evaluations=experiment.evaluations,
+            eval_samples=0,
             **experiment.study.trainer,
         )
         seconds = time.perf_counter() - started
