@@ -64,6 +64,8 @@ class Posterior(WrappedNetwork):
         self.guide = guide
         self.elbo = CooperativeELBO.from_config(config)
         self.noise_schedule = start_noise(model, guide)
+        #: A transformers tokenizer to keep with the adapter, where one is set; a folder that is opened sets its own.
+        self.tokenizer: Any = None
         self.sampling = config.sample_scaler > 0
         self._rows: bool | None = None  # whether examples can have their own noise; looked up at the first batch
         self._arrives = False  # whether draws are known to reach the network; looked at after the first training batch

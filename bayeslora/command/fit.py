@@ -32,6 +32,7 @@ def run(arguments: argparse.Namespace, task: Task, config: MonteCLoRAConfig) -> 
     if arguments.tune == "validation":
         warn_of_judging(task, "validation")
     bayes = BayesLoRA(network, config, likelihood=task.likelihood())
+    bayes.tokenizer = tokenizer
     train = task.encode(tokenizer, "train", max_length=length, limit=arguments.max_train_examples, labelled=True)
     most = arguments.max_eval_examples or _examples_read(arguments, len(train))
     validation = _validation(task, tokenizer, length, most)

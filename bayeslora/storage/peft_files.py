@@ -18,6 +18,7 @@ from bayeslora.adapters.provenance import base_tensors, mark_changed
 from bayeslora.adapters.untrusted import PREFIX, adapter_ranks, load_state, read_header, read_lora_config
 from bayeslora.errors import InputError
 from bayeslora.storage.manifest import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from bayeslora.storage.run_folder import adapter_in
 
 
 def write_peft_files(
@@ -77,6 +78,7 @@ def open_peft_adapter(folder: Path, network: nn.Module) -> PeftModel:
     Raises:
         InputError: if there is no adapter, or it does not fit the network.
     """
+    folder = adapter_in(folder)
     config_file, weights = folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS
     if not config_file.is_file():
         raise InputError(f"no adapter in {folder}: it holds no {ADAPTER_CONFIG}")

@@ -747,9 +747,7 @@ class TestComputeMetrics:
         assert not (tmp_path / "run").exists()
 
     def test_a_best_metric_that_there_is_not(self, tmp_path):
-        with pytest.raises(
-            InputError, match=r"no evaluation metric 'f1'; there are loss, predictive_nll, .*accuracy, .*mine"
-        ):
+        with pytest.raises(InputError, match=r"no evaluation metric 'f1'; there are loss, predictive_nll, .*mine"):
             fit(
                 classifier(),
                 tiny_dataset(8),
