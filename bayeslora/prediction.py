@@ -5,12 +5,14 @@ dataclass on :class:`Prediction` with fields of its own, and what it says about 
 """
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import pandas
 
 from bayeslora.analysis.metrics.registry import calibration_summary
+
+if TYPE_CHECKING:
+    import pandas
 
 Array = Any  # a numpy array, or None where there is no such thing
 
@@ -127,6 +129,8 @@ class Prediction:
             >>> prediction.to_pandas().columns.tolist()[:4]
             ['label', 'P(LABEL_0)', 'P(LABEL_1)', 'entropy']
         """
+        import pandas  # 100 MiB that a process that trains does without
+
         table = pandas.DataFrame([_flat(self.row(index)) for index in range(len(self))])
         if self.monte_carlo_error is not None:
             table["monte_carlo_error"] = self.monte_carlo_error

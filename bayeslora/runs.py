@@ -14,7 +14,7 @@ from bayeslora.storage.run_folder import ADAPTER_FOLDER, RUN_FILE
 from bayeslora.tasks.base import Task, require_room
 from bayeslora.tasks.choice import CHOICE_TASKS
 from bayeslora.tasks.load import LOADERS, load_task
-from bayeslora.tasks.network import load_network
+from bayeslora.tasks.network import load_network, loading
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,12 +166,12 @@ def _task(record: dict[str, Any], data_dir: str | None) -> Task:
 
 def _load_network(record: dict[str, Any], model: str | Path, data_dir: str | None) -> tuple[Any, Any]:
     """Base network and its tokenizer; the data is read only where the record does not say the classes."""
-    recipe = record["task"]
+    recipe, options = record["task"], loading(record.get("bits"))
     if recipe["name"] in LOADERS:
-        return load_network(model, None)
+        return load_network(model, None, **options)
     if "label_names" in recipe:
-        return load_network(model, recipe["label_names"] or ())
-    return _task(record, data_dir).load_network(model)
+        return load_network(model, recipe["label_names"] or (), **options)
+    return _task(record, data_dir).load_network(model, **options)
 
 
 def _unpaired(texts: Sequence[Any], pairs: Sequence[str] | None) -> tuple[list[str], list[str] | None]:

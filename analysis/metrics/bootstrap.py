@@ -77,10 +77,8 @@ def bootstrap_interval(
         return Interval(estimate, math.nan, math.nan)
     below = (np.mean(kept < estimate) + np.mean(kept <= estimate)) / 2
     tails = norm.ppf([(1 - level) / 2, (1 + level) / 2])
-    lower, upper = (
-        np.quantile(kept, norm.cdf(2 * norm.ppf(below) + tails)) if 0 < below < 1 else (kept.min(), kept.max())
-    )
-    return Interval(estimate, min(float(lower), estimate), max(float(upper), estimate))
+    ends = np.quantile(kept, norm.cdf(2 * norm.ppf(below) + tails)) if 0 < below < 1 else [kept.min(), kept.max()]
+    return Interval(estimate, min(float(ends[0]), estimate), max(float(ends[1]), estimate))
 
 
 def resample_counts(size: int, num_resamples: int, seed: int) -> Callable[[], Iterator[np.ndarray]]:

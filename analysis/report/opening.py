@@ -1,4 +1,4 @@
-"""What a page says first: a sentence or two that need no statistics, about the first run on the split it is judged by."""
+"""What a page says first, of its first run on the split it is judged by: a sentence or two that need no statistics."""
 
 from collections.abc import Sequence
 
@@ -26,8 +26,8 @@ def _of_classes(run: str, name: str, split: SplitResults) -> str:
     return (
         f"{run} answers {_percent(right.mean())} of {len(right)} {name} examples right, and is "
         f"{_percent(confidence.mean())} sure on average: {direction(right, confidence)}. If a person takes the "
-        f"{_percent(SET_ASIDE)} of the answers that it is least sure of, {_percent(right[kept].mean())} of the rest are "
-        "right."
+        f"{_percent(SET_ASIDE)} of the answers that it is least sure of, {_percent(right[kept].mean())} of the "
+        "rest are right."
     )
 
 

@@ -4,9 +4,11 @@ import argparse
 import sys
 from typing import Any
 
+import numpy as np
 from transformers import set_seed
 
 from bayeslora.analysis.metrics.registry import METRICS
+from bayeslora.analysis.tables.diagnostics import convergence
 from bayeslora.command.checks import warn_of_judging
 from bayeslora.config import MonteCLoRAConfig
 from bayeslora.distributed import leave, rank
@@ -15,14 +17,17 @@ from bayeslora.module import BayesLoRA
 from bayeslora.options import flags
 from bayeslora.storage.peft_files import open_peft_adapter
 from bayeslora.tasks.base import Task
+from bayeslora.tasks.network import loading
 from bayeslora.training.budget import FitOptions
 from bayeslora.training.fit import FitResult, fit
 from bayeslora.training.predictive import PREFIX
 
+NOTICED = 1e-3  # a difference of scores below it, in the last digit that is shown but one, means nothing
+
 
 def run(arguments: argparse.Namespace, task: Task, config: MonteCLoRAConfig) -> None:
     set_seed(arguments.seed)
-    network, tokenizer = task.load_network(arguments.model)
+    network, tokenizer = task.load_network(arguments.model, **loading(arguments.bits, arguments.device_map))
     if arguments.adapter:
         network = open_peft_adapter(arguments.adapter, network)
         _say_what_is_trained(arguments, config)
@@ -49,16 +54,26 @@ def run(arguments: argparse.Namespace, task: Task, config: MonteCLoRAConfig) -> 
             "model": arguments.model,
             "task": task.recipe,
             "max_length": length,
+            "bits": arguments.bits,
             "command": arguments.command_line,
         },
         **{field.name: getattr(arguments, field.name) for field in flags(FitOptions)},
+        **_asked_of_trainer(arguments),
     )
     if rank() == 0:
         _report(result, 0 if validation is None else len(validation), config, arguments.eval_samples)
         if bayes.tuning is not None:
             print(f"  {bayes.tuning}")
+        if still_falls(result):
+            print("the loss was still falling when training ended: train longer (--epochs, --max-steps)")
         print(f"next: bayeslora evaluate {result.output_dir}")
     leave()
+
+
+def _asked_of_trainer(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Fields of ``TrainingArguments`` that were given."""
+    names = ("bf16", "gradient_checkpointing", "report_to")
+    return {name: getattr(arguments, name) for name in names if getattr(arguments, name)}
 
 
 def _say_what_is_trained(arguments: argparse.Namespace, config: MonteCLoRAConfig) -> None:
@@ -93,7 +108,9 @@ def _report(result: FitResult, evaluated: int, config: MonteCLoRAConfig, draws: 
     if not evaluated:
         return
     best = "the best" if any(f"eval_{PREFIX}" in name for name in result.metrics) else "the best at the mean"
-    print(f"kept: step {result.checkpoint}, {best} of {len(_looks(result))} evaluations, on {evaluated} examples")
+    looks = len({entry["step"] for entry in result.history if "eval_loss" in entry})
+    which = f"{best} of {looks} evaluations" if looks > 1 else "the only evaluation"
+    print(f"kept: step {result.checkpoint}, {which}, on {evaluated} validation examples")
     before, after = "at the mean", f"{draws} draws"
     if config.mode == "post_hoc":
         before, after = "the LoRA alone", f"with its posterior, {after}"
@@ -106,8 +123,13 @@ def _report(result: FitResult, evaluated: int, config: MonteCLoRAConfig, draws: 
     for name, mean, draw in rows:
         if mean is not None:
             print(f"  {name:12} {mean:16.4f}" + ("" if draw is None else f"  {draw:.4f}"))
+    if drawn and all(draw is None or abs(draw - mean) < NOTICED for _, mean, draw in rows if mean is not None):
+        print("  the draws say what the mean says: there is next to no noise yet, and no uncertainty to read off them")
 
 
-def _looks(result: FitResult) -> set[float]:
-    """The steps at which there was an evaluation."""
-    return {entry["step"] for entry in result.history if "eval_loss" in entry}
+def still_falls(result: FitResult) -> bool:
+    """Whether the loss of the labels fell by 5 % and more in the last quarter, beyond its noise."""
+    trace = [entry["elbo/task"] for entry in result.history if "elbo/task" in entry]
+    end = next((one for one in convergence(result.history) if one.name == "convergence_task"), None)
+    half = len(trace) // 2
+    return end is not None and end.verdict == "bad" and np.mean(trace[-(half // 2) :]) < np.mean(trace[half:])

@@ -9,6 +9,7 @@ from bayeslora.command.flags import add_options, number, number_or, path, senten
 from bayeslora.config import PRESETS, MonteCLoRAConfig
 from bayeslora.errors import InputError
 from bayeslora.options import COUNT, FROM_ZERO, LENGTH, NOT_NEGATIVE, POSITIVE, SEED, Range, flags, ranges
+from bayeslora.tasks.load import LOADERS, NAMED_TASKS
 from bayeslora.training.budget import FitOptions, TrainingBudget
 
 EXAMPLES = """\
@@ -16,6 +17,8 @@ examples:
   bayeslora demo                                     the whole story in a few minutes, without a model hub
   bayeslora fit --model roberta-base --task mrpc --output runs/mrpc
   bayeslora fit --model demo --task sst2 --data-dir data/sst2 --output runs/sst2 --max-train-examples 2000
+  bayeslora fit --model roberta-base --task mrpc --adapter my_lora --mode post_hoc --output runs/post_hoc
+                                                     a posterior around a LoRA of yours, which stays as it is
   bayeslora evaluate runs/mrpc --split validation --json
   bayeslora predict runs/mrpc --text "A man plays a guitar." --text-pair "Somebody makes music."
   bayeslora tune runs/mrpc --with-temperature
@@ -27,6 +30,15 @@ examples:
 Your own data: a folder with train.csv and validation.csv (or parquet, json, jsonl) works as
   bayeslora fit --model demo --task reviews --data-dir my_folder --text-columns text --label-column stars ...
 """
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """With every default that there is, but for those that the help tells itself."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        nothing = action.default is None or action.default is False or action.default in ([], argparse.SUPPRESS)
+        told = nothing or "default" in (action.help or "")
+        return action.help if told else super()._get_help_string(action)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -67,9 +79,10 @@ def _command(
         help=summary,
         description=f"{summary[0].upper()}{summary[1:]}.",
         epilog=details,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Help,
     )
-    parser.set_defaults(run=f"bayeslora.command.{run}", check=check and f"bayeslora.command.checks:{check}")
+    check = check and f"bayeslora.command.checks:{check}"
+    parser.set_defaults(command=name, run=f"bayeslora.command.{run}", check=check)
     return parser
 
 
@@ -133,7 +146,28 @@ def _add_fit(commands: Any) -> None:
         "200",
     )
     _add_training_options(parser)
+    _add_memory_options(parser)
     _add_method_options(parser)
+
+
+def _add_memory_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("precision, memory and logs")
+    group.add_argument("--bf16", action="store_true", help="train under bfloat16 autocast")
+    group.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
+    bits = group.add_mutually_exclusive_group()
+    for count in (4, 8):
+        help = f"the base network in {count} bits, by bitsandbytes (extra quantized); the run remembers it"
+        bits.add_argument(f"--load-in-{count}bit", action="store_const", const=count, dest="bits", help=help)
+    group.add_argument(
+        "--device-map", type=word, metavar="MAP", help="where transformers loads the base: auto, cpu, ..."
+    )
+    group.add_argument(
+        "--report-to",
+        type=word,
+        nargs="+",
+        metavar="NAME",
+        help="where logs go: tensorboard (default where it is installed), wandb, ..., none",
+    )
 
 
 def _add_evaluate(commands: Any) -> None:
@@ -305,7 +339,7 @@ def _add_data_options(parser: argparse.ArgumentParser, *, several: bool = False)
         required=not several,
         nargs="+" if several else None,
         metavar="NAME",
-        help="a named task, or any name for your own data",
+        help=f"any name for your own data, or one of {', '.join((*NAMED_TASKS, *LOADERS))}",
     )
     group.add_argument("--data-dir", type=path, metavar="DIR", help="local files instead of the hub")
     group.add_argument("--text-columns", type=word, nargs="+", metavar="COLUMN", help="one column, or two for pairs")
@@ -349,7 +383,7 @@ def _add_method_options(parser: argparse.ArgumentParser, *, several: bool = Fals
         help="learned: noise that grows as the loss falls, the default; calibrated: noise that follows certainty, for "
         "classes and choices; constant: even noise; paper: the paper's small noise",
     )
-    lists = ("target_modules", "r") if several else ("target_modules",)
+    lists = ("target_modules", "modules_to_save", *(("r",) if several else ()))
     add_options(group, MonteCLoRAConfig, flags(MonteCLoRAConfig), several=lists, default=lambda field: None)
 
 

@@ -126,6 +126,8 @@ METHOD = {
     "r": 3,
     "lora_alpha": 5.0,
     "target_modules": ("query", "value"),
+    "lora_dropout": 0.125,
+    "modules_to_save": ("pooler",),
     "num_components": 7,
     "sample_scaler": 0.5,
     "noise_units": "relative",
