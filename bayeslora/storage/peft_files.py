@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from bayeslora.adapters.groups import active_adapter, adapter_state, find_groups
+from bayeslora.adapters.modes import quiet_deprecations
 from bayeslora.adapters.provenance import base_tensors, mark_changed
 from bayeslora.adapters.untrusted import PREFIX, adapter_ranks, load_state, read_header, read_lora_config
 from bayeslora.errors import InputError
@@ -87,7 +88,8 @@ def open_peft_adapter(folder: Path, network: nn.Module) -> PeftModel:
     exact = _exactly(lora, ranks)
     exact.fan_in_fan_out = any(isinstance(module, Conv1D) for module in network.modules())
     try:
-        peft_network = get_peft_model(network, exact)
+        with quiet_deprecations():
+            peft_network = get_peft_model(network, exact)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         raise InputError(f"{config_file} does not fit {type(network).__name__}: {error}") from error
     load_adapter_weights(peft_network, folder)
