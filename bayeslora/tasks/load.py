@@ -131,7 +131,7 @@ def load_task(
     columns = _text_columns(name, known, data_dir, text_columns)
     official = known is not None and label_column in (None, known.label_column)
     label_column = label_column or (known.label_column if known else "label")
-    splits, origin = arrange(_read(name, known, data_dir, columns)), {}
+    splits, origin = arrange(_read(name, known, data_dir, columns)), dict[str, list[int]]()
     if known and official:
         label_names = label_names or known.label_names
         if known.out_of_scope_label:

@@ -39,7 +39,7 @@ from bayeslora.training.budget import FitOptions
 from bayeslora.training.held_out import hold_out
 from bayeslora.training.metrics import Metrics
 from bayeslora.training.monitor import BriefProgress, GroupedTensorBoard, relative_noise_by_adapter
-from bayeslora.training.record import begin_run, refuse_other_content, run_record
+from bayeslora.training.record import begin_run, evaluated_as_begun, refuse_other_content, run_record
 from bayeslora.training.settings import fit_settings
 from bayeslora.training.trainer import BayesTrainer, variational_rate
 
@@ -153,16 +153,17 @@ def fit(
         best_metric=best_metric,
     )
     options.check(eval_dataset)
+    options = evaluated_as_begun(output_dir, resume, options)
     check_names(trainer_arguments)
     train_dataset, tuning_set = hold_out(train_dataset, tune, seed)
     data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "tune": tuning_set}
     collate = _check_data(bayes, data, batch_size)
-    metrics = Metrics(bayes, compute_metrics, best_metric, eval_samples)
+    metrics = Metrics(bayes, compute_metrics, options.best_metric, options.eval_samples)
     selection = {"eval_strategy": "no"} if eval_dataset is None else metrics.selection()
     arguments, compiled = fit_settings(options, len(train_dataset), output_dir, selection, progress, trainer_arguments)
     _check_arguments(arguments, bayes.network.get_base_model(), eval_dataset, metrics.best)
     rate = variational_rate(arguments, variational_learning_rate)
-    record = run_record(bayes, arguments, rate, eval_samples, data, metadata)
+    record = run_record(bayes, arguments, rate, data, metadata, eval_samples=options.eval_samples)
     _compile(bayes, compiled)
     with ExitStack() as stack:
         checkpoint, finished = on_main_process(lambda: _open_folder(output_dir, resume, record, stack))
@@ -179,7 +180,7 @@ def fit(
                 compute_metrics=metrics if metrics.any else None,
                 callbacks=[*callbacks, *([EarlyStoppingCallback(early_stopping)] if early_stopping else [])],
             )
-            trainer.eval_samples = eval_samples
+            trainer.eval_samples = options.eval_samples
             trainer.get_train_dataloader()
         result = _train(trainer, checkpoint, output_dir, progress, stack)
         _tune(trainer, tuning_set, output_dir, progress)

@@ -1,5 +1,6 @@
 """``run.json``: what a run was begun with, so that only the same run goes on in its folder."""
 
+import dataclasses
 import json
 import logging
 import shutil
@@ -21,7 +22,7 @@ from bayeslora.storage.run_folder import (
     foreign_entry,
     last_checkpoint,
 )
-from bayeslora.training.budget import RECORDED
+from bayeslora.training.budget import RECORDED, FitOptions
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +72,15 @@ def read_record(run_file: Path) -> dict[str, Any]:
     return record
 
 
+def evaluated_as_begun(output_dir: Path, resume: bool, options: FitOptions) -> FitOptions:
+    """A run of an earlier version scored no draws at its evaluations, and goes on without."""
+    run_file = output_dir / RUN_FILE
+    if not resume or options.best_metric is not None or not run_file.is_file():
+        return options
+    began = read_record(run_file)["training"]
+    return options if "eval_samples" in began else dataclasses.replace(options, eval_samples=0, best_metric="loss")
+
+
 def _check_same_run(output_dir: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     """A resumed run goes on with the settings it began with; a field that came later had its default."""
     defaults = {"config": MonteCLoRAConfig().to_dict(), "training": {"tuning_examples": 0, "eval_samples": 0}}
@@ -88,9 +98,10 @@ def run_record(
     bayes: Posterior,
     arguments: TrainingArguments,
     variational_learning_rate: float,
-    eval_samples: int,
     data: Mapping[str, Any],
     metadata: Mapping[str, Any] | None,
+    *,
+    eval_samples: int = 0,
 ) -> dict[str, Any]:
     """What ``run.json`` says of a run that begins; ``data`` is what it trains, evaluates and tunes on."""
     num_examples, tuning_set = len(data["train_dataset"]), data.get("tune")
