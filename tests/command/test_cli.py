@@ -181,7 +181,14 @@ def test_evaluate_prints_one_json_object(run, capsys):
 
 def test_evaluate_for_people(run, capsys):
     assert main(["evaluate", str(run), "--split", "validation", "--num-samples", "0"]) == 0
-    assert re.search(r"^nll +\d\.\d{4}$", capsys.readouterr().out, re.MULTILINE)
+    said = capsys.readouterr()
+    assert re.search(r"^nll +\d\.\d{4}$", said.out, re.MULTILINE)
+    assert re.search(r"^confidence +0\.\d{4}, (surer|less sure|as sure)", said.out, re.MULTILINE)
+    assert "the draws agree" not in said.err  # there are none
+    assert main(["evaluate", str(run), "--split", "validation", "--num-samples", "4"]) == 0
+    assert (
+        "the draws agree (mutual information" in capsys.readouterr().err
+    )  # after two epochs there is next to no noise
 
 
 def test_predict_texts(run, capsys):
