@@ -122,9 +122,9 @@ class MonteCLoRAConfig:
     r: int = option(8, "the rank of the adapters", Range(most=MAX_RANK))
     lora_alpha: float = option(16, "LoRA's scaling numerator", POSITIVE)
     target_modules: str | tuple[str, ...] | None = option("all-linear", "layers to adapt; default all-linear")
-    lora_dropout: float = option(0.0, "dropout before lora_A", NOT_NEGATIVE, flag=False)
+    lora_dropout: float = option(0.0, "dropout before lora_A", Range(float, 0, 1, below=True))
     use_rslora: bool = False
-    modules_to_save: tuple[str, ...] | None = None
+    modules_to_save: tuple[str, ...] | None = option(None, "layers trained whole, beside a new head")
     layers_to_transform: tuple[int, ...] | None = None
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     lora_options: Mapping[str, Any] = field(default_factory=dict)

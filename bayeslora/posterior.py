@@ -22,6 +22,7 @@ from bayeslora.adapters.drawing import (
 )
 from bayeslora.adapters.groups import active_adapter
 from bayeslora.adapters.modes import without_cache
+from bayeslora.adapters.parameters import optimizer_groups
 from bayeslora.adapters.placement import is_split
 from bayeslora.adapters.provenance import Sketch, kept_keys, not_in_checkpoint
 from bayeslora.distributed import own_noise, refuse_sharded
@@ -67,6 +68,8 @@ class Posterior(WrappedNetwork):
             self.guide.to(model.groups[0].device)
         self.elbo = CooperativeELBO.from_config(config)
         self.noise_schedule = start_noise(model, guide)
+        #: A transformers tokenizer to keep with the adapter, where one is set; a folder that is opened sets its own.
+        self.tokenizer: Any = None
         self.sampling = config.sample_scaler > 0
         #: What forward is instead, for a trainer whose loss is its own (:mod:`bayeslora.training.preference`).
         self.run_instead: Callable[..., Any] | None = None
@@ -128,6 +131,24 @@ class Posterior(WrappedNetwork):
     def adapter_names(self) -> list[str]:
         """Names of the adapted layers, group by group: the order of every array over adapters."""
         return [adapter.name for group in self.model.groups for adapter in group.adapters]
+
+    def parameter_groups(
+        self, learning_rate: float, variational_learning_rate: float | None = None, *, weight_decay: float = 0.0
+    ) -> list[dict[str, Any]]:
+        """What is trained, with the rates that ``fit`` gives it: for the optimizer of a loop of your own, or of a stock
+        ``transformers.Trainer``, ``optimizers=(AdamW(bayes.parameter_groups(1e-3)), None)``.
+
+        Args:
+            learning_rate: For μ, B and the head.
+            variational_learning_rate: For the posterior, which hardly moves at the network's; 10 × that if ``None``.
+            weight_decay: On the network's matrices; vectors and the posterior, which its KL regularises, have none.
+
+        Example:
+            >>> [(group["lr"], len(group["params"]) > 0) for group in bayes.parameter_groups(0.001)]
+            [(0.001, True), (0.001, True), (0.01, True)]
+        """
+        posterior = [*self.guide.parameters(), *self.model.parameters()]
+        return optimizer_groups(self.network, posterior, learning_rate, variational_learning_rate, weight_decay)
 
     # The first arguments are spelled out for tools that match data set columns with forward's signature.
     def forward(

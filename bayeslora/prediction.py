@@ -5,11 +5,14 @@ dataclass on :class:`Prediction` with fields of its own, and what it says about 
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from bayeslora.analysis.metrics.registry import calibration_summary
+
+if TYPE_CHECKING:
+    import pandas
 
 Array = Any  # a numpy array, or None where there is no such thing
 
@@ -34,7 +37,17 @@ _OF_SOME_KINDS = frozenset(
 )
 
 
-@dataclass(frozen=True)
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    """With the probabilities of the classes in place of the mapping of them."""
+    probs = row.get("probs", {})
+    return {
+        named: value
+        for name, entry in row.items()
+        for named, value in ([(f"P({k})", p) for k, p in probs.items()] if name == "probs" else [(name, entry)])
+    }
+
+
+@dataclass(frozen=True, repr=False)
 class Prediction:
     """Posterior predictive of n examples; numpy arrays, float64 where they are averaged.
 
@@ -84,16 +97,57 @@ class Prediction:
         log_predictive = self.log_predictive
         return None if log_predictive is None else float(-log_predictive.mean())
 
+    def __repr__(self) -> str:
+        """What it is, without its numbers: those are in its attributes, and in :meth:`to_pandas`."""
+        said = self.sample_outputs
+        parts = [f"{len(self)} examples", *self._shown(), *([] if said is None else [f"{len(said)} draws"])]
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+    def __len__(self) -> int:
+        """The number of examples."""
+        return len(getattr(self, self._of_examples))
+
+    def __bool__(self) -> bool:
+        return True
+
+    _of_examples: ClassVar[str] = "labels"  # a field with a row for each example, and never None
+
+    def _shown(self) -> list[str]:
+        """Further parts of the representation."""
+        return []
+
     def row(self, index: int) -> dict[str, Any]:
         """What is predicted of one example, in words and numbers ready for JSON."""
         raise NotImplementedError(f"a {type(self).__name__} does not say what is predicted of one example")
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """One row for each example, with what :meth:`row` says, probabilities as ``P(name)``, and where they are known
+        ``monte_carlo_error`` and ``truth``.
+
+        Example:
+            >>> prediction = bayes.predict(dataset, num_samples=4)
+            >>> prediction.to_pandas().columns.tolist()[:4]
+            ['label', 'P(LABEL_0)', 'P(LABEL_1)', 'entropy']
+        """
+        import pandas  # 100 MiB that a process that trains does without
+
+        table = pandas.DataFrame([_flat(self.row(index)) for index in range(len(self))])
+        if self.monte_carlo_error is not None:
+            table["monte_carlo_error"] = self.monte_carlo_error
+        if self.labels is not None and self.labels.ndim == 1:
+            table["truth"] = self._named(self.labels)
+        return table
+
+    def _named(self, labels: np.ndarray) -> Any:
+        """Labels in words, where they have any."""
+        return labels
 
     def scores(self, task: Any) -> dict[str, float]:
         """How well it agrees with the labels: general measures, and those of a :class:`bayeslora.tasks.base.Task`."""
         raise NotImplementedError(f"a {type(self).__name__} has no scores")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ClassPrediction(Prediction):
     """Of C classes.
 
@@ -110,6 +164,15 @@ class ClassPrediction(Prediction):
     entropy: np.ndarray
     mutual_information: np.ndarray
     sample_log_probs: Array = field(default=None, repr=False)
+
+    _of_examples = "probs"
+
+    def _shown(self) -> list[str]:
+        names = ", ".join(self.label_names or ())
+        return [f"{self.probs.shape[1]} classes" + (f": {names}" if 0 < len(names) <= 80 else "")]
+
+    def _named(self, labels: np.ndarray) -> Any:
+        return [self.label_names[int(label)] for label in labels] if self.label_names else labels
 
     @property
     def sample_probs(self) -> Array:
@@ -144,7 +207,7 @@ class ClassPrediction(Prediction):
         return calibration_summary(self.probs, self.labels) | task.score(self.probs, self.labels)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class NumberPrediction(Prediction):
     """Of one number for each example.
 
@@ -159,6 +222,8 @@ class NumberPrediction(Prediction):
     std: np.ndarray
     noise_scale: float
     sample_means: Array = field(default=None, repr=False)
+
+    _of_examples = "mean"
 
     @property
     def sample_outputs(self) -> Array:
@@ -182,7 +247,7 @@ class NumberPrediction(Prediction):
         return task.score(self.mean, self.labels)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TextPrediction(Prediction):
     """Of texts that are given: how probable they are.
 
@@ -193,6 +258,8 @@ class TextPrediction(Prediction):
 
     text_log_likelihood: np.ndarray = field(repr=False)
     num_tokens: np.ndarray
+
+    _of_examples = "num_tokens"
 
     @property
     def text_log_predictive(self) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from bayeslora.module import BayesLoRA
 from bayeslora.prediction import Prediction
 from bayeslora.storage.run_folder import ADAPTER_FOLDER, RUN_FILE
 from bayeslora.tasks.base import Task, require_room
-from bayeslora.tasks.load import load_task
+from bayeslora.tasks.choice import CHOICE_TASKS
+from bayeslora.tasks.load import LOADERS, load_task
+from bayeslora.tasks.network import load_network, loading
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,14 +24,19 @@ class FittedRun:
     Attributes:
         posterior: The fitted :class:`bayeslora.BayesLoRA`.
         tokenizer: The network's.
-        task: What it was fitted to.
         record: ``run.json``.
+        data_dir: Where the data is now, if it moved.
     """
 
     posterior: BayesLoRA
     tokenizer: Any
-    task: Task
     record: dict[str, Any]
+    data_dir: str | None = None
+
+    @cached_property
+    def task(self) -> Task:
+        """What it was fitted to, with its data, which is read when this is first asked for."""
+        return _task(self.record, self.data_dir)
 
     @property
     def network(self) -> Any:
@@ -36,17 +44,27 @@ class FittedRun:
         return self.posterior.network
 
     @property
+    def label_names(self) -> tuple[str, ...] | None:
+        """Names of the classes, where there are any."""
+        return self.posterior.model.labelling.label_names(self.network)
+
+    @property
     def history(self) -> list[dict[str, Any]]:
         """The log of the training."""
         return self.record.get("history", [])
 
     def predict(
-        self, texts: Sequence[str], pairs: Sequence[str] | None = None, *, num_samples: int | str = 16, **options: Any
+        self,
+        texts: Sequence[str] | Sequence[tuple[str, str]],
+        pairs: Sequence[str] | None = None,
+        *,
+        num_samples: int | str = 16,
+        **options: Any,
     ) -> Prediction:
-        """The posterior predictive of texts, as ``bayeslora predict --text`` has it.
+        """The posterior predictive of texts, as ``bayeslora predict --text`` has it. The data is not needed.
 
         Args:
-            texts: One text for each example.
+            texts: One text for each example, or one pair of texts.
             pairs: The second text of each, for a task on pairs.
             num_samples: Draws of the posterior; 0 is its mean, ``"auto"`` as many as it takes.
             options: Further options of :meth:`bayeslora.BayesLoRA.predict`.
@@ -56,7 +74,9 @@ class FittedRun:
         """
         return self.posterior.predict(self.encode(texts, pairs), num_samples=num_samples, **options)
 
-    def encode(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    def encode(
+        self, texts: Sequence[str] | Sequence[tuple[str, str]], pairs: Sequence[str] | None = None
+    ) -> list[dict[str, Any]]:
         """Tokens of texts, one example each.
 
         Raises:
@@ -66,20 +86,30 @@ class FittedRun:
             raise InputError("texts come as a list, one text for each example: give [text] for a single one")
         if not len(texts):
             raise InputError("there are no texts to predict: give at least one")
-        _check_takes_texts(self.task)
-        if (len(self.task.text_columns) == 2) != bool(pairs):
-            wanted = (
-                "single texts: leave --text-pair out (pairs=None)"
-                if pairs
-                else "pairs: give --text-pair too (pairs=[...])"
-            )
-            raise InputError(f"task {self.task.name!r} is on {wanted}")
-        if pairs and len(pairs) != len(texts):
-            raise InputError(f"{len(texts)} texts but {len(pairs)} in --text-pair (pairs): give as many of each")
+        first, second = _unpaired(texts, pairs)
+        self._check_takes(second is not None)
+        if second is not None and len(second) != len(first):
+            raise InputError(f"{len(first)} texts but {len(second)} in --text-pair (pairs): give as many of each")
         length = self.record["max_length"]
-        require_room(self.tokenizer, length, pair=bool(pairs))
-        tokens = self.tokenizer(list(texts), list(pairs) if pairs else None, truncation=True, max_length=length)
-        return [{name: values[i] for name, values in tokens.items()} for i in range(len(texts))]
+        require_room(self.tokenizer, length, pair=second is not None)
+        tokens = self.tokenizer(first, second, truncation=True, max_length=length)
+        return [{name: values[i] for name, values in tokens.items()} for i in range(len(first))]
+
+    def _check_takes(self, paired: bool) -> None:
+        """Refuse texts where the task is on something else, with no need of its data."""
+        name, columns = self.record["task"]["name"], self.record["task"].get("text_columns") or ()
+        if name in LOADERS:
+            kind = "choice" if name in CHOICE_TASKS else "text"
+            raise InputError(f"task {name!r} is one of kind {kind}: --text is for classifiers, use --split")
+        columns = (columns,) if isinstance(columns, str) else columns or self.task.text_columns
+        if len(columns) > 2:
+            raise InputError(
+                f"task {name!r} has {len(columns)} text columns ({', '.join(columns)}): --text cannot give them all, "
+                "use --split"
+            )
+        if (len(columns) == 2) != paired:
+            single = "single texts: leave --text-pair out (pairs=None)"
+            raise InputError(f"task {name!r} is on {single if paired else 'pairs: give --text-pair too (pairs=[...])'}")
 
     def data(self, split: str, *, limit: int | None = None, seed: int = 0, labelled: bool | None = None) -> Any:
         """A split of the task's data, encoded as for the fit; see :meth:`bayeslora.tasks.base.Task.encode`."""
@@ -123,23 +153,39 @@ def open_run(folder: str | Path, *, model: str | Path | None = None, data_dir: s
     record = read_run(folder / RUN_FILE)
     if not (folder / ADAPTER_FOLDER).is_dir():
         raise InputError(f"{folder} is not finished: continue it with fit --resume")
-    moved = {"data_dir": str(data_dir)} if data_dir else {}
-    task = load_task(**record["task"] | moved)
-    network, tokenizer = task.load_network(model or record["model"])
-    return FittedRun(BayesLoRA.from_pretrained(folder / ADAPTER_FOLDER, network), tokenizer, task, record)
+    moved = str(data_dir) if data_dir else None
+    network, tokenizer = _load_network(record, model or record["model"], moved)
+    posterior = BayesLoRA.from_pretrained(folder / ADAPTER_FOLDER, network)
+    posterior.tokenizer = posterior.tokenizer or tokenizer
+    return FittedRun(posterior, posterior.tokenizer, record, moved)
+
+
+def _task(record: dict[str, Any], data_dir: str | None) -> Task:
+    return load_task(**record["task"] | ({"data_dir": data_dir} if data_dir else {}))
+
+
+def _load_network(record: dict[str, Any], model: str | Path, data_dir: str | None) -> tuple[Any, Any]:
+    """Base network and its tokenizer; the data is read only where the record does not say the classes."""
+    recipe, options = record["task"], loading(record.get("bits"))
+    if recipe["name"] in LOADERS:
+        return load_network(model, None, **options)
+    if "label_names" in recipe:
+        return load_network(model, recipe["label_names"] or (), **options)
+    return _task(record, data_dir).load_network(model, **options)
+
+
+def _unpaired(texts: Sequence[Any], pairs: Sequence[str] | None) -> tuple[list[str], list[str] | None]:
+    """First and second texts; of ``texts`` that are pairs themselves too."""
+    both = [isinstance(text, tuple | list) and len(text) == 2 for text in texts]
+    if pairs is None and all(both):
+        return [text[0] for text in texts], [text[1] for text in texts]
+    wrong = next((text for text in [*texts, *(pairs or ())] if not isinstance(text, str)), None)
+    if wrong is not None:
+        raise InputError(f"a text is a string, or all of them are pairs of two, got {wrong!r:.100}")
+    return list(texts), list(pairs) if pairs else None
 
 
 def check_is_run(folder: Path) -> None:
     """Raise ``InputError`` for a folder that no fit wrote."""
     if not (folder / RUN_FILE).is_file():
         raise InputError(f"{folder} is not a run folder: it holds no run.json; give what fit wrote")
-
-
-def _check_takes_texts(task: Task) -> None:
-    if not task.takes_texts:
-        raise InputError(f"task {task.name!r} is one of kind {task.kind}: --text is for classifiers, use --split")
-    if len(task.text_columns) > 2:
-        raise InputError(
-            f"task {task.name!r} has {len(task.text_columns)} text columns "
-            f"({', '.join(task.text_columns)}): --text cannot give them all, use --split"
-        )

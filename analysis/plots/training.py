@@ -12,6 +12,7 @@ PARTS = {
     "elbo/task": "task (−log likelihood)",
     "elbo/cooperation": "cooperation Σ π² (no unit)",
     "eval_loss": "validation, at the mean",
+    "eval_predictive_nll": "validation, over draws",
 }
 SMOOTHED_OVER = 20  # points of a smoothed line's window, as a share of the trace: 1/20
 
@@ -37,7 +38,7 @@ def plot_history(history: Sequence[Mapping[str, float]], ax: Any = None) -> Any:
     """
     traces = {name: _trace(history, name) for name in PARTS}
     if not len(traces["elbo/task"][0]):
-        traces = {"loss": _trace(history, "loss"), "eval_loss": traces["eval_loss"]}
+        traces = {"loss": _trace(history, "loss")} | {name: traces[name] for name in PARTS if name.startswith("eval_")}
     if not any(len(steps) for steps, _ in traces.values()):
         raise InputError("the history holds no loss: give fit(...).history")
     ax = new_axes(ax, height=2.4)
@@ -46,7 +47,7 @@ def plot_history(history: Sequence[Mapping[str, float]], ax: Any = None) -> Any:
             continue
         colour, marker = style(number)
         label = PARTS.get(name, "loss")
-        if name == "eval_loss":
+        if name.startswith("eval_"):
             ax.plot(steps, values, color=colour, marker=marker, markersize=4, linewidth=1.0, label=label)
         else:
             ax.plot(steps, values, color=colour, linewidth=0.8, alpha=2 * BAND)

@@ -14,6 +14,7 @@ from bayeslora.analysis.metrics.bootstrap import Interval, bootstrap_interval
 from bayeslora.analysis.metrics.detection import detection_scores
 from bayeslora.analysis.report.columns import CLASSIFICATION, REGRESSION, Column
 from bayeslora.analysis.report.figures import Figure, draw_figures
+from bayeslora.analysis.report.opening import opening
 from bayeslora.analysis.report.results import RunResults, SplitResults
 from bayeslora.analysis.tables.diagnostics import Diagnostic
 from bayeslora.errors import InputError
@@ -38,6 +39,7 @@ class Page:
     diagnostics: list[tuple[str, Sequence[Diagnostic]]] = field(default_factory=list)
     uncertain: list[tuple[str, list[dict[str, Any]]]] = field(default_factory=list)
     command: str = ""
+    opening: str = ""
 
 
 def report_html(runs: Sequence[RunResults], *, title: str = "bayeslora report", command: str = "") -> str:
@@ -73,9 +75,10 @@ def report_html(runs: Sequence[RunResults], *, title: str = "bayeslora report", 
         differences=_by_split(row for run in runs[1:] for row in _differences(runs[0], run, columns)),
         detection=[row for run in runs for row in _detection(run)],
         figures=draw_figures(runs),
-        diagnostics=[(run.name, run.diagnostics) for run in runs if run.diagnostics],
+        diagnostics=[(run.name, _most_telling_first(run.diagnostics)) for run in runs if run.diagnostics],
         uncertain=[(run.name, _least_certain(run)) for run in runs],
         command=command,
+        opening=opening(runs),
     )
     environment = Environment(
         loader=PackageLoader("bayeslora.analysis.report", "templates"),
@@ -85,6 +88,11 @@ def report_html(runs: Sequence[RunResults], *, title: str = "bayeslora report", 
         lstrip_blocks=True,
     )
     return environment.get_template("report.html").render(page=page)
+
+
+def _most_telling_first(diagnostics: Sequence[Diagnostic]) -> list[Diagnostic]:
+    """Importance sampling last: over so many weights it hardly ever holds, whatever held-out data say."""
+    return sorted(diagnostics, key=lambda one: one.name == "pareto_k")
 
 
 def _check(runs: Sequence[RunResults]) -> None:

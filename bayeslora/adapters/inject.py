@@ -17,6 +17,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from bayeslora.adapters.groups import active_adapter, lora_layers
+from bayeslora.adapters.modes import quiet_deprecations
 from bayeslora.adapters.placement import check_resident
 from bayeslora.adapters.provenance import new_modules
 from bayeslora.adapters.quantized import is_quantized, keep_trainable
@@ -54,7 +55,8 @@ def adapt(network: nn.Module, config: MonteCLoRAConfig) -> PeftModel:
         check_lora_options(_as_json(lora), except_for=given)
         check_heads(network, lora)
         try:
-            network = get_peft_model(network, lora)
+            with quiet_deprecations():
+                network = get_peft_model(network, lora)
         except ValueError as error:
             raise InputError(f"PEFT cannot adapt {type(network).__name__}: {error}") from error
     else:

@@ -1,6 +1,7 @@
 """How a network runs: its dropout, its cache, its graph, its checkpoints."""
 
 import functools
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -25,6 +26,14 @@ def evaluation_mode(network: nn.Module) -> Iterator[None]:
 def is_compiled(network: nn.Module) -> bool:
     """Whether the network or a part of it was compiled in place."""
     return any(module._compiled_call_impl is not None for module in network.modules())
+
+
+@contextmanager
+def quiet_deprecations() -> Iterator[None]:
+    """Inside, PEFT asks transformers for what transformers has renamed, without a warning that no user can act on."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from bayeslora.storage.manifest import ADAPTER_CONFIG, is_adapter_folder, read_m
 from bayeslora.storage.peft_files import open_peft_adapter
 from bayeslora.storage.run_folder import ADAPTER_FOLDER, RUN_FILE, reporting_full_disk
 from bayeslora.tasks.base import Task
+from bayeslora.tasks.network import loading
 from bayeslora.training.fit import fit
 from bayeslora.training.record import close_run, record_without_training, refuse_other_content
 
@@ -33,7 +34,7 @@ def run(arguments: argparse.Namespace, task: Task) -> None:
     if (output / RUN_FILE).is_file():
         raise InputError(f"--output {output} holds a run already: give another folder")
     set_seed(arguments.seed)
-    network, tokenizer = task.load_network(arguments.model)
+    network, tokenizer = task.load_network(arguments.model, **loading(arguments.bits, arguments.device_map))
     _check_base(folder, network, arguments)
     started = time.perf_counter()
     data = _examples(task, tokenizer, arguments)
@@ -46,11 +47,13 @@ def run(arguments: argparse.Namespace, task: Task) -> None:
         likelihood=task.likelihood(),
         **how,
     )
+    bayes.tokenizer = tokenizer
     seconds = time.perf_counter() - started
     metadata = {
         "model": arguments.model,
         "task": task.recipe,
         "max_length": arguments.max_length,
+        "bits": arguments.bits,
         "command": arguments.command_line,
         "bayesianized": {"adapter": str(folder), "shape": arguments.shape, "split": arguments.split},
     }
@@ -64,7 +67,7 @@ def run(arguments: argparse.Namespace, task: Task) -> None:
         with lock_folder(output), reporting_full_disk(output):
             record = record_without_training(bayes, metadata)
             write_json(output / RUN_FILE, record)
-            close_run(bayes, record, output, steps=0, metrics={}, history=[])
+            close_run(bayes, record, output, {"steps": 0, "checkpoint": 0, "metrics": {}, "history": []})
     _report(bayes, len(data), seconds, arguments)
 
 

@@ -41,8 +41,10 @@ def _run(argv: Sequence[str] | None) -> int:
     # PEFT and transformers announce each other's deprecations, which a user of this command cannot act on
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # nor act on what it does not find for four bits
+    command = ""
     try:
         arguments = build_parser().parse_args(argv)
+        command = arguments.command
         words = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--resume"]
         arguments.command_line = shlex.join(["bayeslora", *words])
         refuse_idle(arguments)
@@ -53,9 +55,17 @@ def _run(argv: Sequence[str] | None) -> int:
         print(f"bayeslora: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("bayeslora: interrupted; continue a fit with --resume", file=sys.stderr)
+        print(f"bayeslora: {command} interrupted{_GO_ON.get(command, '')}", file=sys.stderr)
         return 130
     return 0
+
+
+_GO_ON = {
+    "fit": "; the same command with --resume continues it",
+    "compare": "; the same command continues it",
+    "tune": "; the adapter is as it was",
+    "report": "; what stood at --output is as it was",
+}
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from bayeslora.command.flags import add_options, number, number_or, path, senten
 from bayeslora.config import PRESETS, MonteCLoRAConfig
 from bayeslora.errors import InputError
 from bayeslora.options import COUNT, FROM_ZERO, LENGTH, NOT_NEGATIVE, POSITIVE, SEED, Range, flags, ranges
+from bayeslora.tasks.load import LOADERS, NAMED_TASKS
 from bayeslora.training.budget import FitOptions, TrainingBudget
 
 EXAMPLES = """\
@@ -17,6 +18,7 @@ examples:
   bayeslora fit --model roberta-base --task mrpc --output runs/mrpc
   bayeslora fit --model demo --task sst2 --data-dir data/sst2 --output runs/sst2 --max-train-examples 2000
   bayeslora bayesianize my_adapter --model roberta-base --task mrpc --output runs/mine
+                                                     a posterior around a LoRA of yours, which stays as it is
   bayeslora evaluate runs/mrpc --split validation --json
   bayeslora predict runs/mrpc --text "A man plays a guitar." --text-pair "Somebody makes music."
   bayeslora tune runs/mrpc --with-temperature
@@ -28,6 +30,15 @@ examples:
 Your own data: a folder with train.csv and validation.csv (or parquet, json, jsonl) works as
   bayeslora fit --model demo --task reviews --data-dir my_folder --text-columns text --label-column stars ...
 """
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """With every default that there is, but for those that the help tells itself."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        nothing = action.default is None or action.default is False or action.default in ([], argparse.SUPPRESS)
+        told = nothing or "default" in (action.help or "")
+        return action.help if told else super()._get_help_string(action)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -69,10 +80,11 @@ def _command(
         help=summary,
         description=f"{summary[0].upper()}{summary[1:]}.",
         epilog=details,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Help,
     )
     parser.set_defaults(command=name, default_of=parser.get_default)
-    parser.set_defaults(run=f"bayeslora.command.{run}", check=check and f"bayeslora.command.checks:{check}")
+    check = check and f"bayeslora.command.checks:{check}"
+    parser.set_defaults(run=f"bayeslora.command.{run}", check=check)
     return parser
 
 
@@ -113,7 +125,12 @@ def _add_fit(commands: Any) -> None:
     _add_data_options(parser)
     parser.add_argument("--output", type=path, required=True, metavar="DIR", help="a new folder for the run")
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run in --output")
-    parser.add_argument("--adapter", type=path, metavar="DIR", help="start from this PEFT adapter (--mode post_hoc)")
+    parser.add_argument(
+        "--adapter",
+        type=path,
+        metavar="DIR",
+        help="start from this PEFT adapter and train it on; with --mode post_hoc only a posterior around it is trained",
+    )
     parser.add_argument(
         "--tune",
         nargs="?",
@@ -123,7 +140,15 @@ def _add_fit(commands: Any) -> None:
         help="at the end, choose how wide the noise is: by the validation split, or by this share of the training "
         "examples, such as 0.1, held out of training",
     )
+    parser.add_argument(
+        "--max-eval-examples",
+        type=number("max_eval_examples"),
+        metavar="N",
+        help="validation examples of an evaluation, a random subset; default: as many as training reads in all, up to "
+        "200",
+    )
     _add_training_options(parser)
+    _add_memory_options(parser)
     _add_method_options(parser)
 
 
@@ -142,9 +167,7 @@ def _add_bayesianize(commands: Any) -> None:
     )
     _add_data_options(parser)
     parser.add_argument("--output", type=path, required=True, metavar="DIR", help="a new folder for the run")
-    parser.add_argument(
-        "--split", type=word, default="validation", help="what to find the width on; default: validation"
-    )
+    parser.add_argument("--split", type=word, default="validation", help="what to find the width on")
     parser.add_argument("--max-examples", type=number("max_examples"), default=200, help="a random subset of this size")
     parser.add_argument(
         "--shape",
@@ -174,6 +197,32 @@ def _add_bayesianize(commands: Any) -> None:
     parser.add_argument("--num-samples", type=number("num_samples"), default=16, help="draws of each prediction")
     parser.add_argument("--batch-size", type=number("batch_size"), default=32)
     parser.add_argument("--seed", type=number("seed", SEED), default=0, help="decides subset and draws")
+    _add_loading_options(parser)
+
+
+def _add_memory_options(parser: argparse.ArgumentParser) -> None:
+    group = _add_loading_options(parser)
+    group.add_argument("--bf16", action="store_true", help="train under bfloat16 autocast")
+    group.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
+    group.add_argument(
+        "--report-to",
+        type=word,
+        nargs="+",
+        metavar="NAME",
+        help="where logs go: tensorboard (default where it is installed), wandb, ..., none",
+    )
+
+
+def _add_loading_options(parser: argparse.ArgumentParser) -> Any:
+    group = parser.add_argument_group("precision, memory and logs")
+    bits = group.add_mutually_exclusive_group()
+    for count in (4, 8):
+        help = f"the base network in {count} bits, by bitsandbytes (extra quantized); the run remembers it"
+        bits.add_argument(f"--load-in-{count}bit", action="store_const", const=count, dest="bits", help=help)
+    group.add_argument(
+        "--device-map", type=word, metavar="MAP", help="where transformers loads the base: auto, cpu, ..."
+    )
+    return group
 
 
 def _add_evaluate(commands: Any) -> None:
@@ -206,7 +255,8 @@ def _add_predict(commands: Any) -> None:
         "predict",
         "predict:run_predict",
         "predict with a fitted run, and say how certain it is",
-        "One JSON object a line on standard output: probabilities, entropy and mutual information (nats).",
+        "One JSON object a line on standard output: probabilities, entropy and mutual information (nats), with the\n"
+        "text, or as index the row of the split's file, from 0.",
     )
     _add_run_options(parser, auto=True)
     _add_antithetic(parser)
@@ -350,7 +400,7 @@ def _add_data_options(parser: argparse.ArgumentParser, *, several: bool = False)
         required=not several,
         nargs="+" if several else None,
         metavar="NAME",
-        help="a named task, or any name for your own data",
+        help=f"any name for your own data, or one of {', '.join((*NAMED_TASKS, *LOADERS))}",
     )
     group.add_argument("--data-dir", type=path, metavar="DIR", help="local files instead of the hub")
     group.add_argument("--text-columns", type=word, nargs="+", metavar="COLUMN", help="one column, or two for pairs")
@@ -383,7 +433,7 @@ def _add_training_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_shared_training_options(parser: argparse.ArgumentParser) -> None:
     """What compare takes for all methods. What a study's folder remembers of it does not grow: folders stay valid."""
-    left_out = ("seed", "weight_decay", "evaluations", "best_metric")
+    left_out = ("seed", "weight_decay", "evaluations", "eval_samples", "best_metric")
     fields = [field for field in flags(FitOptions) if field.name not in left_out]
     group = parser.add_argument_group("training")
     add_options(group, FitOptions, fields, several=("batch_size", "learning_rate"))
@@ -397,7 +447,7 @@ def _add_method_options(parser: argparse.ArgumentParser, *, several: bool = Fals
         help="learned: noise that grows as the loss falls, the default; calibrated: noise that follows certainty, for "
         "classes and choices; constant: even noise; paper: the paper's small noise",
     )
-    lists = ("target_modules", "r") if several else ("target_modules",)
+    lists = ("target_modules", "modules_to_save", *(("r",) if several else ()))
     add_options(group, MonteCLoRAConfig, flags(MonteCLoRAConfig), several=lists, default=lambda field: None)
 
 

@@ -5,11 +5,14 @@ import json
 import sys
 from typing import Any
 
+from bayeslora.analysis.report.opening import direction
 from bayeslora.command.terminal import shows_unicode
 from bayeslora.errors import InputError
 from bayeslora.judging.judge import judge
 from bayeslora.prediction import Prediction
 from bayeslora.runs import FittedRun, open_run
+
+NEXT_TO_NOTHING = 0.001  # of the entropy
 
 
 def run_predict(arguments: argparse.Namespace) -> None:
@@ -19,14 +22,16 @@ def run_predict(arguments: argparse.Namespace) -> None:
         print(f"{run.posterior.tuning} (--untuned leaves that out)", file=sys.stderr)
     if arguments.text:
         data: Any = run.encode(arguments.text, arguments.text_pair)
+        named: Any = [{"text": text} for text in arguments.text]
     else:
         data = run.data(arguments.split, limit=arguments.max_examples)
+        named = [{"index": row} for row in run.task.rows(arguments.split, limit=arguments.max_examples)]
     prediction = _predict(run, data, arguments)
     if prediction.monte_carlo_error is not None:
         draws = f"{len(prediction.sample_outputs)} draws"
         print(f"{draws}: Monte Carlo error {prediction.monte_carlo_error.mean():.3f} on average", file=sys.stderr)
-    for index in range(len(data)):
-        of = {"text": arguments.text[index]} if arguments.text else {"index": index}
+    _say_what_is_too_small(prediction)
+    for index, of in enumerate(named):
         print(json.dumps(of | prediction.row(index), ensure_ascii=not shows_unicode(sys.stdout)))
 
 
@@ -50,6 +55,23 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
         return
     for name, value in scores.items():
         print(f"{name:24} {value:.4f}" if isinstance(value, float) else f"{name:24} {value}")
+    if prediction.probs is not None:
+        right, confidence = prediction.probs.argmax(1) == prediction.labels, prediction.probs.max(1)
+        print(f"{'confidence':24} {confidence.mean():.4f}, {direction(right, confidence)}")
+    _say_what_is_too_small(prediction)
+
+
+def _say_what_is_too_small(prediction: Prediction) -> None:
+    information, entropy = prediction.mutual_information, prediction.entropy
+    draws = prediction.sample_outputs
+    if information is None or draws is None or len(draws) < 2:
+        return
+    if information.mean() < NEXT_TO_NOTHING * entropy.mean():
+        print(
+            f"the draws agree (mutual information {information.mean():.1g} of {entropy.mean():.2g} nats): what is "
+            "uncertain here is the label, and the posterior says next to nothing about it",
+            file=sys.stderr,
+        )
 
 
 def _open(arguments: argparse.Namespace) -> FittedRun:

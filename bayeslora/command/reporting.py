@@ -180,7 +180,7 @@ def _collect(
     diagnosed: list = []
     if diagnostics and bayesian:
         if progress:
-            tqdm.write(f"{name}: diagnostics")
+            tqdm.write(f"{name}: diagnostics, which take longest (--no-diagnostics leaves them out)")
         diagnosed = diagnose(
             posterior, run.training_data(), history=run.history, batch_size=batch_size, seed=seed, progress=progress
         )

@@ -30,6 +30,10 @@ def check_kind(dataset: Any, name: str = "the data set") -> None:
             f"{name} is a {type(dataset).__name__}, which has no numbered rows: pass a list of dicts, a "
             "datasets.Dataset or the like (list(...) makes one of a stream)"
         )
+    if len(dataset) and isinstance(dataset[0], str):
+        raise InputError(
+            f"{name} holds texts: tokenize each first, or open_run(folder).predict(texts), which does it as in the fit"
+        )
     if len(dataset) and not isinstance(dataset[0], Mapping):
         raise InputError(f"{name}, row 0 is a {type(dataset[0]).__name__}: expected a dict from column to value")
 

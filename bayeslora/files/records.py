@@ -91,6 +91,7 @@ _RUN_FIELDS: dict[str, Callable[[Any], bool]] = {
     "model": is_path,
     "task": _is_recipe,
     "max_length": lambda v: is_integer(v, 1) and v <= 2**20,
+    "bits": lambda v: v is None or (is_integer(v) and v in (4, 8)),
 }
 
 

@@ -8,7 +8,7 @@ configuration, versions, a fingerprint of the base network and the other files' 
 import json
 import os
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from bayeslora.storage.manifest import (
     POSTERIOR,
     digest_of,
     is_adapter_folder,
+    own_files,
     read_manifest,
     version_info,
 )
@@ -42,6 +43,8 @@ from bayeslora.storage.peft_files import (
     load_adapter_weights,
     write_peft_files,
 )
+from bayeslora.storage.run_folder import adapter_in
+from bayeslora.storage.texts import label_names, write_tokenizer
 
 
 def save_pretrained(bayes: Posterior, folder: str | Path) -> None:
@@ -55,7 +58,7 @@ def save_pretrained(bayes: Posterior, folder: str | Path) -> None:
     folder = Path(folder)
     if folder.exists() and not is_adapter_folder(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists and holds something other than an adapter; choose another folder")
-    foreign = sorted({p.name for p in folder.iterdir()} - {MANIFEST, *FILES}) if folder.is_dir() else []
+    foreign = sorted({p.name for p in folder.iterdir()} - own_files(folder)) if folder.is_dir() else []
     if foreign:
         raise InputError(f"{folder} also holds {foreign[0]!r}, which saving would delete; choose another folder")
     with replacing_folder(folder) as new:
@@ -76,7 +79,7 @@ def save_from_loop(
 
 
 def write_adapter(bayes: Posterior, folder: Path) -> None:
-    """Write the four files into ``folder``; the manifest comes last, and names the others' hashes."""
+    """Write the four files, and the tokenizer's, into ``folder``; the manifest comes last, and names their hashes."""
     check_in_use(bayes.model.groups)
     with tempfile.TemporaryDirectory(prefix=".adapter-", dir=folder) as scratch:
         written = Path(scratch)
@@ -84,13 +87,16 @@ def write_adapter(bayes: Posterior, folder: Path) -> None:
         state = {f"guide.{name}": value for name, value in bayes.guide.state_dict().items()}
         state |= {f"model.{name}": value for name, value in bayes.model.state_dict().items()}
         save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, written / POSTERIOR)
-        (written / MANIFEST).write_text(json.dumps(_manifest(bayes, written), indent=2) + "\n", encoding="utf-8")
-        for name in (*FILES, MANIFEST):
+        tokenizer = write_tokenizer(bayes.tokenizer, written)
+        manifest = _manifest(bayes, written, tokenizer)
+        (written / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        for name in (*FILES, *tokenizer, MANIFEST):
             sync(written / name)
+            (folder / name).parent.mkdir(exist_ok=True)
             os.replace(written / name, folder / name)
 
 
-def _manifest(bayes: Posterior, folder: Path) -> dict[str, Any]:
+def _manifest(bayes: Posterior, folder: Path, tokenizer: Sequence[str]) -> dict[str, Any]:
     kept = sorted(kept_tensors(bayes.network, bayes.kept_keys))
     manifest = {
         "format": FORMAT,
@@ -101,7 +107,9 @@ def _manifest(bayes: Posterior, folder: Path) -> dict[str, Any]:
         "base": fingerprint(bayes.network) | {"sketches": _sketches(bayes, kept)},
         "kept": kept,
         "adapters": adapter_shapes(bayes),
-        "sha256": {name: sha256_of(folder / name) for name in FILES},
+        "sha256": {name: sha256_of(folder / name) for name in (*FILES, *tokenizer)},
+        "tokenizer": tokenizer,
+        "label_names": label_names(bayes),
     }
     if bayes.model.tuning is not None:
         manifest["tuning"] = bayes.model.tuning.to_dict()
@@ -128,6 +136,7 @@ def adapter_shapes(bayes: Posterior) -> dict[str, list[int]]:
 
 def load_adapter(bayes: Posterior, folder: Path) -> None:
     """Read μ, B, the head and the posterior of ``folder`` into an existing module of the same shape."""
+    folder = adapter_in(folder)
     manifest = read_manifest(folder)
     check_base(folder, manifest, bayes.network.get_base_model())
     load_adapter_weights(bayes.network, folder)

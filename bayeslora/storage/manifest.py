@@ -46,6 +46,12 @@ def is_adapter_folder(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
 
 
+def own_files(folder: Path) -> set[str]:
+    """What :func:`save_pretrained` has written into ``folder``, or would; the first parts of the names."""
+    named = read_json(folder / MANIFEST).get("tokenizer", []) if is_adapter_folder(folder) else []
+    return {MANIFEST, *FILES, *(name.split("/")[0] for name in named if isinstance(name, str))}
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest, after checking that every file it names is there and whole."""
     if not folder.is_dir():
@@ -67,7 +73,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if manifest["digest"] != digest_of(manifest):
         raise InputError(f"{folder / MANIFEST} is damaged or was edited: use another copy of the folder")
     manifest = _LATER_ENTRIES | manifest
-    for name in FILES:
+    for name in (*FILES, *manifest["tokenizer"]):
         if not (folder / name).is_file():
             raise InputError(f"{folder} is incomplete: {name} is missing or not a regular file")
         try:
@@ -91,7 +97,14 @@ def _is_base(value: Any) -> bool:
     )
 
 
-_LATER_ENTRIES: dict[str, Any] = {"kept": [], "tuning": None}  # which earlier adapters do not have
+# What earlier adapters do not have.
+_LATER_ENTRIES: dict[str, Any] = {"kept": [], "tuning": None, "label_names": None, "tokenizer": []}
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a file of that name lies in the folder itself, or one folder below."""
+    parts = name.split("/")
+    return len(parts) <= 2 and all(part not in ("", ".", "..") and "\\" not in part for part in parts)
 
 
 def _is_tuning(value: Any) -> bool:
@@ -121,5 +134,7 @@ _MANIFEST_ENTRIES: dict[str, Callable[[Any], bool]] = {
     "base": _is_base,
     "kept": is_names,
     "tuning": lambda v: v is None or _is_tuning(v),
+    "label_names": lambda v: v is None or is_names(v),
+    "tokenizer": lambda v: is_names(v) and all(_is_plain(name) for name in v),
     "sha256": lambda v: is_object_of(v, lambda digest: isinstance(digest, str)),
 }

@@ -16,6 +16,8 @@ from bayeslora.storage.base_network import check_base, check_taken_from_base
 from bayeslora.storage.checkpoint import adapter_shapes, load_posterior
 from bayeslora.storage.manifest import ADAPTER_WEIGHTS, MANIFEST, POSTERIOR, read_manifest
 from bayeslora.storage.peft_files import open_peft_adapter
+from bayeslora.storage.run_folder import adapter_in
+from bayeslora.storage.texts import read_tokenizer, restore_label_names
 
 Module = TypeVar("Module", bound=Posterior)
 
@@ -27,7 +29,7 @@ def from_pretrained(
 
     Args:
         cls: What to make: the class of the posterior.
-        folder: What :func:`bayeslora.storage.checkpoint.save_pretrained` wrote.
+        folder: What :func:`bayeslora.storage.checkpoint.save_pretrained` wrote, or a run's folder that holds it.
         network: The same base model the adapter was fitted to, without an adapter.
         guide, likelihood: The guide's class and the likelihood used when fitting, where they were not the configured
             ones; next-token and choice likelihoods are stored with the adapter.
@@ -35,7 +37,7 @@ def from_pretrained(
     Raises:
         InputError: for a folder that is missing, incomplete or damaged, or that belongs to another network.
     """
-    folder = Path(folder)
+    folder = adapter_in(Path(folder))
     manifest = read_manifest(folder)
     if carries_adapter(network):
         raise InputError("pass the plain base network, freshly loaded: this one carries an adapter already")
@@ -52,5 +54,7 @@ def from_pretrained(
     if adapter_shapes(bayes) != manifest["adapters"]:
         raise InputError(f"{folder / MANIFEST} lists other adapters than {ADAPTER_WEIGHTS} holds: use another copy")
     bayes.num_examples = manifest["num_examples"]
+    restore_label_names(network, manifest["label_names"])
+    bayes.tokenizer = read_tokenizer(folder, manifest["tokenizer"])
     load_posterior(bayes, folder, manifest)
     return bayes.eval()

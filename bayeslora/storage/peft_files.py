@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from bayeslora.adapters.groups import active_adapter, adapter_state, find_groups
+from bayeslora.adapters.modes import quiet_deprecations
 from bayeslora.adapters.provenance import base_tensors, mark_changed
 from bayeslora.adapters.untrusted import PREFIX, adapter_ranks, load_state, read_header, read_lora_config
 from bayeslora.errors import InputError
 from bayeslora.storage.manifest import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from bayeslora.storage.run_folder import adapter_in
 
 
 def write_peft_files(
@@ -77,6 +79,7 @@ def open_peft_adapter(folder: Path, network: nn.Module) -> PeftModel:
     Raises:
         InputError: if there is no adapter, or it does not fit the network.
     """
+    folder = adapter_in(folder)
     config_file, weights = folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS
     if not config_file.is_file():
         raise InputError(f"no adapter in {folder}: it holds no {ADAPTER_CONFIG}")
@@ -85,7 +88,8 @@ def open_peft_adapter(folder: Path, network: nn.Module) -> PeftModel:
     exact = _exactly(lora, ranks)
     exact.fan_in_fan_out = any(isinstance(module, Conv1D) for module in network.modules())
     try:
-        peft_network = get_peft_model(network, exact)
+        with quiet_deprecations():
+            peft_network = get_peft_model(network, exact)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         raise InputError(f"{config_file} does not fit {type(network).__name__}: {error}") from error
     load_adapter_weights(peft_network, folder)

@@ -33,6 +33,12 @@ STATE_FILE = "trainer_state.json"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 
+def adapter_in(folder: Path) -> Path:
+    """The adapter's folder: ``folder`` itself, or the one in it where it is a run's."""
+    inside = folder / ADAPTER_FOLDER
+    return inside if (folder / RUN_FILE).is_file() and inside.is_dir() else folder
+
+
 def foreign_entry(folder: Path, *own: str) -> Path | None:
     """Something in ``folder`` besides the ``own`` files, the lock, and what a killed process leaves of them."""
 

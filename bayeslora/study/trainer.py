@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from bayeslora.adapters.parameters import trained_parameters
 from bayeslora.errors import TrainingDivergedError
 from bayeslora.models.likelihoods import network_outputs
-from bayeslora.training.parameters import trained_parameters
 
 Drawing = Callable[[Mapping[str, Tensor]], AbstractContextManager[Any]]  # around the passes of a training batch
 

@@ -1,6 +1,7 @@
 """A task: its data, how it is encoded, scored and given a network."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,7 @@ class Task:
         out_of_scope_splits: Unlabelled splits whose examples belong to no class.
         data_dir: Where the data came from; None for the hub.
         names_shifts: Whether whoever loaded it said which splits are shifted, so that :attr:`recipe` does too.
+        origin: Of splits that are a part of what their file or the hub's split holds, the row there of each row.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Task:
     out_of_scope_splits: tuple[str, ...] = ()
     data_dir: str | None = None
     names_shifts: bool = False
+    origin: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -135,10 +138,20 @@ class Task:
         data = self.data[name]
         if labelled and not is_labelled(data, self.label_column):
             raise InputError(f"task {self.name!r}: split {name!r} has no labels; {self._labelled_splits()}")
-        if limit is None or limit >= data.num_rows:
-            return data
-        rows = np.random.default_rng(seed).choice(data.num_rows, limit, replace=False)
-        return data.select(np.sort(rows))
+        return data if limit is None or limit >= data.num_rows else data.select(_subset(data.num_rows, limit, seed))
+
+    def rows(self, name: str, *, limit: int | None = None, seed: int = 0) -> list[int]:
+        """Where each example of :meth:`split` with these arguments stands in the file, or in the hub's split: its row,
+        from 0, shards one after the other.
+
+        Raises:
+            InputError: as :meth:`split`.
+        """
+        total = self.split(name).num_rows
+        chosen = self.split(name, limit=limit, seed=seed).num_rows
+        positions = range(total) if chosen == total else _subset(total, chosen, seed)
+        origin = self.origin.get(name, range(total))
+        return [int(origin[position]) for position in positions]
 
     def encode(
         self,
@@ -252,6 +265,11 @@ class Task:
     def _labelled_splits(self) -> str:
         labelled = [split for split in self.data if is_labelled(self.data[split], self.label_column)]
         return f"labelled are: {', '.join(labelled) or 'none'}"
+
+
+def _subset(total: int, limit: int, seed: int) -> np.ndarray:
+    """A random subset of row numbers, in order."""
+    return np.sort(np.random.default_rng(seed).choice(total, limit, replace=False))
 
 
 def require_room(tokenizer: Any, max_length: int, *, pair: bool) -> None:

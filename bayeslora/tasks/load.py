@@ -135,11 +135,11 @@ def load_task(
     columns = _text_columns(name, known, data_dir, text_columns)
     official = known is not None and label_column in (None, known.label_column)
     label_column = label_column or (known.label_column if known else "label")
-    splits = arrange(_read(name, known, data_dir, columns))
+    splits, origin = arrange(_read(name, known, data_dir, columns)), dict[str, list[int]]()
     if known and official:
         label_names = label_names or known.label_names
         if known.out_of_scope_label:
-            splits = separate(name, splits, label_column, known.out_of_scope_label)
+            splits, origin = separate(name, splits, label_column, known.out_of_scope_label)
     check_texts(name, splits, columns)
     splits, names = prepare_labels(name, splits, label_column, label_names)
     from datasets import DatasetDict
@@ -154,6 +154,7 @@ def load_task(
         shift_splits=tuple(split for split in known.shift_splits if split in splits) if known else (),
         out_of_scope_splits=tuple(split for split in splits if split.endswith("out_of_scope")) if official else (),
         data_dir=given_path(data_dir),
+        origin=origin,
     )
     return _with_shifts(task, shift_splits)
 

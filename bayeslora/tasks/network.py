@@ -12,6 +12,9 @@ from bayeslora.tasks.reading import first_line
 DEMO_MODEL = "demo"  # the encoder that is fetched through pip, not from the hub
 DEMO_LANGUAGE_MODEL = "demo-lm"  # the same for a causal language model
 
+# What transformers calls the heads of classifiers, and the output layers of language models.
+HEADS = ("classifier", "score", "pre_classifier", "pooler", "lm_head", "embed_out")
+
 # arguments that say where to find a checkpoint, and so concern the tokenizer too
 _WHERE = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
 
@@ -55,6 +58,20 @@ def load_network(path: str | Path, label_names: Sequence[str] | None, **kwargs: 
     _check_backbone(place, network, report["missing_keys"], has_new_head=not causal)
     _set_padding(place, network, tokenizer)
     return network, tokenizer
+
+
+def loading(bits: int | None = None, device_map: str | None = None) -> dict[str, Any]:
+    """For :func:`load_network`: a base of 4 or 8 bits, but for heads, which are trained whole; and where it lies."""
+    options: dict[str, Any] = {} if device_map is None else {"device_map": device_map}
+    if bits is None:
+        return options
+    with _quiet_transformers():
+        from transformers import BitsAndBytesConfig
+    kinds: dict[int, dict[str, Any]] = {
+        4: {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+        8: {"load_in_8bit": True},
+    }
+    return options | {"quantization_config": BitsAndBytesConfig(**kinds[bits], llm_int8_skip_modules=list(HEADS))}
 
 
 def _check_path(path: str | Path) -> str:

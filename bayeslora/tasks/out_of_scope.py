@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-def separate(name: str, splits: "dict[str, Dataset]", column: str, label: str) -> "dict[str, Dataset]":
+def separate(
+    name: str, splits: "dict[str, Dataset]", column: str, label: str
+) -> "tuple[dict[str, Dataset], dict[str, list[int]]]":
     """Examples labelled out of scope in splits of their own, unlabelled.
 
     Those of ``test`` become ``out_of_scope``, those of ``validation`` ``validation_out_of_scope``, and so on; those
@@ -28,21 +30,22 @@ def separate(name: str, splits: "dict[str, Dataset]", column: str, label: str) -
         label: The name that marks an example as out of scope.
 
     Returns:
-        The same splits without those examples, and after them the new ones.
+        The same splits without those examples, and after them the new ones; and of each the rows that it had.
 
     Raises:
         InputError: there is no such column, or its labels are numbers without names.
     """
-    inside, outside = {}, {}
+    inside, outside, origin = {}, {}, {}
     for split, data in splits.items():
         data = _named(f"task {name!r}, split {split!r}", data, column)
         foreign = [value == label for value in data[column][:]]
-        inside[split] = data.select([row for row, is_foreign in enumerate(foreign) if not is_foreign])
+        origin[split] = [row for row, is_foreign in enumerate(foreign) if not is_foreign]
+        inside[split] = data.select(origin[split])
         if any(foreign) and split != "train":
             title = "out_of_scope" if split == "test" else f"{split}_out_of_scope"
-            rows = [row for row, is_foreign in enumerate(foreign) if is_foreign]
-            outside[title] = data.select(rows).remove_columns(column)
-    return inside | outside
+            origin[title] = [row for row, is_foreign in enumerate(foreign) if is_foreign]
+            outside[title] = data.select(origin[title]).remove_columns(column)
+    return inside | outside, origin
 
 
 def borrow(texts: Sequence[str], columns: Sequence[str]) -> "Dataset":

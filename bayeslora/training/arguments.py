@@ -4,6 +4,7 @@ All others work as they do there; the table in ``tests/training/test_trainer_man
 """
 
 import dataclasses
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,13 +15,16 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from bayeslora.adapters.modes import checkpointable, recomputes, refuse_reentrant
 from bayeslora.errors import InputError
-from bayeslora.training.budget import TRAINER_NAMES
+from bayeslora.training.budget import TRAINER_NAMES, FitOptions
 
 # Field to the argument of fit that says it.
 FIT_NAMES = {field: name for name, field in TRAINER_NAMES.items() if field != name} | {
     "disable_tqdm": "progress",
     "resume_from_checkpoint": "resume",
 }
+
+# What else fit has by name, beside its options.
+ARGUMENTS = ("eval_dataset", "tune", "resume", "progress", "compute_metrics", "callbacks", "metadata")
 
 _OWN_LOSS = "the loss is the posterior's objective, noise and KL included, and it would be replaced by one without them"
 _COMPILED = "it would compile Pyro too: call bayes.compile() before training"
@@ -58,10 +62,16 @@ REFUSED_BY_SFT = REFUSED | {
 
 
 def check_names(given: Mapping[str, Any]) -> None:
-    """Refuse what :func:`bayeslora.fit` has a name of its own for, and would overrule in part."""
+    """Refuse what :func:`bayeslora.fit` has a name of its own for, and what nobody knows."""
+    fields = [field.name for field in dataclasses.fields(TrainingArguments) if field.init]
     for name in given:
         if name in FIT_NAMES:
             raise InputError(f"fit calls {name} {FIT_NAMES[name]}: pass {FIT_NAMES[name]}=")
+        if name not in fields:
+            own = [field.name for field in dataclasses.fields(FitOptions)]
+            close = difflib.get_close_matches(name, [*own, *ARGUMENTS, *fields], n=2)
+            meant = f"did you mean {' or '.join(close)}?" if close else "help(bayeslora.fit) lists what there is"
+            raise InputError(f"neither fit nor transformers.TrainingArguments has an argument {name!r}: {meant}")
 
 
 def check_arguments(arguments: TrainingArguments, refused: Mapping[str, str]) -> None:
@@ -121,7 +131,7 @@ def check_evaluated(arguments: TrainingArguments, eval_dataset: Any, best_metric
                 f"dataloader_drop_last=True drops all {len(eval_dataset)} examples of the eval_dataset: "
                 "pass a smaller per_device_eval_batch_size"
             )
-    if arguments.prediction_loss_only and best_metric != "loss":
+    if arguments.prediction_loss_only and best_metric not in ("loss", "predictive_nll"):
         raise InputError(f"prediction_loss_only=True computes the loss alone, and best_metric is {best_metric!r}")
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bayeslora.errors import InputError
-from bayeslora.options import COUNT, NOT_NEGATIVE, POSITIVE, SEED, Range, option, ranges
+from bayeslora.options import COUNT, FROM_ZERO, NOT_NEGATIVE, POSITIVE, SEED, Range, option, ranges
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,11 @@ class FitOptions(TrainingBudget):
 
     evaluations: int | None = option(None, "how often to evaluate and save; default once an epoch", COUNT)
     early_stopping: int | None = option(None, "stop after so many evaluations without gain", COUNT)
-    best_metric: str = option(
-        "loss", "decides the best checkpoint: loss, accuracy, ...", trainer="metric_for_best_model"
+    eval_samples: int = option(4, "draws that an evaluation scores beside the mean; 0 for none", FROM_ZERO)
+    best_metric: str | None = option(
+        None,
+        "decides the best checkpoint: predictive_nll (default, with draws), loss (the mean's), accuracy, ...",
+        trainer="metric_for_best_model",
     )
 
     def check(self, eval_dataset: Any) -> None:
@@ -58,10 +61,11 @@ class FitOptions(TrainingBudget):
             value = getattr(self, name)
             if takes == COUNT and value is not None and value < 1:
                 raise InputError(f"{name} must be at least 1, got {value}")
+        FROM_ZERO.check("eval_samples", self.eval_samples)
 
 
 # Option to the field of TrainingArguments that it is.
 TRAINER_NAMES = {f.name: f.metadata["trainer"] for f in dataclasses.fields(FitOptions) if f.metadata["trainer"]}
 
 # What run.json says of a training's options; a run may go on with another early_stopping.
-RECORDED = (*TRAINER_NAMES.values(), "eval_steps", "variational_learning_rate")
+RECORDED = (*TRAINER_NAMES.values(), "eval_steps", "eval_samples", "variational_learning_rate")

@@ -38,20 +38,21 @@ from bayeslora.training.budget import FitOptions
 from bayeslora.training.held_out import hold_out
 from bayeslora.training.metrics import Metrics
 from bayeslora.training.monitor import BriefProgress, GroupedTensorBoard
-from bayeslora.training.record import begin_run, close_run, refuse_other_content, run_record
+from bayeslora.training.record import begin_run, close_run, evaluated_as_begun, refuse_other_content, run_record
 from bayeslora.training.settings import fit_settings
 from bayeslora.training.trainer import BayesTrainer, variational_rate
 
 
 @dataclass(frozen=True)
 class FitResult:
-    """``metrics`` of the last evaluation (of the best checkpoint where one was kept), the log ``history``, the
-    number of optimizer ``steps``, and where the run lies."""
+    """``metrics`` of the evaluation of what was kept, the log ``history``, the number of optimizer ``steps``, where the
+    run lies, and the ``checkpoint`` that was kept: the step of the best evaluation, or the last."""
 
     metrics: dict[str, float]
     history: list[dict[str, float]]
     steps: int
     output_dir: Path
+    checkpoint: int = 0
 
 
 def fit(
@@ -72,7 +73,8 @@ def fit(
     max_grad_norm: float = FitOptions.max_grad_norm,
     evaluations: int | None = FitOptions.evaluations,
     early_stopping: int | None = FitOptions.early_stopping,
-    best_metric: str = FitOptions.best_metric,
+    eval_samples: int = FitOptions.eval_samples,
+    best_metric: str | None = FitOptions.best_metric,
     seed: int = FitOptions.seed,
     tune: Any = None,
     resume: bool = False,
@@ -88,7 +90,7 @@ def fit(
         bayes: What to fit; left at the best checkpoint where ``eval_dataset`` is given, else at the last step.
         train_dataset: Encoded examples with ``labels`` (or ``label``), of the kinds that
             :func:`bayeslora.inference.predict.predict` takes.
-        eval_dataset: The same, for evaluation at the posterior mean; no evaluation when ``None``.
+        eval_dataset: The same, for evaluation; no evaluation when ``None``.
         output_dir: Run folder: ``run.json``, ``checkpoints/`` while training, ``adapter/`` at the end, and
             ``tensorboard/`` where that is installed; see :mod:`bayeslora.storage.run_folder`.
         epochs: Passes over the data; ``max_steps`` optimizer steps instead, where given.
@@ -99,8 +101,12 @@ def fit(
         max_grad_norm: Gradients are clipped to this norm; 0 switches clipping off.
         evaluations: How often to evaluate and save in the run; once an epoch if ``None``.
         early_stopping: Stop after so many evaluations without improvement of ``best_metric``.
-        best_metric: ``"loss"`` (at the mean, nats) or an evaluation metric such as ``"accuracy"``; decides the best
-            checkpoint, smaller loss or NLL or ECE or Brier better, larger otherwise.
+        eval_samples: Draws that an evaluation scores beside the mean, the same at every evaluation and on up to 200
+            examples: ``predictive_nll`` and, for classes, ``predictive_accuracy``, ``predictive_ece`` and so on. 0
+            evaluates the mean alone.
+        best_metric: Decides the best checkpoint: ``"predictive_nll"`` if ``None``, of the draws that are used
+            afterwards, and ``"loss"`` (at the mean, nats) where no draws are scored; or another metric of the
+            evaluation, such as ``"accuracy"``. Smaller loss or NLL or ECE or Brier is better, larger otherwise.
         seed: Decides data order, dropout and noise; the same seed gives the same run.
         tune: At the end, choose how wide the noise is, as :meth:`bayeslora.BayesLoRA.tune` does: by these labelled
             examples, which are none of the training's, or by a share of the training examples, such as 0.1, that is
@@ -142,19 +148,21 @@ def fit(
         seed=seed,
         evaluations=evaluations,
         early_stopping=early_stopping,
+        eval_samples=eval_samples,
         best_metric=best_metric,
     )
     options.check(eval_dataset)
+    options = evaluated_as_begun(output_dir, resume, options)
     check_names(trainer_arguments)
     train_dataset, tuning_set = hold_out(train_dataset, tune, seed)
     data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "tune": tuning_set}
     collate = _check_data(bayes, data, batch_size)
-    metrics = Metrics(bayes, compute_metrics, best_metric)
+    metrics = Metrics(bayes, compute_metrics, options.best_metric, options.eval_samples)
     selection = {"eval_strategy": "no"} if eval_dataset is None else metrics.selection()
     arguments, compiled = fit_settings(options, len(train_dataset), output_dir, selection, progress, trainer_arguments)
-    _check_arguments(arguments, bayes.network.get_base_model(), eval_dataset, best_metric)
+    _check_arguments(arguments, bayes.network.get_base_model(), eval_dataset, metrics.best)
     rate = variational_rate(arguments, variational_learning_rate)
-    record = run_record(bayes, arguments, rate, data, metadata)
+    record = run_record(bayes, arguments, rate, data, metadata, eval_samples=options.eval_samples)
     _compile(bayes, compiled)
     with ExitStack() as stack:
         checkpoint, finished = on_main_process(lambda: _open_folder(output_dir, resume, record, stack))
@@ -171,14 +179,13 @@ def fit(
                 compute_metrics=metrics if metrics.any else None,
                 callbacks=[*callbacks, *([EarlyStoppingCallback(early_stopping)] if early_stopping else [])],
             )
+            trainer.eval_samples = options.eval_samples
             trainer.get_train_dataloader()
         result = _train(trainer, checkpoint, output_dir, progress, stack)
         _tune(trainer, tuning_set, output_dir, progress)
-        on_main_process(
-            lambda: close_run(
-                bayes, record, output_dir, steps=result.steps, metrics=result.metrics, history=result.history
-            )
-        )
+        names = ("steps", "checkpoint", "metrics", "history")
+        outcome = {name: getattr(result, name) for name in names}
+        on_main_process(lambda: close_run(bayes, record, output_dir, outcome))
     bayes.eval()
     return result
 
@@ -220,7 +227,8 @@ def _load_finished(
     bayes.num_examples = num_examples
     load_adapter(bayes, output_dir / ADAPTER_FOLDER)
     bayes.to(arguments.device).eval()
-    return FitResult(record["metrics"], record["history"], record["steps"], output_dir)
+    steps = record["steps"]
+    return FitResult(record["metrics"], record["history"], steps, output_dir, record.get("checkpoint", steps))
 
 
 @contextmanager
@@ -243,8 +251,17 @@ def _train(
     set_seed(trainer.args.seed)
     _choose_reports(trainer, progress, stack)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
-    return FitResult(metrics, trainer.state.log_history, trainer.state.global_step, output_dir)
+    state, kept = trainer.state, trainer.state.global_step
+    if trainer.args.load_best_model_at_end and state.best_model_checkpoint:
+        kept = int(state.best_model_checkpoint.rpartition("-")[2])
+    metrics = {} if trainer.eval_dataset is None else _evaluated_at(trainer, kept)
+    return FitResult(metrics, state.log_history, state.global_step, output_dir, kept)
+
+
+def _evaluated_at(trainer: BayesTrainer, step: int) -> dict[str, float]:
+    """The evaluation of a step, from the log where it is there."""
+    logged = [entry for entry in trainer.state.log_history if "eval_loss" in entry and entry["step"] == step]
+    return {name: v for name, v in logged[-1].items() if name != "step"} if logged else trainer.evaluate()
 
 
 def _tune(trainer: BayesTrainer, tuning_set: Any, output_dir: Path, progress: bool) -> None:

@@ -8,19 +8,27 @@ from transformers import EvalPrediction
 
 from bayeslora.errors import InputError
 from bayeslora.posterior import Posterior
+from bayeslora.training.predictive import predictive_names
 
 
 class Metrics:
-    """What an evaluation computes: the likelihood's, and the caller's.
+    """What an evaluation computes: the likelihood's, and the caller's; and the predictive's, with draws to score.
 
     Raises:
         InputError: where ``best_metric`` is not among them; for the caller's, at the first evaluation.
     """
 
-    def __init__(self, bayes: Posterior, compute_metrics: Callable[..., dict[str, Any]] | None, best_metric: str):
+    def __init__(
+        self,
+        bayes: Posterior,
+        compute_metrics: Callable[..., dict[str, Any]] | None,
+        best_metric: str | None,
+        eval_samples: int = 0,
+    ):
         self.likelihood = bayes.model.labelling
-        self.compute, self.best = compute_metrics, best_metric
-        self.ours = {"loss": False, **self.likelihood.metric_names}
+        self.predictive = predictive_names(bayes, eval_samples)
+        self.compute, self.best = compute_metrics, best_metric or next(iter(self.predictive), "loss")
+        self.ours = {"loss": False, **self.likelihood.metric_names, **self.predictive}
         self.any = bool(self.likelihood.metric_names) or compute_metrics is not None
         if compute_metrics is None:
             self._check(tuple(self.ours))
@@ -44,5 +52,5 @@ class Metrics:
             found |= self.likelihood.metrics(np.asarray(prediction.predictions), np.asarray(prediction.label_ids))
         if self.compute is not None:
             found |= self.compute(prediction)
-        self._check(["loss", *(name.removeprefix("eval_") for name in found)])
+        self._check(["loss", *self.predictive, *(name.removeprefix("eval_") for name in found)])
         return found

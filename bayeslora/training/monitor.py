@@ -102,6 +102,8 @@ _SHOWN = {
     "eval_loss": "evaluation NLL",
     "eval_accuracy": "accuracy",
     "eval_ece": "ECE",
+    "eval_predictive_nll": "over draws: NLL",
+    "eval_predictive_ece": "ECE over draws",
 }
 
 

@@ -1,9 +1,10 @@
 """``run.json``: what a run was begun with, so that only the same run goes on in its folder."""
 
+import dataclasses
 import json
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from bayeslora.storage.run_folder import (
     foreign_entry,
     last_checkpoint,
 )
-from bayeslora.training.budget import RECORDED
+from bayeslora.training.budget import RECORDED, FitOptions
 from bayeslora.training.monitor import relative_noise_by_adapter
 
 logger = logging.getLogger(__name__)
@@ -74,9 +75,18 @@ def read_record(run_file: Path) -> dict[str, Any]:
     return record
 
 
+def evaluated_as_begun(output_dir: Path, resume: bool, options: FitOptions) -> FitOptions:
+    """A run of an earlier version scored no draws at its evaluations, and goes on without."""
+    run_file = output_dir / RUN_FILE
+    if not resume or options.best_metric is not None or not run_file.is_file():
+        return options
+    began = read_record(run_file)["training"]
+    return options if "eval_samples" in began else dataclasses.replace(options, eval_samples=0, best_metric="loss")
+
+
 def _check_same_run(output_dir: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     """A resumed run goes on with the settings it began with; a field that came later had its default."""
-    defaults = {"config": MonteCLoRAConfig().to_dict(), "training": {"tuning_examples": 0}}
+    defaults = {"config": MonteCLoRAConfig().to_dict(), "training": {"tuning_examples": 0, "eval_samples": 0}}
     for part, missing in defaults.items():
         began = {**missing, **before[part]}
         for name, value in now[part].items():
@@ -93,6 +103,8 @@ def run_record(
     variational_learning_rate: float,
     data: Mapping[str, Any],
     metadata: Mapping[str, Any] | None,
+    *,
+    eval_samples: int = 0,
 ) -> dict[str, Any]:
     """What ``run.json`` says of a run that begins; ``data`` is what it trains, evaluates and tunes on."""
     num_examples, tuning_set = len(data["train_dataset"]), data.get("tune")
@@ -102,6 +114,7 @@ def run_record(
         "config": bayes.monteclora_config.to_dict(),
         "training": {
             **{name: _plain(getattr(arguments, name)) for name in RECORDED if hasattr(arguments, name)},
+            "eval_samples": eval_samples if data.get("eval_dataset") is not None else 0,
             "variational_learning_rate": variational_learning_rate,
             "train_examples": num_examples,
             "tuning_examples": 0 if tuning_set is None else len(tuning_set),
@@ -123,21 +136,12 @@ def record_without_training(bayes: Posterior, metadata: Mapping[str, Any]) -> di
     }
 
 
-def close_run(
-    bayes: Posterior,
-    record: dict[str, Any],
-    output_dir: Path,
-    *,
-    steps: int,
-    metrics: Mapping[str, float],
-    history: Sequence[Mapping[str, float]],
-) -> None:
-    """Write the adapter, then the record that says that it is whole."""
+def close_run(bayes: Posterior, record: dict[str, Any], output_dir: Path, outcome: Mapping[str, Any]) -> None:
+    """Write the adapter, then the record, with the ``outcome``, that says that it is whole."""
     save_pretrained(bayes, output_dir / ADAPTER_FOLDER)
     with as_tuned(bayes, None):
         record["relative_noise"] = relative_noise_by_adapter(bayes)
-    record |= {"finished": True, "steps": steps, "metrics": dict(metrics), "history": list(history)}
-    write_json(output_dir / RUN_FILE, record)
+    write_json(output_dir / RUN_FILE, record | {"finished": True} | outcome)
 
 
 def _plain(value: Any) -> Any:

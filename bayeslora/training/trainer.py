@@ -17,6 +17,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from bayeslora.adapters.parameters import POSTERIOR_RATE, trained_parameters
 from bayeslora.data.batches import Collator
 from bayeslora.data.checks import check_to_learn_from
 from bayeslora.distributed import check_parallelism
@@ -35,7 +36,7 @@ from bayeslora.storage.run_folder import (
 )
 from bayeslora.training.arguments import REFUSED_BY_TRAINER, check_fit_arguments
 from bayeslora.training.monitor import posterior_logs
-from bayeslora.training.parameters import trained_parameters
+from bayeslora.training.predictive import predictive_metrics, predictive_names
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +115,7 @@ class BayesTrainer(Trainer):
         if isinstance(train_dataset, Sized):
             model.num_examples = len(train_dataset)
         self.variational_learning_rate = variational_rate(args, variational_learning_rate)
+        self.eval_samples = 0  # draws that an evaluation scores beside the mean
         self._ended = False
         self._step_loss: Tensor | float = 0.0
         self._parts: ELBOParts | None = None
@@ -137,15 +139,10 @@ class BayesTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            decayed, plain, variational = parameter_groups(self.bayes)
-            rate, posterior_rate = self.args.learning_rate, self.variational_learning_rate
-            groups = [
-                {"params": decayed, "lr": rate, "weight_decay": self.args.weight_decay},
-                {"params": plain, "lr": rate, "weight_decay": 0.0},
-                {"params": variational, "lr": posterior_rate, "weight_decay": 0.0},
-            ]
+            rates = self.args.learning_rate, self.variational_learning_rate
+            groups = self.bayes.parameter_groups(*rates, weight_decay=self.args.weight_decay)
             cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.bayes)
-            self.optimizer = cls([group for group in groups if group["params"]], **options)
+            self.optimizer = cls(groups, **options)
         return self.optimizer
 
     def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
@@ -200,8 +197,9 @@ class BayesTrainer(Trainer):
     @cached_property
     def _trained(self) -> dict[str, list[Tensor]]:
         """Parameters of the network (μ, B, head) and of the posterior."""
-        matrices, vectors, posterior = parameter_groups(self.bayes)
-        return {"network": [*matrices, *vectors], "posterior": posterior}
+        matrices, vectors = trained_parameters(self.bayes.network)
+        posterior = [*self.bayes.guide.parameters(), *self.bayes.model.parameters()]
+        return {"network": [*matrices, *vectors], "posterior": [p for p in posterior if p.requires_grad]}
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         # averages over steps begin anew at each checkpoint, so that a resumed run logs what an uninterrupted one does
@@ -226,6 +224,10 @@ class BayesTrainer(Trainer):
         output = super().evaluation_loop(*args, **kwargs)
         losses, weights = torch.cat(self._losses), torch.cat(self._example_weights)
         output.metrics["eval_loss"] = float((losses * weights).sum() / weights.sum())
+        if predictive_names(self.bayes, self.eval_samples):
+            size = self.args.per_device_eval_batch_size
+            found = predictive_metrics(self.bayes, self.eval_dataset, self.eval_samples, size)
+            output.metrics.update({f"eval_{name}": value for name, value in found.items()})
         return output
 
     def _diverged(self, what: str, step: int) -> TrainingDivergedError:
@@ -283,7 +285,7 @@ class BayesTrainer(Trainer):
 
 def variational_rate(args: TrainingArguments, given: float | None) -> float:
     """The learning rate of the guide: ten times the network's, unless it is given."""
-    return 10 * args.learning_rate if given is None else given
+    return POSTERIOR_RATE * args.learning_rate if given is None else given
 
 
 def _collator(bayes: Posterior, train: Any, evaluation: Any, batch_size: int) -> Collator:
@@ -294,9 +296,3 @@ def _collator(bayes: Posterior, train: Any, evaluation: Any, batch_size: int) ->
     if not given:
         return Collator.for_network(bayes.network, bayes.model.labelling)
     return check_to_learn_from(bayes.model, given, batch_size)
-
-
-def parameter_groups(bayes: Posterior) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """The network's matrices, its vectors, and the posterior's parameters."""
-    posterior = [*bayes.guide.parameters(), *bayes.model.parameters()]
-    return *trained_parameters(bayes.network), [p for p in posterior if p.requires_grad]

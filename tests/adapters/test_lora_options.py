@@ -1,6 +1,7 @@
 """Every option of PEFT's LoraConfig: what was fitted with it comes back as it was, or it is refused before training."""
 
 import dataclasses
+import warnings
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from bayeslora import BayesLoRA, InputError, MonteCLoRAConfig
 from bayeslora.inference.predict import Collator
 from tests.architectures import ARCHITECTURES
+from tests.conftest import tiny_network
 
 ARCHITECTURE = ARCHITECTURES["llama"]
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -93,6 +95,14 @@ WORKING = {
     "lora_bias",
     "loftq_config",
 }  # which PEFT drops where init_lora_weights is not "loftq"
+
+
+def test_nothing_is_said_that_a_user_cannot_act_on():
+    """Of what PEFT asks transformers for."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        BayesLoRA(tiny_network(), MonteCLoRAConfig(r=2))
+    assert not [one for one in said if "is_gradient_checkpointing" in str(one.message)]
 
 
 def test_the_table_is_complete():

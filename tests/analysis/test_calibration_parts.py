@@ -184,6 +184,28 @@ def test_interval_of_a_mean_is_that_of_the_normal():
     np.testing.assert_allclose([found.lower, found.upper], values.mean() + np.array([-half, half]), atol=0.1 * half)
 
 
+@pytest.mark.parametrize("size", [20, 100, 400])
+def test_an_interval_holds_its_estimate_where_the_statistic_is_biased(size):
+    """The calibration error of calibrated probabilities: on resampled sets it is larger than on the examples."""
+    rng = np.random.default_rng(size)
+    for _ in range(20):
+        chance = rng.uniform(0.5, 1, size)
+        probs, labels = np.stack([chance, 1 - chance], 1), (rng.random(size) > chance).astype(int)
+        found = bootstrap_interval(expected_calibration_error, probs, labels, num_resamples=100)
+        assert found.lower <= found.estimate <= found.upper
+        assert found.lower < found.upper
+
+
+def test_a_biased_statistic_is_corrected():
+    """The largest of many exponentials falls short on every resampled set; percentiles would lie below it."""
+    values = np.random.default_rng(3).exponential(size=50)
+    found = bootstrap_interval(lambda x: x.var() + 5 / len(np.unique(x)), values)
+    resampled = np.random.default_rng(0)
+    plain = [(lambda x: x.var() + 5 / len(np.unique(x)))(values[resampled.integers(50, size=50)]) for _ in range(1000)]
+    assert found.upper < np.quantile(plain, 0.975)
+    assert found.lower < np.quantile(plain, 0.025)
+
+
 def test_arrays_are_resampled_together():
     first = np.arange(50.0)
     assert bootstrap_interval(lambda a, b: np.abs(a - b).max(), first, first) == (0, 0, 0)

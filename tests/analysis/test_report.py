@@ -106,6 +106,31 @@ class TestPage:
             low, high = map(float, cells[row + 4][len("0.000") :].split(" to "))
             assert low < scores["nll"] < high
 
+    @pytest.mark.parametrize(
+        ("certain", "says"),
+        [(4.0, "overconfident"), (0.3, "underconfident"), (1.0, "as sure as it should be")],
+    )
+    def test_begins_with_what_to_make_of_it(self, certain, says):
+        """Labels are drawn from probabilities that are sharper, or flatter, than those that are shown."""
+        rng = np.random.default_rng(1)
+        logits = 1.5 * rng.normal(size=(800, 2))
+        true = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+        shown = np.exp(certain * logits) / np.exp(certain * logits).sum(1, keepdims=True)
+        entropy = -(shown * np.log(shown)).sum(1)
+        labels = (rng.random(800) < true[:, 1]).astype(int)
+        judged = SplitResults(labels, (), shown, entropy, entropy / 5)
+        page = report_html([run(splits={"test": judged})])
+        accuracy = (shown.argmax(1) == labels).mean()
+        assert f"montecarlo answers {100 * accuracy:.0f} % of 800 test examples right" in page
+        assert says in page[: page.index("<main>")]
+
+    def test_pictures_come_before_settings_and_importance_sampling_last(self):
+        other = Diagnostic("convergence", 0.1, (0.5, 0.7), "good", "a paper", "fine")
+        page = report_html([run(diagnostics=[run().diagnostics[0], other])])
+        assert page.index('id="training"') < page.index('id="runs"')
+        assert page.index(">convergence<") < page.index(">pareto_k<")
+        assert 'class="bad"' not in page
+
     def test_differences_are_paired(self):
         """A run against itself differs by exactly nothing, for every resampled set."""
         cells = Reader(report_html([run("one"), run("same")])).cells

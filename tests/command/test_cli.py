@@ -1,5 +1,6 @@
 """The command line as a user meets it: exit codes, one-line errors, and a whole run on a tiny network."""
 
+import csv
 import inspect
 import json
 import re
@@ -8,11 +9,16 @@ import subprocess
 import sys
 from importlib import import_module
 
+import numpy as np
 import pytest
 
+from bayeslora import open_run
+from bayeslora.adapters.quantized import is_quantized
+from bayeslora.command.fit import still_falls
 from bayeslora.command.idle import RULES, refuse_idle
 from bayeslora.command.main import main
 from bayeslora.command.parser import build_parser
+from bayeslora.training.fit import FitResult
 from tests.conftest import tiny_network
 
 COMMANDS = ("demo", "fit", "evaluate", "predict", "tune", "diagnose", "compare", "report")
@@ -231,7 +237,14 @@ def test_evaluate_prints_one_json_object(run, capsys):
 
 def test_evaluate_for_people(run, capsys):
     assert main(["evaluate", str(run), "--split", "validation", "--num-samples", "0"]) == 0
-    assert re.search(r"^nll +\d\.\d{4}$", capsys.readouterr().out, re.MULTILINE)
+    said = capsys.readouterr()
+    assert re.search(r"^nll +\d\.\d{4}$", said.out, re.MULTILINE)
+    assert re.search(r"^confidence +0\.\d{4}, (surer|less sure|as sure)", said.out, re.MULTILINE)
+    assert "the draws agree" not in said.err  # there are none
+    assert main(["evaluate", str(run), "--split", "validation", "--num-samples", "4"]) == 0
+    assert (
+        "the draws agree (mutual information" in capsys.readouterr().err
+    )  # after two epochs there is next to no noise
 
 
 def test_predict_texts(run, capsys):
@@ -247,6 +260,89 @@ def test_predict_texts(run, capsys):
 def test_predict_an_unlabelled_split(run, capsys):
     assert main(["predict", str(run), "--split", "unlabelled", "--num-samples", "2"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_the_index_of_a_prediction_is_the_row_of_the_file(run, data, capsys):
+    texts = [row["text"] for row in csv.DictReader((data / "test.csv").read_text().splitlines())]
+    words = ["predict", str(run), "--num-samples", "0"]
+    assert main([*words, "--split", "test", "--max-examples", "5"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["index"] for line in lines] != [0, 1, 2, 3, 4]
+    assert main([*words, "--text", *(texts[line["index"]] for line in lines)]) == 0
+    again = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["probs"] for line in lines] == [pytest.approx(line["probs"], abs=1e-5) for line in again]
+
+
+def test_fit_says_what_it_kept_at_the_mean_and_over_draws(run, model, data, tmp_path, capsys):
+    """After the fact it is before and after; the mean's score stays, and the better posterior is kept."""
+    words = ["fit", *data_options(model, data), *SMALL, "--adapter", str(run), "--sample-scaler", "1", "--epochs", "3"]
+    assert main([*words, "--mode", "post_hoc", "--output", str(tmp_path / "post_hoc")]) == 0
+    said = capsys.readouterr()
+    record = json.loads((tmp_path / "post_hoc" / "run.json").read_text())
+    assert "trained on" not in said.err
+    assert f"kept: step {record['checkpoint']}, the best of 3 evaluations, on 8 validation examples" in said.out
+    assert "the LoRA alone  with its posterior, 4 draws" in said.out
+    nll = next(line.split() for line in said.out.splitlines() if line.split()[:1] == ["nll"])
+    scores = [record["metrics"][name] for name in ("eval_loss", "eval_predictive_nll")]
+    assert [float(word) for word in nll[1:]] == pytest.approx(scores, abs=1e-4)
+    assert scores[1] == min(entry["eval_predictive_nll"] for entry in record["history"] if "eval_loss" in entry)
+    assert main([*words, "--output", str(tmp_path / "joint")]) == 0
+    assert "is trained on, together with its posterior; --mode post_hoc leaves it" in capsys.readouterr().err
+
+
+def test_an_evaluation_does_not_outlast_training(model, data, tmp_path, capsys):
+    words = ["fit", *data_options(model, data), *SMALL, "--max-steps", "1", "--max-train-examples", "4"]
+    assert main([*words, "--output", str(tmp_path / "few")]) == 0
+    said = capsys.readouterr()
+    assert "evaluating on 4 of 8 validation examples (--max-eval-examples)" in said.err
+    assert "the only evaluation, on 4 validation examples" in said.out
+    assert "the draws say what the mean says" in said.out
+    assert main([*words, "--output", str(tmp_path / "asked"), "--max-eval-examples", "6"]) == 0
+    assert "evaluating on 6 of 8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("course", "falls"), [(0.03, True), (0.001, False), (-0.03, False)])
+def test_fit_says_whether_the_loss_still_falls(course, falls, tmp_path):
+    noise = np.random.default_rng(0).normal(size=40) * 0.01
+    history = [{"step": i, "elbo/task": 0.8 * np.exp(-course * i) + noise[i], "loss": 1.0} for i in range(40)]
+    assert still_falls(FitResult({}, history, 40, tmp_path)) == falls
+
+
+def test_precision_and_memory_reach_training(model, data, tmp_path, monkeypatch):
+    given = {}
+    monkeypatch.setattr("bayeslora.command.fit.fit", lambda *_, **options: given.update(options) or pytest.exit)
+    words = ["fit", *data_options(model, data), *SMALL, "--output", str(tmp_path / "run"), "--bf16"]
+    with pytest.raises(AttributeError):  # what fit would have returned
+        main([*words, "--gradient-checkpointing", "--report-to", "none", "--device-map", "cpu"])
+    assert [given[name] for name in ("bf16", "gradient_checkpointing", "report_to")] == [True, True, ["none"]]
+    assert given["metadata"]["bits"] is None
+
+
+def test_four_bits_are_remembered(model, data, tmp_path, capsys):
+    pytest.importorskip("bitsandbytes")
+    folder = tmp_path / "run"
+    words = ["fit", *data_options(model, data), *SMALL, "--output", str(folder), "--max-steps", "1", "--load-in-4bit"]
+    assert main(words) == 0
+    assert is_quantized(open_run(folder).network)
+
+
+@pytest.mark.parametrize(("command", "says"), [("report", "report interrupted"), ("fit", "fit interrupted; the same")])
+def test_an_interrupt_names_its_command(command, says, monkeypatch, capsys):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bayeslora.command.main._resolve", lambda _: interrupted)
+    words = {"report": ["run"], "fit": ["--model", "m", "--task", "t", "--output", "o"]}
+    assert main([command, *words[command]]) == 130
+    assert f"bayeslora: {says}" in capsys.readouterr().err
+
+
+def test_help_shows_defaults_and_tasks(capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for words in ("(default: 3)", "(default: 0.001)", "mrpc, cola", "gsm8k", "(default: 128)", "(default: 0)"):
+        assert words in text
 
 
 def test_diagnose_for_people_and_programs(run, capsys):

@@ -40,6 +40,16 @@ def test_out_of_scope_questions_have_splits_of_their_own(clinc):
     assert clinc.shift_splits == ()
 
 
+def test_rows_are_those_of_the_file(clinc):
+    """The texts are numbered as they stand in the file."""
+    for split in ("test", "out_of_scope"):
+        numbers = [int(text.rsplit(" ", 1)[1]) for text in clinc.split(split)["text"][:]]
+        assert clinc.rows(split) == numbers
+        assert clinc.rows(split, limit=2, seed=3) == [
+            int(text.rsplit(" ", 1)[1]) for text in clinc.split(split, limit=2, seed=3)["text"][:]
+        ]
+
+
 def test_the_recipe_makes_the_task_again(clinc):
     again = load_task(**clinc.recipe)
     assert (again.splits, again.label_names) == (clinc.splits, clinc.label_names)

@@ -37,6 +37,7 @@ OTHER = {
     "seed": 11,
     "evaluations": 1,
     "early_stopping": 6,
+    "eval_samples": 3,
     "best_metric": "accuracy",
 }
 FIT = ["fit", "--model", "m", "--task", "t", "--output", "o"]
@@ -90,9 +91,15 @@ def test_a_run_records_every_option(tmp_path):
         if name in TRAINER_NAMES:
             assert recorded[TRAINER_NAMES[name]] == value
     assert recorded["variational_learning_rate"] == OTHER["variational_learning_rate"]
+    assert recorded["eval_samples"] == OTHER["eval_samples"]
     assert recorded["eval_steps"] == OTHER["max_steps"] // OTHER["evaluations"]
     # all of them but early_stopping, with which a resumed run may go on otherwise
-    assert FIELDS.keys() - TRAINER_NAMES == {"variational_learning_rate", "evaluations", "early_stopping"}
+    assert FIELDS.keys() - TRAINER_NAMES == {
+        "variational_learning_rate",
+        "evaluations",
+        "early_stopping",
+        "eval_samples",
+    }
 
 
 def test_fit_takes_ten_times_the_rate_for_the_posterior():
@@ -119,6 +126,8 @@ METHOD = {
     "r": 3,
     "lora_alpha": 5.0,
     "target_modules": ("query", "value"),
+    "lora_dropout": 0.125,
+    "modules_to_save": ("pooler",),
     "num_components": 7,
     "sample_scaler": 0.5,
     "noise_units": "relative",

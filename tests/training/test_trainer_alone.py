@@ -1,7 +1,8 @@
 """BayesTrainer used by itself: the trainer that fit() has, without the run folder."""
 
 import pytest
-from transformers import TrainingArguments
+import torch
+from transformers import Trainer, TrainingArguments
 
 from bayeslora import BayesTrainer, InputError
 from bayeslora.data.batches import Collator
@@ -46,6 +47,36 @@ def test_it_ends_where_fit_ends(tmp_path, schedule):
     assert other.num_examples == 24
     assert not equal(before, state(other))
     assert equal(state(one), state(other))
+
+
+def test_a_stock_trainer_with_the_parameter_groups_ends_there_too(tmp_path):
+    """With one rate for all it does not."""
+    ended = []
+    for trained in ("fit", "groups", "one rate"):
+        bayes = new()
+        asked = arguments(tmp_path / trained, weight_decay=0.1, optim="adamw_torch", remove_unused_columns=False)
+        if trained == "fit":
+            BayesTrainer(bayes, asked, train_dataset=tiny_dataset(24)).train()
+        else:
+            groups = bayes.parameter_groups(1e-2, weight_decay=0.1)
+            if trained == "one rate":
+                groups = [group | {"lr": 1e-2} for group in groups]
+            optimizers = (torch.optim.AdamW(groups, eps=1e-8), None)
+            Trainer(bayes, asked, Collator(), tiny_dataset(24), optimizers=optimizers).train()
+        ended.append(state(bayes))
+    names = [name for name, value in ended[0].items() if value.is_floating_point()]
+    assert all(torch.allclose(ended[0][name], ended[1][name], atol=1e-6) for name in names)
+    assert not all(torch.allclose(ended[0][name], ended[2][name], atol=1e-4) for name in names)
+
+
+@pytest.mark.parametrize("mode", ["joint", "post_hoc"])
+def test_parameter_groups_hold_all_that_is_trained(mode):
+    bayes = new(mode=mode)
+    held = [parameter for group in bayes.parameter_groups(1e-3, 5e-3) for parameter in group["params"]]
+    trained = [parameter for parameter in bayes.parameters() if parameter.requires_grad]
+    assert sorted(map(id, held)) == sorted(map(id, trained))
+    rates = {group["lr"] for group in bayes.parameter_groups(1e-3, 5e-3)}
+    assert rates == ({1e-3, 5e-3} if mode == "joint" else {5e-3})
 
 
 def test_defaults_are_what_fit_has(tmp_path):

@@ -11,8 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from bayeslora import BayesLoRA, InputError, TrainingDivergedError
+from bayeslora.analysis import calibration_summary
 from bayeslora.inference.predict import Collator
 from bayeslora.storage.run_folder import last_checkpoint
+from bayeslora.training import predictive
 from bayeslora.training.monitor import components_in_use, relative_noise
 from bayeslora.training.trainer import BayesTrainer
 from tests.conftest import tiny_dataset
@@ -247,17 +249,53 @@ class TestEvaluation:
 
     OPTIONS = {"epochs": 4, "evaluations": 12, "learning_rate": 2e-2, "warmup": 0.0}  # noqa: RUF012
 
-    def test_early_stopping_keeps_the_best(self, tmp_path):
-        bayes, contrary = new(), flipped(tiny_dataset(24))
-        result = run(tmp_path, bayes, evaluate=contrary, early_stopping=3, **self.OPTIONS)
-        *losses, final = [entry["eval_loss"] for entry in result.history if "eval_loss" in entry]
+    @pytest.mark.parametrize(("metric", "draws"), [("loss", 0), ("predictive_nll", 4)])
+    def test_early_stopping_keeps_the_best(self, tmp_path, metric, draws):
+        bayes, contrary = new(sample_scaler=0.5), flipped(tiny_dataset(24))
+        chosen = {"best_metric": metric} if metric == "loss" else {}  # the other is the default
+        result = run(tmp_path, bayes, evaluate=contrary, early_stopping=3, **chosen, **self.OPTIONS)
+        losses = logged(result, f"eval_{metric}")
         assert result.steps < 24
-        assert losses[-4] == min(losses) < min(losses[-3:])
-        assert final == min(losses)  # evaluated again at the end, with the best checkpoint
-        assert result.metrics["eval_loss"] == min(losses)
+        assert [*losses.values()][-4] == min(losses.values()) < min([*losses.values()][-3:])
+        assert result.checkpoint == min(losses, key=losses.get)
+        assert result.metrics[f"eval_{metric}"] == min(losses.values())
         again = BayesLoRA.from_pretrained(tmp_path / "adapter", base())
-        nll = -again.predict(contrary, num_samples=0).sample_log_likelihood.mean()
-        assert nll == pytest.approx(min(losses), rel=1e-5)
+        assert again.predict(contrary, num_samples=draws).nll == pytest.approx(min(losses.values()), rel=1e-5)
+
+    def test_an_evaluation_scores_the_draws_that_predict_makes(self, tmp_path):
+        bayes, data = new(sample_scaler=0.5), tiny_dataset(20, seed=1)
+        metrics = run(tmp_path, bayes, evaluate=data, eval_samples=3).metrics
+        prediction = bayes.predict(data, num_samples=3)
+        for name, value in calibration_summary(prediction.probs, prediction.labels).items():
+            assert metrics[f"eval_predictive_{name}"] == pytest.approx(value, rel=1e-5)
+        assert metrics["eval_predictive_nll"] != pytest.approx(metrics["eval_loss"], rel=1e-3)
+
+    def test_many_examples_are_not_all_drawn_for(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(predictive, "MOST_EXAMPLES", 5)
+        bayes, data = new(sample_scaler=0.5), tiny_dataset(9)
+        metrics = run(tmp_path, bayes, evaluate=data).metrics
+        scored = bayes.predict([data[row] for row in (0, 2, 4, 6, 8)], num_samples=4).nll
+        assert metrics["eval_predictive_nll"] == pytest.approx(scored, rel=1e-5)
+
+    def test_post_hoc_keeps_the_posterior_that_predicts_best(self, tmp_path):
+        """The mean never changes, so its score cannot choose."""
+        bayes, data = randomize_b(new(mode="post_hoc", sample_scaler=4.0)), tiny_dataset(24)
+        result = run(tmp_path, bayes, evaluate=data, epochs=4, variational_learning_rate=0.3)
+        means, drawn = logged(result, "eval_loss"), logged(result, "eval_predictive_nll")
+        assert len(means) == 4
+        assert len({*means.values()}) == 1
+        assert result.checkpoint == min(drawn, key=drawn.get)
+        assert result.checkpoint != min(drawn)
+        assert bayes.predict(data, num_samples=4).nll == pytest.approx(min(drawn.values()), rel=1e-5)
+
+    def test_plain_lora_has_no_draws_to_score(self, tmp_path):
+        result = run(tmp_path, new(sample_scaler=0.0), evaluate=tiny_dataset(20, seed=1))
+        assert "eval_predictive_nll" not in result.metrics
+        assert json.loads((tmp_path / "run.json").read_text())["training"]["metric_for_best_model"] == "loss"
+
+    def test_the_last_evaluation_is_not_made_again(self, tmp_path):
+        result = run(tmp_path, evaluate=tiny_dataset(20, seed=1), epochs=2)
+        assert [entry["step"] for entry in result.history if "eval_loss" in entry] == [6, 12]
 
     def test_early_stopping_counts_on_after_a_resume(self, tmp_path):
         contrary = flipped(tiny_dataset(24))
@@ -277,7 +315,7 @@ class TestEvaluation:
     def test_best_by_another_metric(self, tmp_path):
         result = run(tmp_path, evaluate=tiny_dataset(20, seed=1), best_metric="accuracy", **self.OPTIONS)
         accuracies = [entry["eval_accuracy"] for entry in result.history if "eval_accuracy" in entry]
-        assert accuracies[-1] == max(accuracies)
+        assert result.metrics["eval_accuracy"] == max(accuracies)
         assert min(accuracies) < max(accuracies)
 
 

@@ -135,6 +135,7 @@ class PosteriorOptions:
             **evaluating,
             **dataclasses.asdict(experiment.budget(scale)),
             evaluations=experiment.evaluations,
+            eval_samples=0,
             **experiment.study.trainer,
         )
         spent = watch.read()
