@@ -21,7 +21,7 @@ from bayeslora.command.parser import build_parser
 from bayeslora.training.fit import FitResult
 from tests.conftest import tiny_network
 
-COMMANDS = ("demo", "fit", "evaluate", "predict", "tune", "diagnose", "compare", "report")
+COMMANDS = ("demo", "fit", "bayesianize", "evaluate", "predict", "tune", "diagnose", "compare", "report")
 
 
 def data_options(model, data):
@@ -143,6 +143,7 @@ def test_every_flag_of_a_rule_exists_and_works_somewhere(command):
     """A rule that named no flag of its command would never be broken, nor tested."""
     least = {
         "fit": "--model m --task t --output o",
+        "bayesianize": "adapter --model m --task t --output o --steps 1",
         "predict": "run --text a",
         "evaluate": "run --generate --temperature 1",
         "tune": "run",
@@ -275,7 +276,8 @@ def test_the_index_of_a_prediction_is_the_row_of_the_file(run, data, capsys):
 
 def test_fit_says_what_it_kept_at_the_mean_and_over_draws(run, model, data, tmp_path, capsys):
     """After the fact it is before and after; the mean's score stays, and the better posterior is kept."""
-    words = ["fit", *data_options(model, data), *SMALL, "--adapter", str(run), "--sample-scaler", "1", "--epochs", "3"]
+    words = ["fit", *data_options(model, data), *SMALL[5:], "--adapter", str(run), "--epochs", "3"]
+    words += ["--sample-scaler", "1"]
     assert main([*words, "--mode", "post_hoc", "--output", str(tmp_path / "post_hoc")]) == 0
     said = capsys.readouterr()
     record = json.loads((tmp_path / "post_hoc" / "run.json").read_text())

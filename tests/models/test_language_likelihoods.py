@@ -272,7 +272,7 @@ def test_in_training_all_options_of_a_question_see_its_own_mirror_image_of_the_n
     generator = torch.Generator().manual_seed(0)
     groups = bayes.model.groups
     noise = {g.name: torch.randn(len(g), g.columns, g.rank, generator=generator) for g in groups}
-    signs = bayes._signs({"labels": labels})
+    signs = bayes._signs(len(labels), 1)
     with torch.no_grad():
         with using_noise(groups, noise, signs):
             together = bayes.model.outputs(batch)
