@@ -24,6 +24,9 @@ def executed(page: str, pictures: Path) -> str:
     import matplotlib
 
     matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    pyplot.close("all")  # what is open belongs to somebody else
     shutil.rmtree(pictures, ignore_errors=True)
     pictures.mkdir()
     names: dict = {}

@@ -61,7 +61,8 @@ def run(arguments: argparse.Namespace, task: Task, config: MonteCLoRAConfig) -> 
         **_asked_of_trainer(arguments),
     )
     if rank() == 0:
-        _report(result, 0 if validation is None else len(validation), config, arguments.eval_samples)
+        unit = " (NLL in nats per token)" if task.writes else ""
+        _report(result, 0 if validation is None else len(validation), unit, config, arguments.eval_samples)
         if bayes.tuning is not None:
             print(f"  {bayes.tuning}")
         if still_falls(result):
@@ -102,7 +103,7 @@ def _validation(task: Task, tokenizer: Any, max_length: int, most: int) -> Any:
     return data
 
 
-def _report(result: FitResult, evaluated: int, config: MonteCLoRAConfig, draws: int) -> None:
+def _report(result: FitResult, evaluated: int, unit: str, config: MonteCLoRAConfig, draws: int) -> None:
     """What was kept, and what the draws do for it."""
     print(f"fitted in {result.steps} steps; adapter and posterior: {result.output_dir / 'adapter'}")
     if not evaluated:
@@ -110,7 +111,7 @@ def _report(result: FitResult, evaluated: int, config: MonteCLoRAConfig, draws: 
     best = "the best" if any(f"eval_{PREFIX}" in name for name in result.metrics) else "the best at the mean"
     looks = len({entry["step"] for entry in result.history if "eval_loss" in entry})
     which = f"{best} of {looks} evaluations" if looks > 1 else "the only evaluation"
-    print(f"kept: step {result.checkpoint}, {which}, on {evaluated} validation examples")
+    print(f"kept: step {result.checkpoint}, {which}, on {evaluated} validation examples{unit}")
     before, after = "at the mean", f"{draws} draws"
     if config.mode == "post_hoc":
         before, after = "the LoRA alone", f"with its posterior, {after}"

@@ -69,7 +69,7 @@ def check_names(given: Mapping[str, Any]) -> None:
             raise InputError(f"fit calls {name} {FIT_NAMES[name]}: pass {FIT_NAMES[name]}=")
         if name not in fields:
             own = [field.name for field in dataclasses.fields(FitOptions)]
-            close = difflib.get_close_matches(name, [*own, *ARGUMENTS, *fields], n=2)
+            close = difflib.get_close_matches(name, {*own, *ARGUMENTS, *fields}, n=2)
             meant = f"did you mean {' or '.join(close)}?" if close else "help(bayeslora.fit) lists what there is"
             raise InputError(f"neither fit nor transformers.TrainingArguments has an argument {name!r}: {meant}")
 

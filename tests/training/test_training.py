@@ -668,7 +668,7 @@ class TestBadInput:
             ({"early_stopping": 0, "evaluate": tiny_dataset(4)}, "early_stopping must be at least 1"),
             ({"best_metric": "f1", "evaluate": tiny_dataset(4)}, "no evaluation metric 'f1'; there are loss, accuracy"),
             ({"schedule": "sawtooth"}, "sawtooth is not a valid SchedulerType"),
-            ({"lerning_rate": 1.0}, "unexpected keyword argument 'lerning_rate'"),
+            ({"lerning_rate": 1.0}, r"has an argument 'lerning_rate': did you mean learning_rate or"),
         ],
     )
     def test_arguments(self, options, message, tmp_path):
