@@ -98,8 +98,8 @@ def _check_base(folder: Path, network: Any, arguments: argparse.Namespace) -> No
         check_base(folder, read_manifest(folder), network)
         return
     if not (folder / ADAPTER_CONFIG).is_file():
-        names = sorted(path.parent.name for path in folder.glob(f"*/{ADAPTER_CONFIG}"))
-        inside = f"; it holds the adapters {', '.join(names)}: give {folder / names[0]}" if names else ""
+        held = sorted(path.parent.name for path in folder.glob(f"*/{ADAPTER_CONFIG}"))
+        inside = f"; it holds the adapters {', '.join(held)}: give {folder / held[0]}" if held else ""
         raise InputError(f"no adapter in {folder}: it holds no {ADAPTER_CONFIG}{inside}")
     names = (arguments.model, getattr(network, "name_or_path", ""))
     known = is_same_base(folder / ADAPTER_CONFIG, names)

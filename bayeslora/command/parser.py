@@ -185,7 +185,7 @@ def _add_bayesianize(commands: Any) -> None:
     parser.add_argument(
         "--agreement",
         type=number("agreement", Range(float, 0, 1, above=True)),
-        default=0.95,
+        default=0.97,
         metavar="SHARE",
         help="the share of the answers to leave alone",
     )

@@ -1,7 +1,6 @@
 """A posterior over a finished adapter: the mean is the adapter as it is, and only the noise around it is found."""
 
 from collections.abc import Callable
-from numbers import Real
 from typing import Any, TypeVar
 
 import numpy as np
@@ -21,7 +20,7 @@ from bayeslora.posterior import Posterior
 
 Module = TypeVar("Module", bound=Posterior)
 
-AGREEMENT = 0.95
+AGREEMENT = 0.97
 
 
 def from_adapter(
@@ -80,7 +79,7 @@ def from_adapter(
     check_kind(dataset)
     set_shape(bayes, _shape(bayes, shape, dataset, batch_size, seed))
     bayes.eval()
-    if isinstance(width, Real):
+    if isinstance(width, int | float):
         bayes.model.tuning = Tuning(float(width))
     else:
         find_width(
@@ -118,7 +117,7 @@ def _check(network: nn.Module, shape: str, width: Any, with_temperature: bool) -
         )
     if shape not in SHAPES:
         raise InputError(f"shape must be one of {', '.join(SHAPES)}, got {shape!r}")
-    number = isinstance(width, Real) and not isinstance(width, bool)
+    number = isinstance(width, int | float) and not isinstance(width, bool)
     if not (number or width in (None, "labels", "agreement")):
         raise InputError(f"width must be 'labels', 'agreement' or a number of at least 0, got {width!r}")
     if with_temperature and (number or width == "agreement"):

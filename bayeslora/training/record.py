@@ -141,7 +141,7 @@ def close_run(bayes: Posterior, record: dict[str, Any], output_dir: Path, outcom
     save_pretrained(bayes, output_dir / ADAPTER_FOLDER)
     with as_tuned(bayes, None):
         record["relative_noise"] = relative_noise_by_adapter(bayes)
-    write_json(output_dir / RUN_FILE, record | {"finished": True} | outcome)
+    write_json(output_dir / RUN_FILE, {**record, "finished": True, **outcome})
 
 
 def _plain(value: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from bayeslora.config import MonteCLoRAConfig
 from bayeslora.errors import InputError
+from bayeslora.inference.bayesianize import AGREEMENT
 from bayeslora.inference.shapes import SHAPES
 from bayeslora.inference.tuning import Widths
 from bayeslora.models import Tuning
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from bayeslora.study.experiment import Experiment
 
 RULES = ("labels", "agreement")
-GAUSSIAN = {"num_components": 1, "degrees_of_freedom": 1e6}  # a Wishart that is next to constant, and no mixture
+NEXT_TO_CONSTANT = 1e6  # degrees of freedom of a Wishart
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Bayesianized(OnFinished):
     labels best, or ``"agreement"``, the largest that leaves ``agreement`` of the answers to them alone."""
 
     rule: str = "labels"
-    agreement: float = 0.95
+    agreement: float = AGREEMENT
 
     name: ClassVar[str] = "bayesianized"
     title: ClassVar[str] = "bayesianized"
@@ -125,7 +126,7 @@ class TFB(OnFinished):
             raise InputError(f"method {self.name!r}: anchors_from is train or validation, got {self.anchors_from!r}")
 
     def config(self) -> MonteCLoRAConfig:
-        return MonteCLoRAConfig(**GAUSSIAN)
+        return MonteCLoRAConfig(num_components=1, degrees_of_freedom=NEXT_TO_CONSTANT)  # Gaussian
 
     def anchors(self, experiment: "Experiment") -> Any:
         return experiment.train_data if self.anchors_from == "train" else super().anchors(experiment)
