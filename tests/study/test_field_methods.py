@@ -56,6 +56,7 @@ class Steps:
         self.optimizer, self.global_step = optimizer, global_step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DRAWING)
 def test_it_learns_and_its_draws_differ(study, tmp_path, name):
     """At more noise than its authors start with, where that is too little to see on a network this small."""
@@ -331,6 +332,7 @@ def test_laplace_lora_is_the_diagonal_of_gauss_and_newton(study, tmp_path):
     assert all(p.requires_grad for name, p in network.named_parameters() if "modules_to_save" in name)
 
 
+@pytest.mark.slow
 def test_laplace_lora_takes_confidence_away(study, tmp_path):
     skip_without_library("laplace")
     kinds = ({}, {"hessian_structure": "diag"}, {"prior_structure": "layerwise"})

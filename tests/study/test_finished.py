@@ -44,6 +44,7 @@ def place(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_every_shape_and_rule_in_one_cell(place, tmp_path):
     study = Study.from_dict(
         {

@@ -182,6 +182,7 @@ OURS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
     [
@@ -226,6 +227,7 @@ def test_lora_is_our_posterior_without_noise(study, tmp_path):
     np.testing.assert_allclose([p["loss"] for p in curves[0]], [p["loss"] for p in curves[1]], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_one_training_serves_all_that_builds_on_it(study, tmp_path, monkeypatch):
     trained = []
     train = LoRA.train
@@ -274,6 +276,7 @@ def test_frozen_a_learns_with_b_alone(study, tmp_path, method, moves):
     assert {torch.equal(before[name], after[name]) for name in of_a} == {not moves}
 
 
+@pytest.mark.slow
 def test_a_width_is_tuned_where_there_are_enough_validation_examples(study, tmp_path, place):
     """Twenty say something about a width: the predictor has the lowest NLL on them, and its width is not kept."""
     ours = {"name": "monteclora", "label": "ours", "predictions": ["mean", "draws", *TUNED]}
@@ -392,6 +395,7 @@ def test_laplace_is_laplace_on_the_head(study, tmp_path):
     assert (laplace.max(1) > 0.5).all()
 
 
+@pytest.mark.slow
 class TestGrid:
     def grid(self, study, tmp_path, **options):
         return study({"name": PRIOR, "label": "prior", "count_in": str(tmp_path / "count"), **options}, seeds=[0, 1, 2])
