@@ -5,12 +5,22 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from bayeslora._version import __version__
-from bayeslora.command.flags import add_options, number, number_or, path, sentence, word
-from bayeslora.config import PRESETS, MonteCLoRAConfig
+from bayeslora.command.flags import number, number_or, path, sentence, word
+from bayeslora.command.groups import (
+    add_antithetic,
+    add_data_options,
+    add_loading_options,
+    add_memory_options,
+    add_method_options,
+    add_prediction_options,
+    add_run_options,
+    add_shared_training_options,
+    add_training_options,
+    add_untuned,
+)
 from bayeslora.errors import InputError
-from bayeslora.options import COUNT, FROM_ZERO, LENGTH, NOT_NEGATIVE, POSITIVE, SEED, Range, flags, ranges
-from bayeslora.tasks.load import LOADERS, NAMED_TASKS
-from bayeslora.training.budget import FitOptions, TrainingBudget
+from bayeslora.options import COUNT, NOT_NEGATIVE, SEED, Range, ranges
+from bayeslora.training.budget import TrainingBudget
 
 EXAMPLES = """\
 examples:
@@ -122,7 +132,7 @@ def _add_fit(commands: Any) -> None:
         "mean. --sample-scaler 0 fits plain LoRA.",
         check="check_fit",
     )
-    _add_data_options(parser)
+    add_data_options(parser)
     parser.add_argument("--output", type=path, required=True, metavar="DIR", help="a new folder for the run")
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run in --output")
     parser.add_argument(
@@ -147,9 +157,9 @@ def _add_fit(commands: Any) -> None:
         help="validation examples of an evaluation, a random subset; default: as many as training reads in all, up to "
         "200",
     )
-    _add_training_options(parser)
-    _add_memory_options(parser)
-    _add_method_options(parser)
+    add_training_options(parser)
+    add_memory_options(parser)
+    add_method_options(parser)
 
 
 def _add_bayesianize(commands: Any) -> None:
@@ -165,7 +175,7 @@ def _add_bayesianize(commands: Any) -> None:
     parser.add_argument(
         "adapter", type=path, metavar="ADAPTER", help="a folder with adapter_config.json and adapter_model.safetensors"
     )
-    _add_data_options(parser)
+    add_data_options(parser)
     parser.add_argument("--output", type=path, required=True, metavar="DIR", help="a new folder for the run")
     parser.add_argument("--split", type=word, default="validation", help="what to find the width on")
     parser.add_argument("--max-examples", type=number("max_examples"), default=200, help="a random subset of this size")
@@ -197,32 +207,7 @@ def _add_bayesianize(commands: Any) -> None:
     parser.add_argument("--num-samples", type=number("num_samples"), default=16, help="draws of each prediction")
     parser.add_argument("--batch-size", type=number("batch_size"), default=32)
     parser.add_argument("--seed", type=number("seed", SEED), default=0, help="decides subset and draws")
-    _add_loading_options(parser)
-
-
-def _add_memory_options(parser: argparse.ArgumentParser) -> None:
-    group = _add_loading_options(parser)
-    group.add_argument("--bf16", action="store_true", help="train under bfloat16 autocast")
-    group.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
-    group.add_argument(
-        "--report-to",
-        type=word,
-        nargs="+",
-        metavar="NAME",
-        help="where logs go: tensorboard (default where it is installed), wandb, ..., none",
-    )
-
-
-def _add_loading_options(parser: argparse.ArgumentParser) -> Any:
-    group = parser.add_argument_group("precision, memory and logs")
-    bits = group.add_mutually_exclusive_group()
-    for count in (4, 8):
-        help = f"the base network in {count} bits, by bitsandbytes (extra quantized); the run remembers it"
-        bits.add_argument(f"--load-in-{count}bit", action="store_const", const=count, dest="bits", help=help)
-    group.add_argument(
-        "--device-map", type=word, metavar="MAP", help="where transformers loads the base: auto, cpu, ..."
-    )
-    return group
+    add_loading_options(parser)
 
 
 def _add_evaluate(commands: Any) -> None:
@@ -233,9 +218,9 @@ def _add_evaluate(commands: Any) -> None:
         "score a fitted run on a labelled split",
         check="check_evaluate",
     )
-    _add_run_options(parser, auto=True)
-    _add_antithetic(parser)
-    _add_untuned(parser)
+    add_run_options(parser, auto=True)
+    add_antithetic(parser)
+    add_untuned(parser)
     parser.add_argument("--split", type=word, help="default: test where it is labelled, else validation")
     parser.add_argument("--max-examples", type=number("max_examples"), help="a random subset of this size")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output, nothing else")
@@ -258,9 +243,9 @@ def _add_predict(commands: Any) -> None:
         "One JSON object a line on standard output: probabilities, entropy and mutual information (nats), with the\n"
         "text, or as index the row of the split's file, from 0.",
     )
-    _add_run_options(parser, auto=True)
-    _add_antithetic(parser)
-    _add_untuned(parser)
+    add_run_options(parser, auto=True)
+    add_antithetic(parser)
+    add_untuned(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--text", type=sentence, nargs="+", help="one or more texts")
     source.add_argument("--split", type=word, help="a split of the run's task, labelled or not")
@@ -278,8 +263,8 @@ def _add_tune(commands: Any) -> None:
         "evaluate, predict and report use it, unless --untuned. It costs some ten predictions of the split.\n"
         "Without labels, --agreement takes the widest noise that leaves so many answers as they are.",
     )
-    _add_run_options(parser, takes=COUNT)
-    _add_antithetic(parser)
+    add_run_options(parser, takes=COUNT)
+    add_antithetic(parser)
     parser.add_argument(
         "--split", type=word, default="validation", help="neither train nor test; labelled, without --agreement"
     )
@@ -303,7 +288,7 @@ def _add_diagnose(commands: Any) -> None:
         "Importance sampling (Pareto k), agreement of runs from other seeds, convergence of the ELBO's parts, whether\n"
         "the labels shape the noise, and the amortization gap: a number, a verdict and a sentence of advice for each.",
     )
-    _add_run_options(parser, num_samples=50, takes=Range(least=25))
+    add_run_options(parser, num_samples=50, takes=Range(least=25))
     parser.add_argument(
         "--restarts", type=path, nargs="+", default=[], metavar="RUN_DIR", help="the same fitted from other seeds"
     )
@@ -338,7 +323,7 @@ def _add_compare(commands: Any) -> None:
         help='what differences are taken from, by the names in the tables, such as LoRA "LoRA + temperature"; '
         "default: the first method",
     )
-    _add_data_options(parser, several=True)
+    add_data_options(parser, several=True)
     parser.add_argument("--output", type=path, required=True, metavar="DIR", help="folder for runs, tables and figures")
     parser.add_argument(
         "--storage", type=word, metavar="URL", help="Optuna storage, such as postgresql://...; default: in --output"
@@ -355,8 +340,8 @@ def _add_compare(commands: Any) -> None:
     parser.add_argument(
         "--num-samples", type=number("num_samples"), default=16, help="draws of the posterior predictive"
     )
-    _add_shared_training_options(parser)
-    _add_method_options(parser, several=True)
+    add_shared_training_options(parser)
+    add_method_options(parser, several=True)
 
 
 def _add_report(commands: Any) -> None:
@@ -380,112 +365,5 @@ def _add_report(commands: Any) -> None:
         help="a random subset of this size of every split",
     )
     parser.add_argument("--no-diagnostics", action="store_true", help="leave out what takes longest")
-    _add_untuned(parser)
-    _add_prediction_options(parser)
-
-
-def _add_data_options(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
-    """``several``: options of compare, which takes several values for some and needs none beside a study file."""
-    group = parser.add_argument_group("model and data")
-    group.add_argument(
-        "--model",
-        type=word,
-        required=not several,
-        metavar="PATH_OR_HUB_NAME",
-        help='or "demo", the demo\'s encoder, or "demo-lm", a small language model',
-    )
-    group.add_argument(
-        "--task",
-        type=word,
-        required=not several,
-        nargs="+" if several else None,
-        metavar="NAME",
-        help=f"any name for your own data, or one of {', '.join((*NAMED_TASKS, *LOADERS))}",
-    )
-    group.add_argument("--data-dir", type=path, metavar="DIR", help="local files instead of the hub")
-    group.add_argument("--text-columns", type=word, nargs="+", metavar="COLUMN", help="one column, or two for pairs")
-    group.add_argument(
-        "--prompting",
-        type=word,
-        nargs="+",
-        default=[],
-        metavar="NAME=VALUE",
-        help="how a language model is asked: style=letters, chat=true, ...",
-    )
-    group.add_argument("--label-column", type=word, metavar="COLUMN")
-    group.add_argument(
-        "--shift-splits", type=word, nargs="+", metavar="SPLIT", help="labelled splits from elsewhere, to score too"
-    )
-    group.add_argument(
-        "--max-train-examples",
-        type=number("max_train_examples"),
-        metavar="N",
-        help="a random subset of this size",
-    )
-    group.add_argument(
-        "--max-length", type=number("max_length", LENGTH), default=128, metavar="TOKENS", help="longer texts are cut"
-    )
-
-
-def _add_training_options(parser: argparse.ArgumentParser) -> None:
-    add_options(parser.add_argument_group("training"), FitOptions, flags(FitOptions))
-
-
-def _add_shared_training_options(parser: argparse.ArgumentParser) -> None:
-    """What compare takes for all methods. What a study's folder remembers of it does not grow: folders stay valid."""
-    left_out = ("seed", "weight_decay", "evaluations", "eval_samples", "best_metric")
-    fields = [field for field in flags(FitOptions) if field.name not in left_out]
-    group = parser.add_argument_group("training")
-    add_options(group, FitOptions, fields, several=("batch_size", "learning_rate"))
-
-
-def _add_method_options(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
-    group = parser.add_argument_group("method")
-    group.add_argument(
-        "--preset",
-        choices=sorted(PRESETS),
-        help="learned: noise that grows as the loss falls, the default; calibrated: noise that follows certainty, for "
-        "classes and choices; constant: even noise; paper: the paper's small noise",
-    )
-    lists = ("target_modules", "modules_to_save", *(("r",) if several else ()))
-    add_options(group, MonteCLoRAConfig, flags(MonteCLoRAConfig), several=lists, default=lambda field: None)
-
-
-def _add_run_options(
-    parser: argparse.ArgumentParser, *, num_samples: int = 16, takes: Range = FROM_ZERO, auto: bool = False
-) -> None:
-    parser.add_argument("run_dir", type=path, metavar="RUN_DIR", help="what fit wrote")
-    _add_prediction_options(parser, num_samples=num_samples, takes=takes, auto=auto)
-
-
-def _add_antithetic(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--antithetic", action="store_true", help="mirrored pairs of draws: less Monte Carlo error")
-
-
-def _add_untuned(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--untuned", action="store_true", help="draws as they were fitted, without what tune chose")
-
-
-def _add_prediction_options(
-    parser: argparse.ArgumentParser, *, num_samples: int = 16, takes: Range = FROM_ZERO, auto: bool = False
-) -> None:
-    parser.add_argument(
-        "--model", type=word, metavar="PATH_OR_HUB_NAME", help="where the base model is now, if it moved"
-    )
-    parser.add_argument("--data-dir", type=path, metavar="DIR", help="where the data is now, if it moved")
-    what = "draws of the posterior" + ("; 0 is its mean" if takes == FROM_ZERO else "")
-    if auto:
-        parse = number_or(("auto",), "num_samples", takes)
-        parser.add_argument(
-            "--num-samples", type=parse, default=num_samples, help=f"{what}; auto is as many as --tolerance takes"
-        )
-        parser.add_argument(
-            "--tolerance",
-            type=number("tolerance", POSITIVE),
-            default=0.02,
-            help="with --num-samples auto: the Monte Carlo error to reach, of a probability on average",
-        )
-    else:
-        parser.add_argument("--num-samples", type=number("num_samples", takes), default=num_samples, help=what)
-    parser.add_argument("--batch-size", type=number("batch_size"), default=32)
-    parser.add_argument("--seed", type=number("seed", SEED), default=0, help="decides the draws")
+    add_untuned(parser)
+    add_prediction_options(parser)

@@ -54,6 +54,10 @@ class FitResult:
     output_dir: Path
     checkpoint: int = 0
 
+    def outcome(self) -> dict[str, Any]:
+        """What ``run.json`` says of it."""
+        return {name: getattr(self, name) for name in ("steps", "checkpoint", "metrics", "history")}
+
 
 def fit(
     bayes: Posterior,
@@ -183,9 +187,7 @@ def fit(
             trainer.get_train_dataloader()
         result = _train(trainer, checkpoint, output_dir, progress, stack)
         _tune(trainer, tuning_set, output_dir, progress)
-        names = ("steps", "checkpoint", "metrics", "history")
-        outcome = {name: getattr(result, name) for name in names}
-        on_main_process(lambda: close_run(bayes, record, output_dir, outcome))
+        on_main_process(lambda: close_run(bayes, record, output_dir, result.outcome()))
     bayes.eval()
     return result
 

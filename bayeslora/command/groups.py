@@ -1,0 +1,142 @@
+"""Flags that several commands take."""
+
+import argparse
+from typing import Any
+
+from bayeslora.command.flags import add_options, number, number_or, path, word
+from bayeslora.config import PRESETS, MonteCLoRAConfig
+from bayeslora.options import FROM_ZERO, LENGTH, POSITIVE, SEED, Range, flags
+from bayeslora.tasks.load import LOADERS, NAMED_TASKS
+from bayeslora.training.budget import FitOptions
+
+
+def add_memory_options(parser: argparse.ArgumentParser) -> None:
+    group = add_loading_options(parser)
+    group.add_argument("--bf16", action="store_true", help="train under bfloat16 autocast")
+    group.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
+    group.add_argument(
+        "--report-to",
+        type=word,
+        nargs="+",
+        metavar="NAME",
+        help="where logs go: tensorboard (default where it is installed), wandb, ..., none",
+    )
+
+
+def add_loading_options(parser: argparse.ArgumentParser) -> Any:
+    group = parser.add_argument_group("precision, memory and logs")
+    bits = group.add_mutually_exclusive_group()
+    for count in (4, 8):
+        help = f"the base network in {count} bits, by bitsandbytes (extra quantized); the run remembers it"
+        bits.add_argument(f"--load-in-{count}bit", action="store_const", const=count, dest="bits", help=help)
+    group.add_argument(
+        "--device-map", type=word, metavar="MAP", help="where transformers loads the base: auto, cpu, ..."
+    )
+    return group
+
+
+def add_data_options(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """``several``: options of compare, which takes several values for some and needs none beside a study file."""
+    group = parser.add_argument_group("model and data")
+    group.add_argument(
+        "--model",
+        type=word,
+        required=not several,
+        metavar="PATH_OR_HUB_NAME",
+        help='or "demo", the demo\'s encoder, or "demo-lm", a small language model',
+    )
+    group.add_argument(
+        "--task",
+        type=word,
+        required=not several,
+        nargs="+" if several else None,
+        metavar="NAME",
+        help=f"any name for your own data, or one of {', '.join((*NAMED_TASKS, *LOADERS))}",
+    )
+    group.add_argument("--data-dir", type=path, metavar="DIR", help="local files instead of the hub")
+    group.add_argument("--text-columns", type=word, nargs="+", metavar="COLUMN", help="one column, or two for pairs")
+    group.add_argument(
+        "--prompting",
+        type=word,
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="how a language model is asked: style=letters, chat=true, ...",
+    )
+    group.add_argument("--label-column", type=word, metavar="COLUMN")
+    group.add_argument(
+        "--shift-splits", type=word, nargs="+", metavar="SPLIT", help="labelled splits from elsewhere, to score too"
+    )
+    group.add_argument(
+        "--max-train-examples",
+        type=number("max_train_examples"),
+        metavar="N",
+        help="a random subset of this size",
+    )
+    group.add_argument(
+        "--max-length", type=number("max_length", LENGTH), default=128, metavar="TOKENS", help="longer texts are cut"
+    )
+
+
+def add_training_options(parser: argparse.ArgumentParser) -> None:
+    add_options(parser.add_argument_group("training"), FitOptions, flags(FitOptions))
+
+
+def add_shared_training_options(parser: argparse.ArgumentParser) -> None:
+    """What compare takes for all methods. What a study's folder remembers of it does not grow: folders stay valid."""
+    left_out = ("seed", "weight_decay", "evaluations", "eval_samples", "best_metric")
+    fields = [field for field in flags(FitOptions) if field.name not in left_out]
+    group = parser.add_argument_group("training")
+    add_options(group, FitOptions, fields, several=("batch_size", "learning_rate"))
+
+
+def add_method_options(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+    group = parser.add_argument_group("method")
+    group.add_argument(
+        "--preset",
+        choices=sorted(PRESETS),
+        help="learned: noise that grows as the loss falls, the default; calibrated: noise that follows certainty, for "
+        "classes and choices; constant: even noise; paper: the paper's small noise",
+    )
+    lists = ("target_modules", "modules_to_save", *(("r",) if several else ()))
+    add_options(group, MonteCLoRAConfig, flags(MonteCLoRAConfig), several=lists, default=lambda field: None)
+
+
+def add_run_options(
+    parser: argparse.ArgumentParser, *, num_samples: int = 16, takes: Range = FROM_ZERO, auto: bool = False
+) -> None:
+    parser.add_argument("run_dir", type=path, metavar="RUN_DIR", help="what fit wrote")
+    add_prediction_options(parser, num_samples=num_samples, takes=takes, auto=auto)
+
+
+def add_antithetic(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--antithetic", action="store_true", help="mirrored pairs of draws: less Monte Carlo error")
+
+
+def add_untuned(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--untuned", action="store_true", help="draws as they were fitted, without what tune chose")
+
+
+def add_prediction_options(
+    parser: argparse.ArgumentParser, *, num_samples: int = 16, takes: Range = FROM_ZERO, auto: bool = False
+) -> None:
+    parser.add_argument(
+        "--model", type=word, metavar="PATH_OR_HUB_NAME", help="where the base model is now, if it moved"
+    )
+    parser.add_argument("--data-dir", type=path, metavar="DIR", help="where the data is now, if it moved")
+    what = "draws of the posterior" + ("; 0 is its mean" if takes == FROM_ZERO else "")
+    if auto:
+        parse = number_or(("auto",), "num_samples", takes)
+        parser.add_argument(
+            "--num-samples", type=parse, default=num_samples, help=f"{what}; auto is as many as --tolerance takes"
+        )
+        parser.add_argument(
+            "--tolerance",
+            type=number("tolerance", POSITIVE),
+            default=0.02,
+            help="with --num-samples auto: the Monte Carlo error to reach, of a probability on average",
+        )
+    else:
+        parser.add_argument("--num-samples", type=number("num_samples", takes), default=num_samples, help=what)
+    parser.add_argument("--batch-size", type=number("batch_size"), default=32)
+    parser.add_argument("--seed", type=number("seed", SEED), default=0, help="decides the draws")
