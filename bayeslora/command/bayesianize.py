@@ -22,8 +22,9 @@ from bayeslora.storage.peft_files import open_peft_adapter
 from bayeslora.storage.run_folder import ADAPTER_FOLDER, RUN_FILE, reporting_full_disk
 from bayeslora.tasks.base import Task
 from bayeslora.tasks.network import loading
+from bayeslora.training.closing import close_run
 from bayeslora.training.fit import fit
-from bayeslora.training.record import close_run, record_without_training, refuse_other_content
+from bayeslora.training.record import record_without_training, refuse_other_content
 
 PREDICTION = ("num_samples", "batch_size", "seed")
 

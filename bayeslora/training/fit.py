@@ -35,10 +35,11 @@ from bayeslora.storage.run_folder import (
 )
 from bayeslora.training.arguments import check_evaluated, check_fit_arguments, check_names, check_resumable
 from bayeslora.training.budget import FitOptions
+from bayeslora.training.closing import close_run
 from bayeslora.training.held_out import hold_out
 from bayeslora.training.metrics import Metrics
 from bayeslora.training.monitor import BriefProgress, GroupedTensorBoard
-from bayeslora.training.record import begin_run, close_run, evaluated_as_begun, refuse_other_content, run_record
+from bayeslora.training.record import begin_run, evaluated_as_begun, refuse_other_content, run_record
 from bayeslora.training.settings import fit_settings
 from bayeslora.training.trainer import BayesTrainer, variational_rate
 

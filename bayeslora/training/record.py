@@ -14,9 +14,7 @@ from bayeslora.config import MonteCLoRAConfig
 from bayeslora.errors import InputError
 from bayeslora.files.records import MAX_RUN_BYTES, read_json
 from bayeslora.files.writing import write_json
-from bayeslora.inference.tuning import as_tuned
 from bayeslora.posterior import Posterior
-from bayeslora.storage.checkpoint import save_pretrained
 from bayeslora.storage.manifest import read_manifest, version_info
 from bayeslora.storage.run_folder import (
     ADAPTER_FOLDER,
@@ -25,7 +23,6 @@ from bayeslora.storage.run_folder import (
     last_checkpoint,
 )
 from bayeslora.training.budget import RECORDED, FitOptions
-from bayeslora.training.monitor import relative_noise_by_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -134,14 +131,6 @@ def record_without_training(bayes: Posterior, metadata: Mapping[str, Any]) -> di
         "training": {},
         "versions": version_info(),
     }
-
-
-def close_run(bayes: Posterior, record: dict[str, Any], output_dir: Path, outcome: Mapping[str, Any]) -> None:
-    """Write the adapter, then the record, with the ``outcome``, that says that it is whole."""
-    save_pretrained(bayes, output_dir / ADAPTER_FOLDER)
-    with as_tuned(bayes, None):
-        record["relative_noise"] = relative_noise_by_adapter(bayes)
-    write_json(output_dir / RUN_FILE, {**record, "finished": True, **outcome})
 
 
 def _plain(value: Any) -> Any:
