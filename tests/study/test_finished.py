@@ -1,71 +1,45 @@
 """Posteriors on a finished LoRA in a study: ours with each shape and rule, and TFB by its paper's formula."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import BertTokenizerFast
 
 from bayeslora import BayesLoRA
 from bayeslora.errors import InputError
 from bayeslora.inference.tuning import Widths
 from bayeslora.models import Tuning
-from bayeslora.study import Study
 from bayeslora.study.cell import run_cell
 from bayeslora.study.methods.base import Lineup, make_method
 from bayeslora.study.methods.finished import TFB
 from bayeslora.study.predictions import read_predictions
 from bayeslora.study.spec import MethodSpec, cells
-from tests.conftest import VOCABULARY, tiny_dataset, tiny_network
+from tests.conftest import tiny_dataset, tiny_network
 
-WORDS = ("good", "bad", "film", "plot", "the", "is", "fine", "dull")
 DATA = tiny_dataset(30, rule="random")
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A tiny BERT, and reviews whose last word decides, some of them labelled wrongly."""
-    folder = tmp_path_factory.mktemp("finished")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-    vocabulary = [*words, *(f"w{i}" for i in range(VOCABULARY - len(words)))]
-    (folder / "vocab.txt").write_text("\n".join(vocabulary), encoding="utf-8")
-    BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder / "model")
-    tiny_network(hidden_dropout_prob=0.1, initializer_range=0.1).save_pretrained(folder / "model")
-    (folder / "reviews").mkdir()
-    rows = [
-        (f"the {noun} is {word}", int(word in ("good", "fine")))
-        for noun in ("film", "plot")
-        for word in ("good", "fine", "bad", "dull")
-    ]
-    for split in ("train", "validation", "test"):
-        labelled = [(text, label if i % 7 else 1 - label) for i, (text, label) in enumerate(rows * 4)]
-        lines = ["text,label", *(f"{text},{label}" for text, label in labelled)]
-        (folder / "reviews" / f"{split}.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return folder
-
-
 @pytest.mark.slow
-def test_every_shape_and_rule_in_one_cell(place, tmp_path):
-    study = Study.from_dict(
-        {
-            "model": str(place / "model"),
-            "tasks": [{"name": "reviews", "data_dir": str(place / "reviews"), "text_columns": "text"}],
-            "methods": [
-                "lora",
-                "bayesianized",
-                {"name": "bayesianized", "shape": "curvature"},
-                {"name": "bayesianized", "rule": "agreement", "agreement": 0.8, "antithetic": True},
-                "tfb",
-                {"name": "tfb", "anchors_from": "validation", "label": "TFB, new anchors"},
-            ],
-            "learning_rates": [0.02],
-            "batch_sizes": [8],
-            "ranks": [2],
-            "max_length": 12,
-            "num_samples": 4,
-            "training": {"max_steps": 40},
-            "lora": {"target_modules": ["query", "value"]},
-        }
+def test_every_shape_and_rule_in_one_cell(study, place, tmp_path):
+    """Some labels are wrong, so that noise is of use."""
+    reviews = shutil.copytree(place / "reviews", tmp_path / "reviews")
+    first, *rows = (reviews / "train.csv").read_text().splitlines()
+    wrong = [row if i % 7 else row[:-1] + str(1 - int(row[-1])) for i, row in enumerate(rows)]
+    for split in ("train", "validation", "test"):
+        (reviews / f"{split}.csv").write_text("\n".join([first, *wrong]) + "\n")
+    study = study(
+        "lora",
+        "bayesianized",
+        {"name": "bayesianized", "shape": "curvature"},
+        {"name": "bayesianized", "rule": "agreement", "agreement": 0.8, "antithetic": True},
+        "tfb",
+        {"name": "tfb", "anchors_from": "validation", "label": "TFB, new anchors"},
+        tasks=[{"name": "reviews", "data_dir": str(reviews), "text_columns": "text"}],
+        learning_rates=[0.02],
+        num_samples=4,
+        training={"max_steps": 40},
     )
     (cell,) = cells(study, list(Lineup.of(study.methods).trained))
     result = run_cell(study, cell, tmp_path)
@@ -135,9 +109,9 @@ def test_tfbs_width_is_the_largest_that_holds():
 @pytest.mark.parametrize(
     ("name", "options", "says"),
     [
-        ("bayesianized", {"shape": "round"}, "shape is one of isotropic, output, curvature"),
-        ("bayesianized", {"rule": "luck"}, "rule is one of labels, agreement"),
-        ("tfb", {"anchors_from": "test"}, "anchors_from is train or validation"),
+        ("bayesianized", {"shape": "round"}, "shape takes isotropic or output or curvature"),
+        ("bayesianized", {"rule": "luck"}, "rule takes labels or agreement"),
+        ("tfb", {"anchors_from": "test"}, "anchors_from takes train or validation"),
     ],
 )
 def test_options_that_there_are_not(name, options, says):

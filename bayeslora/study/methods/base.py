@@ -59,6 +59,14 @@ class Method(ABC):
         ]
         return f"{self.title} ({', '.join(changed)})" if changed else self.title
 
+    def check_choices(self, **choices: Sequence[str]) -> None:
+        """Refuse an option that is none of those that it may be."""
+        for option, known in choices.items():
+            if getattr(self, option) not in known:
+                raise InputError(
+                    f"method {self.name!r}: {option} takes {' or '.join(known)}, got {getattr(self, option)!r}"
+                )
+
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> "Method":
         """The method with these options, as a study names them."""

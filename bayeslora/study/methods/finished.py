@@ -1,6 +1,7 @@
 """Posteriors on a finished LoRA without training: ours, and TFB as its paper has it."""
 
 import copy
+from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -20,7 +21,6 @@ from bayeslora.study.outcome import Predict, Predictor, Trained
 if TYPE_CHECKING:
     from bayeslora.study.experiment import Experiment
 
-RULES = ("labels", "agreement")
 NEXT_TO_CONSTANT = 1e6  # degrees of freedom of a Wishart
 
 
@@ -34,8 +34,7 @@ class OnFinished(PostHocMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.shape not in SHAPES:
-            raise InputError(f"method {self.name!r}: shape is one of {', '.join(SHAPES)}, got {self.shape!r}")
+        self.check_choices(shape=SHAPES)
 
     def config(self) -> MonteCLoRAConfig:
         """Of the noise."""
@@ -50,9 +49,9 @@ class OnFinished(PostHocMethod):
             )
         return experiment.data("validation")
 
+    @abstractmethod
     def choose(self, widths: Widths) -> Tuning:
         """The width."""
-        raise NotImplementedError
 
     def predictors(self, trained: Trained, experiment: "Experiment", base: Predict) -> Iterator[Predictor]:
         count, anchors = self.num_samples or experiment.study.num_samples, self.anchors(experiment)
@@ -90,8 +89,7 @@ class Bayesianized(OnFinished):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rule not in RULES:
-            raise InputError(f"method {self.name!r}: rule is one of {', '.join(RULES)}, got {self.rule!r}")
+        self.check_choices(rule=("labels", "agreement"))
 
     def default_label(self) -> str:
         shape = "" if self.shape == "isotropic" else f", {self.shape}"
@@ -122,8 +120,7 @@ class TFB(OnFinished):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.anchors_from not in ("train", "validation"):
-            raise InputError(f"method {self.name!r}: anchors_from is train or validation, got {self.anchors_from!r}")
+        self.check_choices(anchors_from=("train", "validation"))
 
     def config(self) -> MonteCLoRAConfig:
         return MonteCLoRAConfig(num_components=1, degrees_of_freedom=NEXT_TO_CONSTANT)  # Gaussian

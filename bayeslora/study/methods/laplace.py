@@ -68,11 +68,7 @@ class LaplaceLoRA(PostHocMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for option, known in (("hessian_structure", ("kron", "diag")), ("prior_structure", ("scalar", "layerwise"))):
-            if getattr(self, option) not in known:
-                raise InputError(
-                    f"method {self.name!r}: {option} takes {' or '.join(known)}, got {getattr(self, option)!r}"
-                )
+        self.check_choices(hessian_structure=("kron", "diag"), prior_structure=("scalar", "layerwise"))
 
     def predictors(self, trained: Trained, experiment: "Experiment", predict: Predict) -> Iterator[Predictor]:
         network = trained.network

@@ -24,7 +24,7 @@ SMALLEST = np.finfo(np.float64).tiny
 
 @dataclass(frozen=True)
 class Recalibration(PostHocMethod):
-    """A map of probabilities, fitted on the validation split."""
+    """Something fitted to a method's probabilities on the validation split."""
 
     def predictors(self, trained: Trained, experiment: "Experiment", predict: Predict) -> Iterator[Predictor]:
         if not experiment.has_validation:
@@ -34,14 +34,22 @@ class Recalibration(PostHocMethod):
             )
         yield self.recalibrated(experiment.on_top(self.label), predict)
 
+    @abstractmethod
     def recalibrated(self, label: str, predict: Predict) -> Predictor:
-        """What predicts through the map."""
+        """What predicts through it."""
+
+
+@dataclass(frozen=True)
+class ByMap(Recalibration):
+    """A map of probabilities."""
+
+    def recalibrated(self, label: str, predict: Predict) -> Predictor:
         held_out = predict("validation")
         return Predictor(label, mapped(predict, self.fit(held_out.probs, held_out.labels)))
 
+    @abstractmethod
     def fit(self, probs: np.ndarray, labels: np.ndarray) -> Map:
         """The map, from probabilities (n, C) and labels (n,)."""
-        raise NotImplementedError
 
 
 @register
@@ -57,7 +65,7 @@ class Temperature(Recalibration):
 
 
 @dataclass(frozen=True)
-class ClassByClass(Recalibration):
+class ClassByClass(ByMap):
     """Each class against the rest, on its own probability; then each example's numbers are divided by their sum.
 
     For two classes one map serves both. No probability leaves [1/(n + 2), (n + 1)/(n + 2)], Laplace's rule of
@@ -118,7 +126,7 @@ class Histogram(ClassByClass):
 
 @register
 @dataclass(frozen=True)
-class Dirichlet(Recalibration):
+class Dirichlet(ByMap):
     """softmax(W log p + b) (Kull et al. 2019, Dirichlet calibration, in its linear form), by scikit-learn.
 
     A logistic regression on the logarithms of the probabilities, with an L2 penalty on W whose strength has the lowest
