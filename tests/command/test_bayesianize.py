@@ -1,5 +1,6 @@
 """``bayeslora bayesianize``: from a plain PEFT folder to a run like any other."""
 
+import inspect
 import json
 import shutil
 
@@ -10,9 +11,11 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from bayeslora import open_run
+from bayeslora import BayesLoRA, open_run
 from bayeslora.analysis import to_arviz
 from bayeslora.command.main import main
+from bayeslora.command.parser import build_parser
+from bayeslora.inference.shapes import SHAPES
 
 ROWS = 24
 
@@ -122,6 +125,16 @@ def test_steps_need_noise(command, capsys):
     assert "there is no noise to train" in complaint(
         capsys, "bayesianize", *command[:-2], "--steps", "3", "--width", "0", *command[-2:]
     )
+
+
+def test_flags_say_what_python_says():
+    """The parser loads no torch, and so says it again."""
+    given = build_parser().parse_args(["bayesianize", "adapter", "--model", "m", "--task", "t", "--output", "o"])
+    usual = inspect.signature(BayesLoRA.from_adapter).parameters
+    for name in ("shape", "width", "agreement", "with_temperature", "num_samples", "batch_size", "seed"):
+        assert getattr(given, name) == usual[name].default
+    for shape in SHAPES:
+        build_parser().parse_args(f"bayesianize adapter --model m --task t --output o --shape {shape}".split())
 
 
 def test_a_width_of_ones_own(command):
