@@ -11,6 +11,7 @@ from transformers import set_seed
 
 from bayeslora.adapters.untrusted import is_same_base
 from bayeslora.command.checks import warn_of_judging
+from bayeslora.command.tune import say_tuning
 from bayeslora.errors import InputError
 from bayeslora.files.writing import write_json
 from bayeslora.inference.bayesianize import absorb_width, find_width
@@ -129,7 +130,8 @@ def _report(bayes: BayesLoRA, examples: int, seconds: float, arguments: argparse
     device = "" if bayes.device.type == "cpu" else f" on {torch.cuda.get_device_name()}"
     print(f"{'adapter':24} {arguments.adapter}: {len(bayes.adapter_names)} layers, unchanged")
     print(f"{'shape':24} {arguments.shape}")
-    print(f"{'width':24} {bayes.tuning or 'as trained'}")
+    if bayes.tuning is not None:
+        say_tuning(bayes.tuning, arguments.split)
     passes = f"{bayes.tuning.passes} passes over " if bayes.tuning and bayes.tuning.passes else ""
-    print(f"{'cost':24} {passes}{examples} examples of {arguments.split}, {seconds:.0f} s{device}")
+    print(f"{'cost':24} {passes}{examples} examples, {seconds:.0f} s{device}")
     print(f"next: bayeslora evaluate {arguments.output}")

@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps({"split": split} | tuning.to_dict()))
         return
-    _report(tuning, split)
+    say_tuning(tuning, split)
     print(f"kept in {folder / ADAPTER_FOLDER}; next: bayeslora evaluate {folder}")
 
 
@@ -46,12 +46,15 @@ def _check_split(run: FittedRun, split: str, *, judges: bool) -> None:
         warn_of_judging(run.task, split)
 
 
-def _report(tuning: Tuning, split: str) -> None:
+def say_tuning(tuning: Tuning, split: str) -> None:
+    """What was found on a split, for people."""
     tempered = tuning.temperature != 1
-    print(f"{'split':24} {split}, {tuning.examples} examples")
+    if tuning.examples:
+        print(f"{'split':24} {split}, {tuning.examples} examples")
     print(f"{'width':24} {tuning.width:.4f}")
     if tuning.agreement is not None:
         print(f"{'agreement':24} {tuning.agreement:.4f}")
+    if tuning.nll is None:
         return
     print(f"{'temperature':24} {tuning.temperature:.4f}" if tempered else f"{'temperature':24} none")
     for name, nll in (

@@ -75,7 +75,8 @@ def test_is_a_run_like_any_other(command, adapter, shape, tmp_path, capsys):
     run = made([*command[:-2], "--shape", shape, "--width", "0.5", *command[-2:]])
     said = capsys.readouterr().out
     assert "4 layers, unchanged" in said
-    assert f"{ROWS} examples of validation" in said
+    assert f"{ROWS} examples, " in said
+    assert f"{'width':24} 0.5000\n" in said
     before, after = (load_file(f"{folder}/adapter_model.safetensors") for folder in (adapter, f"{run}/adapter"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -104,7 +105,9 @@ def test_can_be_diagnosed(command, capsys):
 
 def test_without_labels(command, capsys):
     run = made([*command[:-2], "--split", "new", "--agreement", "0.8", *command[-2:]])
-    assert "keeping" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"{'split':24} new, {ROWS} examples\n" in said
+    assert "\nagreement  " in said
     tuning = open_run(run).posterior.tuning
     assert tuning.nll is None
     assert tuning.agreement >= 0.8
