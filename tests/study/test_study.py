@@ -20,6 +20,9 @@ from bayeslora.adapters.inject import lora_config
 from bayeslora.analysis import area_under_risk_coverage, fit_temperature, predictive_entropy, robustness_table
 from bayeslora.config import PRESETS, MonteCLoRAConfig
 from bayeslora.errors import InputError
+from bayeslora.files.records import read_json
+from bayeslora.inference.tuning import tune
+from bayeslora.module import BayesLoRA
 from bayeslora.study import Study
 from bayeslora.study.cell import run_cell
 from bayeslora.study.compare import compare, two_methods
@@ -32,6 +35,7 @@ from bayeslora.study.predictions import read_predictions
 from bayeslora.study.runner import run_study
 from bayeslora.study.spec import Cell, MethodSpec, cells
 from bayeslora.tasks.load import load_task
+from bayeslora.training.held_out import hold_out
 from tests.conftest import tiny_network
 
 PRIOR = "tests.workers.study_methods:Prior"
@@ -301,6 +305,38 @@ def test_a_width_is_tuned_where_there_are_enough_validation_examples(study, tmp_
     few = run_cell(study(ours), only(study(ours)), tmp_path / "few")
     assert not [row for row in few["rows"] if "tuned" in row["method"]]
     assert few["failures"] == []
+
+
+@pytest.mark.slow
+def test_a_width_from_a_held_out_part_of_the_training_set(study, tmp_path, place):
+    """Trained without that part; the draws have the width that ``tune`` finds on it, and validation is not asked."""
+    long = tmp_path / "long"
+    shutil.copytree(place / "reviews", long / "reviews")
+    header, *rows = (place / "reviews" / "train.csv").read_text().splitlines()
+    (long / "reviews" / "train.csv").write_text("\n".join([header, *rows, *rows, *rows]))
+    tasks = [{"name": "reviews", "data_dir": str(long / "reviews"), "text_columns": "text"}]
+    ours = {"name": "monteclora", "tune": 0.4, "predictions": ["mean", "draws"]}
+    made = study(ours, tasks=tasks, learning_rates=[0.03], training={"max_steps": 60}, keep_adapters=True)
+    result = run_cell(made, only(made), tmp_path / "out")
+    label = "MonteCLoRA, tuned on 40% of its training set"
+    widths = {row["method"]: row.get("width") for row in result["rows"]}
+    assert list(widths) == [f"{label}, mean", f"{label}, 3 draws"]
+    width = widths[f"{label}, 3 draws"]
+
+    experiment = Experiment(made, only(made), tmp_path)
+    rest, held_out = hold_out(experiment.train_data, 0.4, made.seeds[0])
+    folder = tmp_path / "out" / only(made).folder
+    bayes = BayesLoRA.from_pretrained(folder / "adapter", experiment.network())
+    assert read_json(folder / "run.json")["train_examples"] == len(rest)
+    assert bayes.tuning is not None and bayes.tuning.width == width
+    again = tune(bayes, held_out, num_samples=3, progress=False)
+    assert again.width == pytest.approx(width)
+
+    with pytest.raises(InputError, match="tune is for the width of draws"):
+        Lineup.of(study({**ours, "predictions": ["mean"]}).methods)
+    few = study({**ours, "tune": 0.1}, tasks=tasks)
+    with pytest.raises(InputError, match="a width needs at least 20"):
+        run_cell(few, only(few), tmp_path / "few")
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -25,6 +25,7 @@ from bayeslora.study.methods.base import Method, PostHocMethod, TrainedMethod, r
 from bayeslora.study.methods.recalibration import tempered
 from bayeslora.study.outcome import Predict, Predicted, Predictor, Stopwatch, Trained
 from bayeslora.training.fit import fit
+from bayeslora.training.held_out import hold_out
 from bayeslora.training.monitor import components_in_use, noise_to_signal
 
 if TYPE_CHECKING:
@@ -115,8 +116,9 @@ class PosteriorOptions:
     def configuration(self, experiment: "Experiment") -> MonteCLoRAConfig:
         return MonteCLoRAConfig.preset(self.preset, **{**experiment.lora_options(), **self.config, **self.decided})
 
-    def fit(self, bayes: BayesLoRA, experiment: "Experiment", scale: float) -> Trained:
-        """Within the study's budget."""
+    def fit(self, bayes: BayesLoRA, experiment: "Experiment", scale: float, tune: float | None = None) -> Trained:
+        """Within the study's budget; ``tune`` is the share of the examples to hold out, and to choose the width by."""
+        train_data, held_out = hold_out(experiment.train_data, tune, experiment.cell.seed)
         folder = experiment.folder / "training"
         checkpoints = experiment.checkpoint_callback(bayes.network)
         evaluating: dict[str, Any] = (
@@ -125,7 +127,7 @@ class PosteriorOptions:
         watch = Stopwatch()
         result = fit(
             bayes,
-            experiment.train_data,
+            train_data,
             experiment.curve_data,
             output_dir=folder,
             progress=experiment.progress,
@@ -138,6 +140,10 @@ class PosteriorOptions:
             eval_samples=0,
             **experiment.study.trainer,
         )
+        if held_out is not None:
+            widths = Widths(bayes, held_out, num_samples=self.draws(experiment), antithetic=self.antithetic)
+            bayes.model.tuning = widths.choose(progress=experiment.progress)
+            bayes.save_pretrained(folder / ADAPTER_FOLDER)
         spent = watch.read()
         return Trained(
             bayes.network,
@@ -149,20 +155,25 @@ class PosteriorOptions:
             **spent,
         )
 
+    def draws(self, experiment: "Experiment") -> int:
+        return self.num_samples or experiment.study.num_samples
+
     def fitted_predictors(self, bayes: BayesLoRA, experiment: "Experiment", label: str) -> Iterator[Predictor]:
         """The predictors of a fitted posterior."""
-        count = self.num_samples or experiment.study.num_samples
+        count = self.draws(experiment)
+        kept = bayes.model.tuning
         these = f"{count} antithetic draws" if self.antithetic else f"{count} draws"
         wanted = self.predictions if bayes.sampling else ("mean",)
 
         def predictor(num_samples: int, tuning: Tuning | None = None) -> Predict:
             return cache(lambda split: predict(bayes, experiment.data(split), num_samples, self.antithetic, tuning))
 
-        mean, draws = predictor(0), predictor(count)
+        mean, draws = predictor(0), predictor(count, kept)
         if "mean" in wanted:
             yield Predictor(f"{label}, mean" if bayes.sampling else label, mean)
         if "draws" in wanted:
-            yield Predictor(f"{label}, {these}", draws, draws=True)
+            numbers = {} if kept is None else {"width": kept.width}
+            yield Predictor(f"{label}, {these}", draws, draws=True, tuned=numbers)
         if not experiment.has_validation:
             return
         if "mean_temperature" in wanted:
@@ -197,10 +208,25 @@ class PosteriorOptions:
 @register
 @dataclass(frozen=True)
 class MonteCLoRAMethod(PosteriorOptions, TrainedMethod):
-    """A posterior trained jointly with the adapter."""
+    """A posterior trained jointly with the adapter.
+
+    ``tune``: this share of the training examples is not trained on; the width of ``draws`` is chosen by its labels, as
+    ``fit(tune=...)`` does. No further labels are needed.
+    """
+
+    tune: float | None = None
 
     name: ClassVar[str] = "monteclora"
     title: ClassVar[str] = "MonteCLoRA"
+
+    def default_label(self) -> str:
+        usual = super().default_label()
+        return usual if self.tune is None else f"{usual}, tuned on {self.tune:.0%} of its training set"
+
+    def check(self) -> None:
+        super().check()
+        if self.tune is not None and not any(name.startswith("draws") for name in self.predictions):
+            raise InputError(f"method {self.name!r}: tune is for the width of draws, which predictions does not have")
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Method:
@@ -210,7 +236,7 @@ class MonteCLoRAMethod(PosteriorOptions, TrainedMethod):
 
     def train(self, experiment: "Experiment") -> Trained:
         bayes = BayesLoRA(experiment.network(), self.configuration(experiment), likelihood=experiment.task.likelihood())
-        return self.fit(bayes, experiment, self.learning_rate_scale)
+        return self.fit(bayes, experiment, self.learning_rate_scale, self.tune)
 
     def predictors(self, trained: Trained, experiment: "Experiment") -> Iterator[Predictor]:
         return self.fitted_predictors(trained.bayes, experiment, self.label)
