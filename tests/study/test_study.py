@@ -328,7 +328,8 @@ def test_a_width_from_a_held_out_part_of_the_training_set(study, tmp_path, place
     folder = tmp_path / "out" / only(made).folder
     bayes = BayesLoRA.from_pretrained(folder / "adapter", experiment.network())
     assert read_json(folder / "run.json")["train_examples"] == len(rest)
-    assert bayes.tuning is not None and bayes.tuning.width == width
+    assert bayes.tuning is not None
+    assert bayes.tuning.width == width
     again = tune(bayes, held_out, num_samples=3, progress=False)
     assert again.width == pytest.approx(width)
 
