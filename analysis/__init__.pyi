@@ -54,6 +54,7 @@ from .plots.study import plot_accuracy_calibration as plot_accuracy_calibration
 from .plots.study import plot_cost as plot_cost
 from .plots.study import plot_grid_spread as plot_grid_spread
 from .plots.study import plot_learning_rates as plot_learning_rates
+from .plots.study import plot_pareto as plot_pareto
 from .plots.training import plot_history as plot_history
 from .plots.uncertainty import plot_agreement as plot_agreement
 from .plots.uncertainty import plot_detection as plot_detection
@@ -69,6 +70,7 @@ from .tables.comparison import to_markdown as to_markdown
 from .tables.cost import cost_table as cost_table
 from .tables.cost import steps_to_reach as steps_to_reach
 from .tables.diagnostics import Diagnostic as Diagnostic
+from .tables.rates import spread_around_best as spread_around_best
 from .tables.study import at_best_settings as at_best_settings
 from .tables.study import best_settings as best_settings
 from .tables.study import paired_difference as paired_difference

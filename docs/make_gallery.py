@@ -278,6 +278,11 @@ def of_studies() -> list[Picture]:
         ),
         ("cost", "What a better likelihood costs in training.", lambda: analysis.plot_cost(grid())),
         (
+            "pareto",
+            "What a better likelihood costs in prediction: methods that no other beats in both.",
+            lambda: analysis.plot_pareto(grid()),
+        ),
+        (
             "rank_ecdf",
             "Simulation-based calibration: is the posterior right over many data sets?",
             lambda: analysis.plot_rank_ecdf(ranks(), 99),

@@ -173,8 +173,7 @@ def plot_cost(results: pd.DataFrame, ax: Any = None, *, metric: str = "nll", spl
     """
     chosen = _one_task(_at_best(results), split)
     title, factor = METRICS[metric].axis, METRICS[metric].factor
-    known = "train_cpu_seconds" in chosen and chosen["train_cpu_seconds"].notna().all()
-    clock, words = ("cpu_seconds", "processor seconds") if known else ("seconds", "seconds")
+    clock, words = _clock(chosen)
     ax = new_axes(ax, **size_below_legend(chosen["method"].unique()))
     ends = []
     for number, (name, rows) in enumerate(chosen.groupby("method", sort=False)):
@@ -188,6 +187,78 @@ def plot_cost(results: pd.DataFrame, ax: Any = None, *, metric: str = "nll", spl
     frame(ax, x=f"{words} of training, + of 1000 predictions", y=title)
     legend_above(ax)
     return ax
+
+
+def plot_pareto(results: pd.DataFrame, ax: Any = None, *, metric: str = "nll", split: str = "test") -> Any:
+    """A metric against what a prediction costs, a point for each method at its own best setting on validation.
+
+    The line joins the methods that no other beats in both: only they have a colour and a name. Others are grey. Points
+    are means over seeds, and no interval says how sure the order is.
+
+    Args:
+        results: A study's tidy table, of one task.
+        ax: Where to draw; a new figure by default.
+        metric: Of :data:`bayeslora.analysis.metrics.registry.METRICS`, of those that are to be low or high.
+        split: Of which split.
+
+    Returns:
+        The Axes; the axis of costs is logarithmic. Processor time where the results have it, else the clock's.
+
+    Raises:
+        InputError: no rows of that split, several tasks, or a metric with a sign.
+
+    Example:
+        >>> ax = plot_pareto(results)
+        >>> ax.get_xlabel(), ax.get_ylabel()
+        ('processor seconds of 1000 predictions', 'NLL (nats per example)')
+    """
+    chosen = _one_task(_at_best(results), split)
+    title, factor, higher = METRICS[metric].axis, METRICS[metric].factor, METRICS[metric].higher_is_better
+    if higher is None:
+        raise InputError(f"{metric} has no better end, so that no method is ahead: plot another metric")
+    clock, words = _clock(chosen)
+    costs = 1000 * chosen[f"predict_{clock}"] / chosen["examples"]
+    points = chosen.assign(x=costs, y=factor * chosen[metric]).groupby("method", sort=False)[["x", "y"]].mean()
+    front = pareto_front(points["x"].to_numpy(), (-1 if higher else 1) * points["y"].to_numpy())
+    names = points.index[front]
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    ax = new_axes(ax, **size_below_legend(names))
+    others = points.drop(names)
+    ax.plot(others["x"], others["y"], "o", color="0.7", markersize=3.5, zorder=1)
+    ahead = points.loc[names]
+    ax.step(ahead["x"], ahead["y"], where="post", color="0.4", linewidth=0.8, zorder=1)
+    for number, (name, point) in enumerate(ahead.iterrows()):
+        colour, marker = style(number)
+        ax.plot(point["x"], point["y"], color=colour, marker=marker, markersize=5, linestyle="none", label=name)
+    ax.set_xscale("log")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    frame(ax, x=f"{words} of 1000 predictions", y=title)
+    legend_above(ax)
+    return ax
+
+
+def pareto_front(costs: np.ndarray, losses: np.ndarray) -> np.ndarray:
+    """Which points no other point beats in one and equals or beats in the other, cheapest first; of equal points the
+    first.
+
+    Example:
+        >>> pareto_front(np.array([1.0, 3.0, 2.0, 2.0]), np.array([0.9, 0.2, 0.5, 0.6]))
+        array([0, 2, 1])
+    """
+    front: list[int] = []
+    for place in np.lexsort((losses, costs)):
+        if not front or losses[place] < losses[front[-1]]:
+            front.append(int(place))
+    return np.array(front, dtype=int)
+
+
+def _clock(rows: pd.DataFrame) -> tuple[str, str]:
+    """Which seconds the rows have, for a column's name and in words."""
+    known = "train_cpu_seconds" in rows and rows["train_cpu_seconds"].notna().all()
+    return ("cpu_seconds", "processor seconds") if known else ("seconds", "seconds")
 
 
 def _at_best(results: pd.DataFrame) -> pd.DataFrame:

@@ -14,6 +14,7 @@ from bayeslora.analysis.metrics.registry import METRICS
 from bayeslora.analysis.plots import study as plots
 from bayeslora.analysis.tables.comparison import layout
 from bayeslora.analysis.tables.cost import cost_table, steps_to_reach
+from bayeslora.analysis.tables.rates import spread_around_best
 from bayeslora.analysis.tables.study import SETTING, known_metrics, robustness_table
 from bayeslora.study.differences import at_best, differences, grid_differences, references
 from bayeslora.study.spec import Study, slug
@@ -84,6 +85,13 @@ def _task_parts(
                     "have finished, with 95 % bootstrap intervals over examples and seeds:"
                 )
                 yield _difference_table(compared)
+        if selected and results["learning_rate"].nunique() > 2:
+            yield (
+                "Around each method's own best learning rate, chosen by its NLL on validation: largest − smallest over "
+                "that rate and the next below and above, at its best batch size and rank. Two rates: the best is at an "
+                "end of the grid, or a neighbour is missing."
+            )
+            yield _around_best_markdown(spread_around_best(results, split=split))
     if not selected and several:
         yield "There is no labelled validation split to choose a setting by; hold_out takes one from the training set."
     reached = _speed(results, curves[curves["task"] == task] if len(curves) else curves)
@@ -116,6 +124,21 @@ def _robustness_markdown(table: pd.DataFrame) -> str:
     for (_, method), row in table.iterrows():
         numbers = [METRICS[metric].shown(row[metric, part]) for metric, part in columns]
         rows.append([method, str(int(row["settings", "count"])), *numbers])
+    return _markdown(header, rows)
+
+
+def _around_best_markdown(table: pd.DataFrame) -> str:
+    metrics = [metric for metric in GRID_METRICS if metric in table]
+    header = ["method", "learning rate", "rates", *(f"{METRICS[metric].header} spread" for metric in metrics)]
+    rows = [
+        [
+            method,
+            f"{row['learning_rate']:g}",
+            str(int(row["rates"])),
+            *(METRICS[metric].shown(row[metric]) for metric in metrics),
+        ]
+        for (_, method), row in table.iterrows()
+    ]
     return _markdown(header, rows)
 
 
@@ -181,6 +204,7 @@ def _figures(task: str, results: pd.DataFrame, split: str, several: bool, output
     pictures: dict[str, Callable[[], Any]] = {
         "accuracy-calibration": partial(plots.plot_accuracy_calibration, results, split=split),
         "cost": partial(plots.plot_cost, results, split=split),
+        "pareto": partial(plots.plot_pareto, results, split=split),
     }
     if several:
         for metric in GRID_METRICS:

@@ -20,8 +20,10 @@ from bayeslora.analysis.plots.study import (
     plot_cost,
     plot_grid_spread,
     plot_learning_rates,
+    plot_pareto,
 )
 from bayeslora.analysis.tables.cost import cost_table, steps_to_reach
+from bayeslora.analysis.tables.rates import spread_around_best
 from bayeslora.analysis.tables.study import (
     BETTER,
     HIGHER,
@@ -85,6 +87,32 @@ def test_a_number_with_a_sign_has_no_best_setting():
     rows = table().assign(overconfidence=lambda t: t["accuracy"] - 0.7)
     found = robustness_table(rows).loc[("t", "LoRA")]["overconfidence"]
     assert found.to_dict() == pytest.approx({"median": 0.02, "spread": 0.20})
+
+
+def test_spread_around_each_methods_own_best_rate():
+    """LoRA is best in the middle of the grid, DoRA at its end: three rates and two, which are chosen on validation."""
+    rows = table()
+    ends = (rows["method"] == "DoRA") & (rows["split"] == "validation") & (rows["learning_rate"] == 1e-4)
+    rows.loc[ends, "nll"] = 0.0
+    found = spread_around_best(rows, metrics=["accuracy", "nll"])
+    assert list(found.index) == [("t", "LoRA"), ("t", "DoRA")]
+    assert found.loc[("t", "LoRA")].to_dict() == pytest.approx(
+        {"learning_rate": 1e-3, "rates": 3, "accuracy": 0.2, "nll": 0.2}
+    )
+    wide = pd.concat(
+        [
+            rows,
+            rows.assign(learning_rate=lambda t: 100 * t["learning_rate"], accuracy=0.0)[rows["learning_rate"] == 1e-2],
+        ]
+    )
+    assert spread_around_best(wide, metrics=["accuracy"]).loc[("t", "LoRA")]["accuracy"] == pytest.approx(
+        0.2
+    )  # not 0.82
+    assert found.loc[("t", "DoRA")].to_dict() == pytest.approx(
+        {"learning_rate": 1e-4, "rates": 2, "accuracy": 0.2, "nll": 0.2}
+    )
+    with pytest.raises(InputError, match="no rows of split 'dev'"):
+        spread_around_best(rows, split="dev")
 
 
 def test_settings_are_chosen_on_validation_alone():
@@ -363,6 +391,21 @@ class TestPlots:
                 pytest.approx((30 * scale, 0.91)),
             ]
             assert [np.ptp(line.get_xdata()) for line in lines] == pytest.approx([20 * scale] * 2)  # 4 s for 200
+
+    def test_the_front_has_names_and_the_rest_is_grey(self):
+        """Costs of 1000 predictions 1, 2 and 3 s: the second is dearer and worse than the first, the third better."""
+        rows = [
+            table()[lambda t: t["method"] == "LoRA"].assign(method=name, predict_seconds=0.2 * cost, nll=nll)
+            for name, cost, nll in (("cheap", 1, 0.6), ("beaten", 2, 0.7), ("dear", 3, 0.5))
+        ]
+        ax = plot_pareto(pd.concat(rows))
+        assert ax.get_legend_handles_labels()[1] == ["cheap", "dear"]
+        grey, *_ = ax.lines
+        np.testing.assert_allclose(grey.get_xydata(), [[2, 0.7]])
+        named = {line.get_label(): line.get_xydata()[0] for line in ax.lines[-2:]}
+        np.testing.assert_allclose(named["dear"], [3, 0.5])
+        with pytest.raises(InputError, match="no better end"):
+            plot_pareto(table().assign(overconfidence=0.1), metric="overconfidence")
 
     def test_one_task_a_picture(self):
         both = pd.concat([table(), table().assign(task="u")])
