@@ -132,6 +132,7 @@ class BayesLoRA(Posterior):
         noise_factor: float = 1.0,
         antithetic: bool = False,
         tolerance: float = 0.02,
+        blocks: int | None = None,
     ) -> Prediction:
         """Posterior predictive: the mean over draws of the whole network.
 
@@ -156,6 +157,7 @@ class BayesLoRA(Posterior):
                 noise_factor=noise_factor,
                 antithetic=antithetic,
                 tolerance=tolerance,
+                blocks=blocks,
             )
 
     def tune(
@@ -169,6 +171,7 @@ class BayesLoRA(Posterior):
         progress: bool = True,
         antithetic: bool = False,
         agreement: float | None = None,
+        blocks: int | str | None = None,
     ) -> Tuning:
         """Choose one width for all noise by held-out labels, zero included, and keep it with the posterior.
 
@@ -190,6 +193,7 @@ class BayesLoRA(Posterior):
                 progress=progress,
                 antithetic=antithetic,
                 agreement=agreement,
+                blocks=blocks,
             )
 
     @property

@@ -308,6 +308,7 @@ class Posterior(WrappedNetwork):
         See :func:`bayeslora.adapters.drawing.rows_are_examples`.
         """
         if self._rows is None:
+            self.model.labelling.prepare(self.network)
             self._rows = rows_are_examples(self.network, self.model.groups, inputs, run=self.model.outputs)
         return self._rows
 

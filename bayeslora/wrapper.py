@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from bayeslora.adapters.blocks import repeated_blocks
 from bayeslora.adapters.modes import checkpointable, refuse_reentrant
 from bayeslora.errors import InputError
 
@@ -123,13 +124,3 @@ class WrappedNetwork(PeftModel):
         (getattr(base, "activation_checkpointing_disable", None) or base.gradient_checkpointing_disable)()
 
     gradient_checkpointing_enable = activation_checkpointing_enable
-
-
-def repeated_blocks(network: nn.Module) -> list[nn.Module]:
-    """The blocks of a network's stacks: members of its outermost lists of two or more modules of one class."""
-    repeated: list[nn.Module] = []
-    for child in network.children():
-        blocks = list(child) if isinstance(child, nn.ModuleList) else []
-        alike = len(blocks) > 1 and len({type(block) for block in blocks}) == 1
-        repeated += blocks if alike else repeated_blocks(child)
-    return repeated

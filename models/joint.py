@@ -1,6 +1,7 @@
 """The joint density as a Pyro model: the prior's three sites, then the network, then the labels."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pyro
@@ -9,8 +10,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from bayeslora.adapters.arrival import Arrival, refuse_switched_off
+from bayeslora.adapters.blocks import in_last_blocks
 from bayeslora.adapters.drawing import using_draw
-from bayeslora.adapters.groups import find_groups
+from bayeslora.adapters.groups import AdapterGroup, find_groups
 from bayeslora.adapters.modes import checkpointable, recomputes
 from bayeslora.config import MonteCLoRAConfig
 from bayeslora.errors import InputError
@@ -57,6 +59,20 @@ class JointModel(Prior):
     def labelling(self) -> "Likelihood":
         """What says all else that depends on the kind of task beside the density of the labels."""
         raise NotImplementedError(f"{type(self).__name__} must say what labels its outputs")
+
+    def drawn(self, group: AdapterGroup) -> list[bool]:
+        """Which adapters' draws differ from their means: those of the last blocks, where ``tuning`` says so."""
+        blocks = None if self.tuning is None else self.tuning.blocks
+        return super().drawn(group) if blocks is None else in_last_blocks(self.network, self.groups, blocks)[group.name]
+
+    def drawn_groups(self) -> tuple[tuple[AdapterGroup, list[int]], ...]:
+        """The groups with those of their adapters that are drawn, and their places in the group."""
+        parts = []
+        for group in self.groups:
+            places = [place for place, drawn in enumerate(self.drawn(group)) if drawn]
+            if places:
+                parts.append((replace(group, adapters=tuple(group.adapters[place] for place in places)), places))
+        return tuple(parts)
 
     def forward(self, labels: Tensor | None = None, **inputs: Any) -> Tensor:
         self._register_parameters()

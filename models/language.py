@@ -19,6 +19,7 @@ from torch.distributions import constraints
 from bayeslora.errors import InputError, Where
 from bayeslora.models.likelihoods import CategoricalLikelihood, Likelihood, example_plate
 from bayeslora.models.network import vocabulary_size
+from bayeslora.models.shared_prompts import SharedPrompt, can_share, log_likelihoods, pack
 from bayeslora.prediction import TextPrediction
 
 NOT_SCORED = -100  # the label of a token that is read but not scored, as in transformers
@@ -79,6 +80,17 @@ def target_log_probs(network: nn.Module, inputs: Mapping[str, Any], labels: Tens
     log_probs = losses.new_zeros(labels.shape)
     log_probs[:, 1:][scored] = -losses
     return log_probs
+
+
+def _of_options(
+    network: nn.Module, tokens: Tensor, mask: Tensor, answer: Tensor, shared: SharedPrompt | None
+) -> Tensor:
+    """log p of every option's scored tokens, in nats, ``(batch, C)``: text by text, or behind a ``shared`` prompt."""
+    if shared is not None:
+        return log_likelihoods(logits_at, network, shared, tokens, answer)
+    rows = {"input_ids": tokens.flatten(0, 1), "attention_mask": mask.flatten(0, 1)}
+    labels = tokens.masked_fill(~answer, NOT_SCORED).flatten(0, 1)
+    return target_log_probs(network, rows, labels).sum(-1).unflatten(0, tokens.shape[:2])
 
 
 class GivenText(TorchDistribution):
@@ -270,11 +282,14 @@ class ChoiceLikelihood(CategoricalLikelihood):
             )
         return nn.functional.pad(scores, (0, missing), value=ABSENT)
 
+    def prepare(self, network: nn.Module) -> None:
+        """Try whether options can share their prompt (:mod:`bayeslora.models.shared_prompts`)."""
+        can_share(network, _of_options)
+
     def _scores_of_texts(self, network: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-        tokens, answer = inputs["input_ids"], inputs["answer_mask"].bool()
-        rows = {"input_ids": tokens.flatten(0, 1), "attention_mask": inputs["attention_mask"].flatten(0, 1)}
-        labels = tokens.masked_fill(~answer, NOT_SCORED).flatten(0, 1)
-        log_likelihood = target_log_probs(network, rows, labels).sum(-1).unflatten(0, tokens.shape[:2])
+        tokens, mask, answer = inputs["input_ids"], inputs["attention_mask"], inputs["answer_mask"].bool()
+        shared = pack(network, tokens, mask, answer) if can_share(network, _of_options) else None
+        log_likelihood = _of_options(network, tokens, mask, answer, shared)
         if self.normalization == "tokens":
             log_likelihood = log_likelihood / answer.sum(-1).clamp(min=1)
         elif self.normalization == "characters":

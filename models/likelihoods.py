@@ -88,6 +88,9 @@ class Likelihood(PyroModule):
         """
         return network(**inputs).logits
 
+    def prepare(self, network: nn.Module) -> None:
+        """Find out what :meth:`outputs` has to know of a network, before anything watches it run: nothing."""
+
     def weights(self, outputs: Tensor) -> Tensor:
         """How much each example counts in an average over several batches, ``(batch,)``."""
         return outputs.new_ones(len(outputs), dtype=torch.float32)

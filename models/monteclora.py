@@ -48,6 +48,7 @@ class MonteCLoRA(JointModel):
         if likelihood is None:
             likelihood = likelihood_for(adapted.get_base_model())
         super().__init__(adapted, config, likelihood, num_examples)
+        self.labelling.prepare(adapted)
 
     @property
     def labelling(self) -> Likelihood:

@@ -204,10 +204,22 @@ class Prior(PyroModule):
         return {group.name: zero.expand(len(group), group.columns, group.rank) for group in self.groups}
 
     def matrices(self, sites: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A of every group from the values of its sites: group name to ``(adapters, columns, r)``."""
+        """A of every group from the values of its sites: group name to ``(adapters, columns, r)``; μ of adapters that
+        are not :meth:`drawn`."""
         if self.config.components == "explicit":
-            return {group.name: self._from_components(group, sites, self.mean(group)) for group in self.groups}
-        return {group.name: sites[f"A_{group.name}"] for group in self.groups}
+            found = {group.name: self._from_components(group, sites, self.mean(group)) for group in self.groups}
+        else:
+            found = {group.name: sites[f"A_{group.name}"] for group in self.groups}
+        for group in self.groups:
+            drawn = self.drawn(group)
+            if not all(drawn):
+                here = torch.tensor(drawn, device=group.device)[:, None, None]
+                found[group.name] = torch.where(here, found[group.name], self.mean(group))
+        return found
+
+    def drawn(self, group: AdapterGroup) -> list[bool]:
+        """Which adapters' draws differ from their means; all, unless something of a network says otherwise."""
+        return [True] * len(group)
 
     def _sample_group(self, group: AdapterGroup, program: Any, mean: Tensor) -> Tensor:
         config, name, device = self.config, group.name, group.device

@@ -152,15 +152,16 @@ def rows_are_examples(
     """Whether the examples of a batch can each have their own weights: false where some adapted layer sees them along
     another dimension than the first (Longformer's attention), or sees something else (DeBERTa's relative positions).
 
-    Runs two examples together, each with its own random weights, and alone, and compares what the ``lora_A`` return.
+    Runs an example twice together, each time with its own random weights, and alone, and compares what the ``lora_A``
+    return.
     ``run`` runs the network on inputs, ``network(**inputs)`` unless given; there an example may take several rows.
     """
     run_network = run or (lambda batch: network(**batch))
-    pair = {name: value[[0, -1]] for name, value in inputs.items()}
+    pair = {name: value[[0, 0]] for name, value in inputs.items()}
     generator = torch.Generator().manual_seed(0)
     device = groups[0].device
     matrices = {g.name: torch.randn(2, len(g), g.columns, g.rank, generator=generator).to(device) for g in groups}
-    alone = [{name: value[i : i + 1] for name, value in pair.items()} for i in range(2)]
+    alone = {name: value[:1] for name, value in pair.items()}
     outputs: list[Tensor] = []
     layers = [adapter.lora_A for group in groups for adapter in group.adapters]
     hooks = [layer.register_forward_hook(lambda module, args, output: outputs.append(output)) for layer in layers]
@@ -176,7 +177,7 @@ def rows_are_examples(
         with eager, evaluation_mode(network), torch.no_grad():
             together = run_as(matrices, pair)
             for i in range(2):
-                single = run_as({name: drawn[i] for name, drawn in matrices.items()}, alone[i])
+                single = run_as({name: drawn[i] for name, drawn in matrices.items()}, alone)
                 for one, both in zip(single, together, strict=True):
                     if both.shape[0] != 2 * one.shape[0] or one.shape[1:] != both.shape[1:]:
                         return False

@@ -5,7 +5,7 @@ from typing import Any
 
 from bayeslora.command.flags import add_options, number, number_or, path, word
 from bayeslora.config import PRESETS, MonteCLoRAConfig
-from bayeslora.options import FROM_ZERO, LENGTH, POSITIVE, SEED, Range, flags
+from bayeslora.options import COUNT, FROM_ZERO, LENGTH, POSITIVE, SEED, Range, flags
 from bayeslora.tasks.load import LOADERS, NAMED_TASKS
 from bayeslora.training.budget import FitOptions
 
@@ -111,6 +111,14 @@ def add_run_options(
 
 def add_antithetic(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--antithetic", action="store_true", help="mirrored pairs of draws: less Monte Carlo error")
+
+
+def add_blocks(parser: argparse.ArgumentParser, *, auto: bool = False) -> None:
+    """``--blocks``, which tune looks for where it is ``auto``."""
+    what = "noise in the last K blocks of the network only: all before them is computed once for all draws"
+    parse = number_or(("auto",), "blocks", COUNT) if auto else number("blocks", COUNT)
+    found = "; auto looks for the fewest that predict as well" if auto else "; default what tune chose"
+    parser.add_argument("--blocks", type=parse, metavar="K", help=what + found)
 
 
 def add_untuned(parser: argparse.ArgumentParser) -> None:

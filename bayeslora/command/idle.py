@@ -24,7 +24,9 @@ LORA_FLAGS = tuple(flag for name, flag in _CONFIG.items() if name == "r" or name
 METHOD_FLAGS = ("preset", *(flag for flag in _CONFIG.values() if flag not in LORA_FLAGS))
 
 _AUTO = Rule(("tolerance",), lambda given: given.num_samples == "auto", "without --num-samples auto")
-_DRAWS = Rule(("antithetic", "seed"), lambda given: given.num_samples != 0, "with --num-samples 0, the mean network")
+_DRAWS = Rule(
+    ("antithetic", "blocks", "seed"), lambda given: given.num_samples != 0, "with --num-samples 0, the mean network"
+)
 _STEPS = Rule(("epochs",), lambda given: given.max_steps is None, "beside --max-steps")
 _WARMUP = Rule(("warmup",), lambda given: given.schedule != "constant", "with --schedule constant")
 _NOISE = Rule(

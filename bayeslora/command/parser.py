@@ -8,6 +8,7 @@ from bayeslora._version import __version__
 from bayeslora.command.flags import number, number_or, path, sentence, word
 from bayeslora.command.groups import (
     add_antithetic,
+    add_blocks,
     add_data_options,
     add_loading_options,
     add_memory_options,
@@ -220,6 +221,7 @@ def _add_evaluate(commands: Any) -> None:
     )
     add_run_options(parser, auto=True)
     add_antithetic(parser)
+    add_blocks(parser)
     add_untuned(parser)
     parser.add_argument("--split", type=word, help="default: test where it is labelled, else validation")
     parser.add_argument("--max-examples", type=number("max_examples"), help="a random subset of this size")
@@ -245,6 +247,7 @@ def _add_predict(commands: Any) -> None:
     )
     add_run_options(parser, auto=True)
     add_antithetic(parser)
+    add_blocks(parser)
     add_untuned(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--text", type=sentence, nargs="+", help="one or more texts")
@@ -265,6 +268,7 @@ def _add_tune(commands: Any) -> None:
     )
     add_run_options(parser, takes=COUNT)
     add_antithetic(parser)
+    add_blocks(parser, auto=True)
     parser.add_argument(
         "--split", type=word, default="validation", help="neither train nor test; labelled, without --agreement"
     )

@@ -89,6 +89,7 @@ def _predict(run: FittedRun, data: Any, arguments: argparse.Namespace, *, progre
         seed=arguments.seed,
         antithetic=arguments.antithetic,
         tolerance=arguments.tolerance,
+        blocks=arguments.blocks,
         progress=progress,
     )
 

@@ -23,6 +23,7 @@ def run(arguments: argparse.Namespace) -> None:
             with_temperature=arguments.with_temperature,
             agreement=arguments.agreement,
             antithetic=arguments.antithetic,
+            blocks=arguments.blocks,
             batch_size=arguments.batch_size,
             seed=arguments.seed,
             progress=not arguments.json,
@@ -52,6 +53,8 @@ def say_tuning(tuning: Tuning, split: str) -> None:
     if tuning.examples:
         print(f"{'split':24} {split}, {tuning.examples} examples")
     print(f"{'width':24} {tuning.width:.4f}")
+    if tuning.blocks is not None or tuning.nll_all_blocks is not None:
+        print(f"{'blocks with noise':24} {'all' if tuning.blocks is None else f'the last {tuning.blocks}'}")
     if tuning.agreement is not None:
         print(f"{'agreement':24} {tuning.agreement:.4f}")
     if tuning.nll is None:
@@ -61,5 +64,7 @@ def say_tuning(tuning: Tuning, split: str) -> None:
         ("nll, tuned", tuning.nll),
         ("nll, as fitted", tuning.nll_untuned),
         ("nll at the mean", tuning.nll_at_mean),
+        ("nll, noise everywhere", tuning.nll_all_blocks),
     ):
-        print(f"{name:24} {nll:.4f}")
+        if nll is not None:
+            print(f"{name:24} {nll:.4f}")

@@ -19,9 +19,8 @@ from bayeslora.data.checks import check_to_learn_from
 from bayeslora.data.rows import check_kind
 from bayeslora.errors import InputError
 from bayeslora.guides import MeanFieldGuide, MixtureGuide
-from bayeslora.inference.draws import draw_trace
+from bayeslora.inference.draws import as_tuned, draw_trace
 from bayeslora.inference.predict import predict
-from bayeslora.inference.tuning import as_tuned
 from bayeslora.posterior import Posterior
 from bayeslora.prediction import Prediction
 from bayeslora.recorder import Recorder

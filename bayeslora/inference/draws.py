@@ -16,6 +16,7 @@ from bayeslora.adapters.groups import AdapterGroup
 from bayeslora.adapters.modes import evaluation_mode, without_cache
 from bayeslora.errors import InputError
 from bayeslora.inference.prefix import MAX_KEPT_BYTES
+from bayeslora.models.tuning import Tuning
 from bayeslora.posterior import Posterior
 from bayeslora.recorder import Recorder
 
@@ -180,6 +181,16 @@ def evaluating(bayes: Posterior) -> Iterator[None]:
 
 
 @contextmanager
+def as_tuned(bayes: Posterior, tuning: Tuning | None) -> Iterator[None]:
+    """Inside, draws are as this says; as they were fitted if None."""
+    before, bayes.model.tuning = bayes.model.tuning, tuning
+    try:
+        yield
+    finally:
+        bayes.model.tuning = before
+
+
+@contextmanager
 def seeded(seed: int | None, index: int) -> Iterator[None]:
     """The generator of draw ``index`` inside, the caller's own outside."""
     if seed is None:
@@ -191,13 +202,20 @@ def seeded(seed: int | None, index: int) -> Iterator[None]:
 
 
 def run_as(bayes: Posterior, matrices: dict[str, Tensor] | None, run: Callable[[], Any]) -> Any:
-    """What ``run`` returns under these draws; at the mean if None."""
+    """What ``run`` returns under these draws; at the mean if None. What is not drawn need not run."""
     if matrices is None:
         return run()
-    with using_draw(bayes.model.groups, matrices):
+    parts = bayes.model.drawn_groups()
+    groups = tuple(group for group, _ in parts)
+    with using_draw(groups, {g.name: _of(matrices[g.name], places) for g, places in parts}):
         output = run()
-    check_reached(bayes.model.groups)
+    check_reached(groups)
     return output
+
+
+def _of(matrices: Tensor, places: list[int]) -> Tensor:
+    """Those of some adapters, of ``(..., adapters, columns, r)``."""
+    return matrices if len(places) == matrices.shape[-3] else matrices[..., places, :, :]
 
 
 @contextmanager

@@ -16,9 +16,10 @@ from bayeslora.adapters.modes import is_compiled
 from bayeslora.data.batches import Batch, Collator, pad_token
 from bayeslora.data.checks import read_examples
 from bayeslora.errors import InputError
-from bayeslora.inference.draws import Draws, Networks, evaluating, run_as
+from bayeslora.inference.draws import Draws, Networks, as_tuned, evaluating, run_as
 from bayeslora.inference.prefix import MAX_KEPT_BYTES, Prefix
 from bayeslora.models.language import NOT_SCORED
+from bayeslora.models.tuning import Tuning
 from bayeslora.posterior import Posterior
 from bayeslora.prediction import Prediction
 
@@ -42,6 +43,7 @@ def predict(
     noise_factor: float = 1.0,
     antithetic: bool = False,
     tolerance: float = 0.02,
+    blocks: int | None = None,
 ) -> Prediction:
     """Average the predictive over draws of the posterior; with the width and the temperature that were tuned, if any
     (:func:`bayeslora.inference.tuning.tune`).
@@ -67,14 +69,17 @@ def predict(
             (Hammersley and Morton 1956, *A new Monte Carlo technique: antithetic variates*); a pair is dependent.
         tolerance: With ``num_samples="auto"``, for :attr:`~bayeslora.Prediction.monte_carlo_error`, averaged over the
             examples: of probabilities, or of numbers in their own unit. Where 256 draws leave more, a warning says so.
+        blocks: Draw the adapters of the network's last k blocks, and those behind them, only; others are at their
+            mean. Draws are those of the whole network there. The tuned k, if any, unless given.
 
-    Whatever the network computes before its first adapter is computed once for all draws of a batch
+    Whatever the network computes before the first adapter that is drawn is computed once for all draws of a batch
     (:mod:`bayeslora.inference.prefix`).
 
     Raises:
         InputError: for an empty data set, a row that the network cannot read, texts without labels, a negative number
             of draws, ``"auto"`` for what has no ``monte_carlo_error`` (texts), ``antithetic`` with a guide that does
-            not promise symmetry (``symmetric_rows``), or a layer that a draw does not reach.
+            not promise symmetry (``symmetric_rows``), a layer that a draw does not reach, or more blocks than there
+            are.
     """
     count = None if num_samples == "auto" else _count(num_samples)
     if count is None and not (isinstance(tolerance, Real) and tolerance > 0):
@@ -120,7 +125,9 @@ def predict(
         apart = first_draw % 2 if antithetic else 0  # the image of a draw that is not among these
         return monte_carlo_error(said[apart:], mirrored=antithetic)
 
-    with evaluating(bayes):
+    tuning = bayes.model.tuning
+    tuning = tuning if blocks is None else replace(tuning or Tuning(), blocks=blocks)
+    with evaluating(bayes), as_tuned(bayes, tuning):
         if count is None:
             drawn, labels = _enough(outputs, lambda *drawn: error(summary(*drawn)), tolerance)
         else:
@@ -212,7 +219,9 @@ def run_batches(
     progress: bool,
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Logits of each batch under every draw, ``(draws, n, C)`` (the mean's, if there is no draw), and its labels."""
-    prefix = Prefix(bayes.network, bayes.model.groups, bayes.model.outputs)
+    bayes.model.labelling.prepare(bayes.network)
+    drawn = tuple(group for group, _ in bayes.model.drawn_groups())
+    prefix = Prefix(bayes.network, drawn, bayes.model.outputs)
     with _progress(len(batches) * max(draws.count, 1), progress) as bar:
         for batch in batches:
             inputs = collate(batch).to(bayes.network.device)

@@ -1,6 +1,7 @@
-"""What a network computes before its first adapter does not depend on the draw: run once a batch, used for every draw.
+"""What a network computes before its first adapter that is drawn: run once a batch, used for every draw.
 
-The embeddings always lie there, and with ``layers_to_transform`` the blocks below the first adapted one.
+The embeddings always lie there, with ``layers_to_transform`` the blocks below the first adapted one, and all but the
+last where only these are drawn.
 """
 
 from collections import Counter
@@ -14,7 +15,6 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflat
 
 from bayeslora.adapters.groups import AdapterGroup
 from bayeslora.adapters.modes import is_compiled
-from bayeslora.adapters.sampled import SampledLinear
 
 MAX_KEPT_BYTES = 2**30
 _PLAIN = (Tensor, bool, int, float, str, torch.dtype, torch.device, type(None))
@@ -33,12 +33,13 @@ class Prefix:
     def __init__(
         self,
         network: nn.Module,
-        groups: tuple[AdapterGroup, ...],
+        drawn: tuple[AdapterGroup, ...],
         run: Callable[[Mapping[str, Tensor]], Any] | None = None,
     ):
         self._run = run or (lambda inputs: network(**inputs))
-        self.adapters = [adapter.lora_A for group in groups for adapter in group.adapters]
-        reusable = () if is_compiled(network) else _without_adapters(network)  # parts left out would be other graphs
+        self.adapters = [adapter.lora_A for group in drawn for adapter in group.adapters]
+        varying = {id(adapter) for adapter in self.adapters}
+        reusable = () if is_compiled(network) else _without(varying, network)  # parts left out would be other graphs
         self.modules = list(dict.fromkeys(reusable))
         self.outputs: dict[nn.Module, Output] = {}
         self._rows: dict[nn.Module, list[bool]] | None = None  # which tensors of an output have a row per example
@@ -48,19 +49,18 @@ class Prefix:
 
         Args:
             inputs: The network's, examples along the first dimension.
-            repeat: Prepare for :meth:`reused` with ``copies``; once, this runs one or two examples more.
+            repeat: Prepare for :meth:`reused` with ``copies``; once, this runs the batch twice more.
         """
         if not self.modules:
             return
         self.outputs = self._outputs(inputs)
         if repeat and self._rows is None:
             examples = len(next(iter(inputs.values())))
-            others = 2 if examples == 1 else 1
-            other = self._outputs({name: torch.cat([value[:1]] * others) for name, value in inputs.items()})
+            twice = self._outputs({name: torch.cat([value] * 2) for name, value in inputs.items()})
             self._rows = {}
-            for module in self.outputs.keys() & other.keys():
+            for module in self.outputs.keys() & twice.keys():
                 with suppress(ValueError):
-                    self._rows[module] = _rows(self.outputs[module], other[module], examples, others)
+                    self._rows[module] = _rows(self.outputs[module], twice[module], examples, 2 * examples)
 
     @contextmanager
     def reused(self, copies: int = 1) -> Iterator[None]:
@@ -133,13 +133,13 @@ class _Recorder:
         self.outputs[module] = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec
 
 
-def _without_adapters(module: nn.Module) -> Iterator[nn.Module]:
-    """The outermost modules in which no adapter lies and nothing works in place."""
+def _without(adapters: set[int], module: nn.Module) -> Iterator[nn.Module]:
+    """The outermost modules in which none of these lies and nothing works in place."""
     for child in module.children():
         inner = list(child.modules())
         lists = isinstance(child, nn.ModuleList | nn.ModuleDict)  # these are never called themselves
-        if lists or any(isinstance(part, SampledLinear) for part in inner):
-            yield from _without_adapters(child)
+        if lists or any(id(part) in adapters for part in inner):
+            yield from _without(adapters, child)
         elif not any(getattr(part, "inplace", False) for part in inner):
             yield child
 

@@ -111,11 +111,11 @@ def _is_tuning(value: Any) -> bool:
     """What :meth:`Tuning.to_dict` makes."""
     if not isinstance(value, dict):
         return False
-    value = {"agreement": None, "passes": 0, **value}  # came later
+    value = {"agreement": None, "passes": 0, "blocks": None, "nll_all_blocks": None, **value}  # came later
     if value.keys() != {f.name for f in fields(Tuning)}:
         return False
     counts = all(is_integer(value[name]) for name in ("examples", "num_samples", "passes"))
-    names = ("nll", "nll_at_mean", "nll_untuned", "agreement")
+    names = ("nll", "nll_at_mean", "nll_untuned", "agreement", "nll_all_blocks")
     scores = all(value[name] is None or is_number(value[name]) for name in names)
     try:
         return counts and scores and Tuning(**value) is not None

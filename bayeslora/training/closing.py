@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from bayeslora.files.writing import write_json
-from bayeslora.inference.tuning import as_tuned
+from bayeslora.inference.draws import as_tuned
 from bayeslora.posterior import Posterior
 from bayeslora.storage.checkpoint import save_pretrained
 from bayeslora.storage.run_folder import ADAPTER_FOLDER, RUN_FILE

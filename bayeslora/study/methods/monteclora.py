@@ -15,7 +15,8 @@ from bayeslora.analysis import mixture_entropy
 from bayeslora.config import MonteCLoRAConfig
 from bayeslora.errors import InputError
 from bayeslora.guides import GUIDES, MixtureGuide
-from bayeslora.inference.tuning import LEAST_EXAMPLES, Widths, as_tuned
+from bayeslora.inference.draws import as_tuned
+from bayeslora.inference.tuning import LEAST_EXAMPLES, Widths
 from bayeslora.models import Tuning
 from bayeslora.module import BayesLoRA
 from bayeslora.storage.run_folder import ADAPTER_FOLDER, RUN_FILE
