@@ -306,7 +306,8 @@ def check_budget(study: Study) -> None:
 def prepare_task(task: Task, study: Study) -> tuple[Task, str]:
     """The task and the split to score: ``study.test_split``, or validation where that is unlabelled.
 
-    With ``study.hold_out``, that many training examples then take validation's place, and it becomes the test split.
+    With ``study.hold_out``, that many training examples take validation's place where it is scored, and then is the test
+    split, or where there is none.
 
     Raises:
         InputError: for a regression, a task without a labelled split to score, or too few examples to hold out.
@@ -316,14 +317,14 @@ def prepare_task(task: Task, study: Study) -> tuple[Task, str]:
     scored = next((split for split in (study.test_split, "validation") if _is_labelled(task, split)), None)
     if scored is None:
         raise InputError(f"task {task.name!r} has no labelled {study.test_split!r} or 'validation' split to score on")
-    if scored != "validation" or not study.hold_out:
+    if not study.hold_out or (scored != "validation" and _is_labelled(task, "validation")):
         return task, scored
     train = task.split("train", labelled=True)
     if study.hold_out >= len(train):
         raise InputError(f"hold_out is {study.hold_out}, but task {task.name!r} has {len(train)} training examples")
     order = np.random.default_rng(0).permutation(len(train))
     held, rest = np.sort(order[: study.hold_out]), np.sort(order[study.hold_out :])
-    splits = {"train": train.select(rest), "validation": train.select(held), "test": task.data["validation"]}
+    splits = {"train": train.select(rest), "validation": train.select(held), "test": task.data[scored]}
     return replace(task, data=type(task.data)({**task.data, **splits})), "test"
 
 

@@ -87,7 +87,8 @@ class Study:
         test_split: What is scored; ``validation`` where it is unlabelled.
         shift_splits: Score the tasks' shifted splits too: those that a task is known for, or that its ``shift_splits``
             names.
-        hold_out: Training examples set aside as validation where the task's own validation split is what is scored.
+        hold_out: Training examples set aside as validation where the task's own validation split is what is scored, or
+            is missing.
         max_length: Tokens per example.
         num_samples: Draws of every method that draws.
         training: The budget, equal for all, by the names of :func:`bayeslora.fit`: ``epochs`` (5), ``warmup``, ...

@@ -15,6 +15,9 @@ boolq_question_only   ``Question: QUESTION?``, ``Answer:``       ``no`` and ``ye
 These are the prompts of EleutherAI's evaluation harness, without examples before them. ``style="letters"`` lists the
 options after the question instead, and scores their letters.
 
+``"arc_easy+openbookqa"`` is a mixture: the training splits of both together, the test splits of both together as
+``test``, and each on its own in a split of its name, which comparisons and reports score too.
+
 References:
     Bisk et al. (2020), *PIQA*; Sap et al. (2019), *Social IQA*; Sakaguchi et al. (2020), *WinoGrande*; Clark et al.
     (2018), *Think you have Solved Question Answering? Try ARC*; Mihaylov et al. (2018), *OpenBookQA*; Clark et al.
@@ -31,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 from bayeslora.errors import InputError
 from bayeslora.tasks.base import Task, arrange, given_path
 from bayeslora.tasks.encoding import chat, encode_letters, encode_options
-from bayeslora.tasks.labels import UNLABELLED
+from bayeslora.tasks.labels import UNLABELLED, is_labelled
 from bayeslora.tasks.network import load_network
 from bayeslora.tasks.prompting import ChoicePrompting, read_prompting
 from bayeslora.tasks.reading import read_hub, read_local
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, Any]
 _ROWS_AT_ONCE = 200
+MIXED = "+"  # between the names of tasks that are learned together
 
 
 @dataclass(frozen=True)
@@ -137,30 +141,65 @@ CHOICE_TASKS = {
 
 
 def load_choice_task(name: str, data_dir: str | Path | None, prompting: Mapping[str, Any] | None) -> "ChoiceTask":
-    """Read one of :data:`CHOICE_TASKS`; see :func:`bayeslora.load_task`.
+    """Read one of :data:`CHOICE_TASKS`, or a mixture of several; see :func:`bayeslora.load_task`.
 
     Raises:
-        InputError: anything amiss with the files, the columns, the labels or the prompting.
+        InputError: anything amiss with the names, the files, the columns, the labels or the prompting.
     """
-    known = CHOICE_TASKS[name]
-    how = read_prompting(ChoicePrompting, prompting)
-    splits = read_hub(name, known.repository, known.hub_config) if data_dir is None else read_local(name, data_dir, ())
-    read = {split: _read_split(f"task {name!r}, split {split!r}", known, data) for split, data in splits.items()}
-    most = max(len(options) for data in read.values() for options in data["options"][:])
+    how, parts = read_prompting(ChoicePrompting, prompting), name.split(MIXED)
+    for part in parts:
+        if part not in CHOICE_TASKS or parts.count(part) > 1:
+            raise InputError(
+                f"task {name!r}: a mixture is of different tasks out of {', '.join(CHOICE_TASKS)}, and {part!r} is "
+                f"{'there twice' if part in CHOICE_TASKS else 'none of them'}"
+            )
+    read = {part: _read(part, data_dir) for part in parts}
+    splits = read[name] if name in read else _mixed(name, read)
+    most = max(len(options) for data in splits.values() for options in data["options"][:])
     from datasets import DatasetDict
 
     task = ChoiceTask(
         name=name,
-        data=DatasetDict(arrange(read)),
+        data=DatasetDict(splits),
         text_columns=("question",),
         label_column="label",
         label_names=tuple(string.ascii_uppercase[:most]),
         metrics=("accuracy",),
+        shift_splits=() if name in read else tuple(parts),
         data_dir=given_path(data_dir),
         prompting=how,
     )
     task.likelihood()  # a mistake in the normalization is found here
     return task
+
+
+def _read(name: str, data_dir: str | Path | None) -> "dict[str, Dataset]":
+    known = CHOICE_TASKS[name]
+    splits = read_hub(name, known.repository, known.hub_config) if data_dir is None else read_local(name, data_dir, ())
+    return arrange(
+        {split: _read_split(f"task {name!r}, split {split!r}", known, data) for split, data in splits.items()}
+    )
+
+
+def _mixed(name: str, read: "Mapping[str, dict[str, Dataset]]") -> "dict[str, Dataset]":
+    """Training and validation splits one after the other, and a split to score for each task, called by its name: its
+    test split where that has labels, or else its validation split, which is then left out of the common one."""
+    from datasets import concatenate_datasets
+
+    train, validation, scored = [], [], {}
+    for part, splits in read.items():
+        labelled = [s for s in ("test", "validation") if s in splits and is_labelled(splits[s], "label")]
+        if "train" not in splits or not labelled:
+            raise InputError(
+                f"task {name!r}: {part} has no {'labelled test or validation' if 'train' in splits else 'train'} split"
+            )
+        train.append(splits["train"])
+        scored[part] = splits[labelled[0]]
+        validation += [splits["validation"]] if labelled == ["test", "validation"] else []
+    common = {"train": concatenate_datasets(train)} | (
+        {"validation": concatenate_datasets(validation)} if validation else {}
+    )
+    return {**common, "test": concatenate_datasets(list(scored.values())), **scored}
 
 
 def _read_split(where: str, known: NamedChoice, data: "Dataset") -> "Dataset":

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from bayeslora.errors import InputError
 from bayeslora.tasks.base import Task, arrange, given_path
-from bayeslora.tasks.choice import CHOICE_TASKS, load_choice_task
+from bayeslora.tasks.choice import CHOICE_TASKS, MIXED, load_choice_task
 from bayeslora.tasks.labels import prepare_labels
 from bayeslora.tasks.metrics import REGRESSION_METRICS
 from bayeslora.tasks.out_of_scope import separate
@@ -93,7 +93,8 @@ def load_task(
     """Read a task's data and check it: a named GLUE or SuperGLUE task, another of :data:`NAMED_TASKS`, or your own.
 
     Tasks of a causal language model: choices between texts, :data:`bayeslora.tasks.choice.CHOICE_TASKS`, and texts to
-    learn, :data:`bayeslora.tasks.text.TEXT_TASKS`.
+    learn, :data:`bayeslora.tasks.text.TEXT_TASKS`. Choices of several kinds are learned together as a mixture,
+    ``"arc_easy+openbookqa"``, and scored together and each on its own.
 
     ``clinc_oos`` has 150 intents, and the questions that ask for none of them in a split ``out_of_scope``.
 
@@ -121,12 +122,14 @@ def load_task(
         >>> task.splits, task.label_names
         (('train', 'validation', 'test'), ('bad', 'good'))
     """
-    if name in LOADERS:
+    mixture = name.split(MIXED)[0] in CHOICE_TASKS
+    loader = load_choice_task if mixture else LOADERS.get(name)
+    if loader:
         if text_columns or label_column or label_names:
             raise InputError(
                 f"task {name!r} has columns and labels of its own: leave text_columns, label_column and label_names out"
             )
-        return _with_shifts(LOADERS[name](name, data_dir, prompting), shift_splits)
+        return _with_shifts(loader(name, data_dir, prompting), shift_splits)
     if prompting:
         raise InputError(
             f"prompting is for tasks of language models, and {name!r} is none; those are {', '.join(LOADERS)}"

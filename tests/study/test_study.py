@@ -706,6 +706,19 @@ def test_hold_out_makes_a_validation_split(study, place, tmp_path):
     assert {row["method"] for row in result["rows"] if row["split"] == "test"} == {"LoRA", "LoRA + temperature*"}
 
 
+def test_hold_out_where_there_is_no_validation_split(study, place, tmp_path):
+    (tmp_path / "reviews").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / "reviews" / f"{split}.csv").write_text((place / "reviews" / f"{split}.csv").read_text())
+    made = study(
+        "lora", tasks=[{"name": "reviews", "data_dir": str(tmp_path / "reviews"), "text_columns": "text"}], hold_out=8
+    )
+    experiment = Experiment(made, only(made), tmp_path)
+    assert experiment.splits == ("validation", "test")
+    assert len(experiment.train_data) + 8 == experiment.task.data["train"].num_rows + len(experiment.data("validation"))
+    assert len(experiment.data("validation")) == 8
+
+
 def test_a_study_names_shifted_splits_of_its_own_data(study, place, tmp_path):
     """They are scored beside the test split, and a study without them has the digests it had."""
     reviews = tmp_path / "reviews"

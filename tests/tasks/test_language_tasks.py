@@ -72,6 +72,32 @@ def test_questions_with_fewer_options_share_a_task(tmp_path):
     assert "labels" not in task.encode(tiny_tokenizer(), "test").column_names
 
 
+def test_a_mixture_is_trained_together_and_scored_each(tmp_path):
+    """Three tasks: with both splits, with a test split alone, and one whose test split has no labels."""
+    rows = {name: OFFICIAL[name][0] for name in ("piqa", "arc_easy", "winogrande")}
+    sizes = {"piqa": {"train": 3, "validation": 2, "test": 4}, "arc_easy": {"train": 2, "test": 5}}
+    for name, splits in sizes.items():
+        for split, size in splits.items():
+            write(tmp_path, name, split, [rows[name]] * size)
+    write(tmp_path, "winogrande", "train", [rows["winogrande"]] * 4)
+    write(tmp_path, "winogrande", "validation", [rows["winogrande"]] * 6)
+    write(tmp_path, "winogrande", "test", [rows["winogrande"] | {"answer": ""}] * 7)
+    task = load_task("piqa+arc_easy+winogrande", tmp_path)
+    found = {split: task.data[split].num_rows for split in task.splits}
+    assert found == {"train": 9, "validation": 2, "test": 15, "piqa": 4, "arc_easy": 5, "winogrande": 6}
+    assert task.shift_splits == ("piqa", "arc_easy", "winogrande")
+    assert [len(row["options"]) for row in task.data["train"]] == [2] * 3 + [3] * 2 + [2] * 4
+    assert task.data["winogrande"][0]["prompts"] == OFFICIAL["winogrande"][1]
+    assert task.label_names == ("A", "B", "C")
+    assert load_task(**json.loads(json.dumps(task.recipe))).recipe == task.recipe
+    for wrong, why in (("piqa+sst2", "'sst2' is none of them"), ("piqa+piqa", "'piqa' is there twice")):
+        with pytest.raises(InputError, match=why):
+            load_task(wrong, tmp_path)
+    write(tmp_path, "siqa", "train", [OFFICIAL["siqa"][0]] * 2)
+    with pytest.raises(InputError, match="siqa has no labelled test or validation split"):
+        load_task("piqa+siqa", tmp_path)
+
+
 def test_texts_are_read_and_learnt(tmp_path):
     write(tmp_path, "gsm8k", "train", [{"question": "where is the cat?", "answer": "up up\n#### 1 2"}])
     write(tmp_path, "magicoder_oss_instruct", "train_python1k", [{"problem": "to go up", "solution": "up"}])
