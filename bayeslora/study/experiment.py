@@ -306,8 +306,8 @@ def check_budget(study: Study) -> None:
 def prepare_task(task: Task, study: Study) -> tuple[Task, str]:
     """The task and the split to score: ``study.test_split``, or validation where that is unlabelled.
 
-    With ``study.hold_out``, that many training examples take validation's place where it is scored, and then is the test
-    split, or where there is none.
+    With ``study.hold_out``, that many training examples take validation's place: where it is scored, and then is the
+    test split, or where there is none.
 
     Raises:
         InputError: for a regression, a task without a labelled split to score, or too few examples to hold out.
