@@ -15,6 +15,8 @@ from .draws.variance import noise_contraction as noise_contraction
 from .draws.variance import variance_shares as variance_shares
 from .metrics.agreement import rank_correlation as rank_correlation
 from .metrics.agreement import vote_entropy as vote_entropy
+from .metrics.batchbald import BatchSelection as BatchSelection
+from .metrics.batchbald import select_batchbald as select_batchbald
 from .metrics.bootstrap import bootstrap_interval as bootstrap_interval
 from .metrics.brier import brier_decomposition as brier_decomposition
 from .metrics.calibration import accuracy as accuracy
@@ -25,6 +27,8 @@ from .metrics.calibration import maximum_calibration_error as maximum_calibratio
 from .metrics.calibration import negative_log_likelihood as negative_log_likelihood
 from .metrics.calibration import overconfidence as overconfidence
 from .metrics.calibration import sharpness as sharpness
+from .metrics.conformal import conformal_sets as conformal_sets
+from .metrics.conformal import conformal_threshold as conformal_threshold
 from .metrics.detection import detection_curve as detection_curve
 from .metrics.detection import detection_scores as detection_scores
 from .metrics.registry import calibration_summary as calibration_summary

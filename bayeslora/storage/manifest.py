@@ -111,10 +111,12 @@ def _is_tuning(value: Any) -> bool:
     """What :meth:`Tuning.to_dict` makes."""
     if not isinstance(value, dict):
         return False
-    value = {"agreement": None, "passes": 0, **value}  # came later
+    value = {"agreement": None, "passes": 0, "conformal": None, **value}  # came later
     if value.keys() != {f.name for f in fields(Tuning)}:
         return False
     counts = all(is_integer(value[name]) for name in ("examples", "num_samples", "passes"))
+    if not (value["conformal"] is None or is_object_of(value["conformal"], lambda p: is_number(p) and 0 <= p <= 1)):
+        return False
     names = ("nll", "nll_at_mean", "nll_untuned", "agreement")
     scores = all(value[name] is None or is_number(value[name]) for name in names)
     try:
