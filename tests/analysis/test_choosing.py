@@ -44,7 +44,7 @@ def pool(draws=5, examples=7, classes=3, seed=0):
 
 def joint_information(probs):
     """I(labels; draw) of all examples together, configuration by configuration."""
-    draws, examples, classes = probs.shape
+    _, examples, classes = probs.shape
     joint = [
         np.prod([probs[:, i, label] for i, label in enumerate(labels)], axis=0)
         for labels in itertools.product(range(classes), repeat=examples)
