@@ -30,9 +30,9 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]")
 
 
-def text_run(columns=("text",), *, labels=LABELS, seed=0):
+def text_run(columns=("text",), *, labels=LABELS, seed=0, noise=0.3):
     """Of classes, or of numbers where there are no labels; the draws disagree."""
-    bayes = randomize_b(module(seed=seed, sample_scaler=0.3, network_options={"num_labels": len(labels) or 1})).eval()
+    bayes = randomize_b(module(seed=seed, sample_scaler=noise, network_options={"num_labels": len(labels) or 1})).eval()
     if labels:
         bayes.network.config.id2label = dict(enumerate(labels))
     bayes.tokenizer = tokenizer()
