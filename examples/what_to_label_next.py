@@ -101,13 +101,7 @@ def main(
 ) -> dict[str, list[list[dict[str, float]]]]:
     """Scores of every measure and seed, also in ``scores.json``; the picture is ``learning_curve.png``."""
     folder = Path(output_dir)
-    task = load_task("sentiment")
-    named = {
-        split: [
-            {"text": row["text"], "label": task.label_names[row["label"]]} for row in task.split(split, limit=limit)
-        ]
-        for split, limit in (("train", pool_size), ("test", test_size))
-    }
+    pool, test = sentences("train", pool_size), sentences("test", test_size)
     scores = {
         by: [rounds(folder, pool, test, by, seed, model=model, each=each, epochs=epochs) for seed in range(seeds)]
         for by in measures
