@@ -203,20 +203,25 @@ class BayesLoRA(Posterior):
 
     def generate(
         self,
-        prompts: Sequence[str] | Sequence[Sequence[int]],
+        prompts: Any = None,
         *,
         tokenizer: Any = None,
         num_samples: int = 8,
         mode: str = "draws",
-        max_new_tokens: int = 64,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        stops: Sequence[str] = (),
+        max_new_tokens: int | None = None,
+        do_sample: bool | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        num_beams: int = 1,
+        stops: Sequence[str] | None = None,
+        generation_config: Any = None,
+        input_ids: Any = None,
+        attention_mask: Any = None,
         seed: int = 0,
         batch_size: int = 16,
         progress: bool = True,
     ) -> Generation:
-        """Write on from prompts with a causal language model.
+        """Write on from a text, a conversation, tokens, or a list of them, with a causal language model.
 
         Arguments and errors are those of :func:`bayeslora.inference.generation.generate`.
 
@@ -235,9 +240,14 @@ class BayesLoRA(Posterior):
                 num_samples=num_samples,
                 mode=mode,
                 max_new_tokens=max_new_tokens,
+                do_sample=do_sample,
                 temperature=temperature,
                 top_p=top_p,
+                num_beams=num_beams,
                 stops=stops,
+                generation_config=generation_config,
+                input_ids=input_ids,
+                attention_mask=attention_mask,
                 seed=seed,
                 batch_size=batch_size,
                 progress=progress,
