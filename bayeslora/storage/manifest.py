@@ -20,6 +20,7 @@ POSTERIOR = "posterior.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, POSTERIOR)
+CARD = "README.md"  # which people may edit
 FORMAT = 1
 PROBES = 16
 
@@ -49,7 +50,7 @@ def is_adapter_folder(folder: Path) -> bool:
 def own_files(folder: Path) -> set[str]:
     """What :func:`save_pretrained` has written into ``folder``, or would; the first parts of the names."""
     named = read_json(folder / MANIFEST).get("tokenizer", []) if is_adapter_folder(folder) else []
-    return {MANIFEST, *FILES, *(name.split("/")[0] for name in named if isinstance(name, str))}
+    return {MANIFEST, CARD, *FILES, *(name.split("/")[0] for name in named if isinstance(name, str))}
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
