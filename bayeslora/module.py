@@ -371,7 +371,9 @@ class BayesLoRA(Posterior):
             )
         checkpoint.load_adapter(self, Path(folder))
 
-    def export_draws(self, folder: str | Path, num_draws: int, *, seed: int = 0) -> list[Path]:
+    def export_draws(
+        self, folder: str | Path, num_draws: int, *, seed: int = 0, for_server: bool = False
+    ) -> list[Path]:
         """Write draws, and the mean, as ordinary PEFT adapters; returns the draws' folders.
 
         Arguments and errors are those of :func:`bayeslora.storage.export.export_draws`.
@@ -381,7 +383,7 @@ class BayesLoRA(Posterior):
             ['draw-000', 'draw-001']
         """
         with one_at_a_time:
-            return write_draws(self, folder, num_draws, seed=seed)
+            return write_draws(self, folder, num_draws, seed=seed, for_server=for_server)
 
     @classmethod
     def from_pretrained(

@@ -11,17 +11,19 @@ import csv
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import pyplot
 from transformers import set_seed
 
-from bayeslora import BayesLoRA, fit, load_task, open_run
+from bayeslora import BayesLoRA, MonteCLoRAConfig, fit, load_task, open_run
 from bayeslora.analysis import accuracy, negative_log_likelihood
 from bayeslora.bulk.predicting import predict_file
 from bayeslora.runs import FittedRun
 
 Row = dict[str, str]
+Config = MonteCLoRAConfig | None
 
 
 def write(path: Path, rows: list[Row], *names: str) -> Path:
@@ -37,7 +39,7 @@ def sentences(split: str, limit: int) -> list[Row]:
     return [{"text": row["text"], "label": task.label_names[row["label"]]} for row in task.split(split, limit=limit)]
 
 
-def fitted(folder: Path, labelled: list[Row], model: str, seed: int, epochs: float) -> FittedRun:
+def fitted(folder: Path, labelled: list[Row], model: str, seed: int, config: Config, **budget: Any) -> FittedRun:
     """A run that was fitted to these rows."""
     folder.mkdir(parents=True)
     set_seed(seed)
@@ -48,16 +50,16 @@ def fitted(folder: Path, labelled: list[Row], model: str, seed: int, epochs: flo
         label_names=["negative", "positive"],
     )
     network, tokenizer = task.load_network(model)
-    bayes = BayesLoRA(network)
+    bayes = BayesLoRA(network, config)
     bayes.tokenizer = tokenizer
     train = task.encode(tokenizer, "train", max_length=64)
     about = {"model": model, "task": task.recipe, "max_length": 64}
-    fit(bayes, train, output_dir=folder / "run", epochs=epochs, seed=seed, metadata=about, progress=False)
+    fit(bayes, train, output_dir=folder / "run", seed=seed, metadata=about, progress=False, **budget)
     return open_run(folder / "run")
 
 
 def rounds(
-    folder: Path, pool: list[Row], test: list[Row], by: str, seed: int, *, model: str, each: int, epochs: float
+    folder: Path, pool: list[Row], test: list[Row], by: str, seed: int, *, model: str, each: int, **how: Any
 ) -> list[dict[str, float]]:
     """Test scores with 1, 2, 3 and 4 times ``each`` labels; the first are drawn at random."""
     left, labelled, scores = pool.copy(), [], []
@@ -67,7 +69,7 @@ def rounds(
         labelled += chosen  # people have labelled them
         left = [row for row in left if row not in chosen]
         place = folder / f"{by}-{seed}-{number}"
-        run = fitted(place, labelled, model, seed, epochs)
+        run = fitted(place, labelled, model, seed, **how)
         probs = run.predict([row["text"] for row in test], num_samples=8, progress=False).probs
         truth = [int(row["label"] == "positive") for row in test]
         scores.append(
@@ -95,17 +97,16 @@ def main(
     pool_size: int = 1000,
     test_size: int = 500,
     each: int = 60,
-    epochs: float = 8,
+    epochs: float = 10,
+    config: Config = None,
     seeds: int = 3,
     measures: tuple[str, ...] = ("random", "mutual_information", "batchbald"),
 ) -> dict[str, list[list[dict[str, float]]]]:
     """Scores of every measure and seed, also in ``scores.json``; the picture is ``learning_curve.png``."""
     folder = Path(output_dir)
     pool, test = sentences("train", pool_size), sentences("test", test_size)
-    scores = {
-        by: [rounds(folder, pool, test, by, seed, model=model, each=each, epochs=epochs) for seed in range(seeds)]
-        for by in measures
-    }
+    how: dict[str, Any] = {"model": model, "each": each, "epochs": epochs, "batch_size": 8, "config": config}
+    scores = {by: [rounds(folder, pool, test, by, seed, **how) for seed in range(seeds)] for by in measures}
     (folder / "scores.json").write_text(json.dumps(scores, indent=1), encoding="utf-8")
     draw(scores, folder / "learning_curve.png")
     return scores

@@ -137,7 +137,7 @@ def test_skipped_rows_are_counted_over_all_calls(tmp_path, monkeypatch, caplog):
 @pytest.mark.slow
 def test_killed_at_random_moments(run, tmp_path):
     """A real process, killed without warning while it predicts: in the end no row is missing, repeated or different."""
-    path = write(tmp_path / "in.csv", rows(12_000))
+    path = write(tmp_path / "in.csv", rows(5_000))
     whole, killed = tmp_path / "whole.csv", tmp_path / "killed.csv"
     words = ["predict", str(run), "--input", str(path), "--num-samples", "4", "--output"]
     assert main([*words, str(whole)]) == 0
