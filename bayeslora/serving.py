@@ -77,12 +77,12 @@ def average(
         raise InputError("a temperature needs choices: the tokens that a server does not list cannot be divided")
     if not temperature > 0 or not 1 <= top_logprobs <= MOST_LISTED:
         raise InputError(f"temperature must be above 0 and top_logprobs in 1 to {MOST_LISTED}")
-    chat = not isinstance(prompt, str)
     asked: dict[str, Any] = {"max_tokens": 1, "temperature": 1.0}
-    if chat:
-        asked |= {"messages": [dict(one) for one in prompt], "logprobs": True, "top_logprobs": top_logprobs}
-    else:
+    chat = not isinstance(prompt, str)
+    if isinstance(prompt, str):
         asked |= {"prompt": prompt, "logprobs": top_logprobs}
+    else:
+        asked |= {"messages": [dict(one) for one in prompt], "logprobs": True, "top_logprobs": top_logprobs}
     address = f"{url.rstrip('/')}/{'chat/completions' if chat else 'completions'}"
 
     def ask(model: str) -> dict[str, float]:

@@ -23,7 +23,7 @@ from bayeslora.files.records import unique
 TEXT_COLUMN = "text"  # of a file of text lines
 _SUFFIXES = {".ndjson": "jsonl", ".txt": "text", ".json": "datasets", ".arrow": "datasets"}
 _SUFFIXES |= {f".{name}": name for name in FORMATS if name not in ("text", "datasets")}
-_COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_COMPRESSED: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _LONGEST_FIELD = 2**24  # characters of a CSV field: an open quotation mark must not swallow the file
 _ROWS_AT_ONCE = 1000
 BROKEN = (EOFError, OSError, lzma.LZMAError, zlib.error, pyarrow.ArrowException)  # what a damaged file raises

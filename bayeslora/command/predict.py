@@ -39,9 +39,9 @@ def run_predict(arguments: argparse.Namespace) -> None:
 
 
 def _predict_file(run: FittedRun, arguments: argparse.Namespace) -> None:
-    names = ("input_format", "text_columns", "num_samples", "batch_size", "seed", "antithetic", "coverage")
-    names += ("top_uncertain", "by", "skip_errors", "prefix")
-    options = {name: getattr(arguments, name) for name in names}
+    drawing = ("num_samples", "batch_size", "seed", "antithetic")
+    reading = ("input_format", "text_columns", "coverage", "top_uncertain", "by", "skip_errors", "prefix")
+    options = {name: getattr(arguments, name) for name in (*drawing, *reading)}
     result = predict_file(run, arguments.input, arguments.output, **options)
     again = f", {result.resumed} of them by a call before" if result.resumed else ""
     without = f", {result.skipped} skipped" if result.skipped else ""
