@@ -1,3 +1,7 @@
+from .decisions.batchbald import BatchSelection as BatchSelection
+from .decisions.batchbald import select_batchbald as select_batchbald
+from .decisions.conformal import conformal_sets as conformal_sets
+from .decisions.conformal import conformal_threshold as conformal_threshold
 from .draws.elpd import held_out_elpd as held_out_elpd
 from .draws.elpd import leave_one_out as leave_one_out
 from .draws.inference_data import build_inference_data as build_inference_data
@@ -15,8 +19,6 @@ from .draws.variance import noise_contraction as noise_contraction
 from .draws.variance import variance_shares as variance_shares
 from .metrics.agreement import rank_correlation as rank_correlation
 from .metrics.agreement import vote_entropy as vote_entropy
-from .metrics.batchbald import BatchSelection as BatchSelection
-from .metrics.batchbald import select_batchbald as select_batchbald
 from .metrics.bootstrap import bootstrap_interval as bootstrap_interval
 from .metrics.brier import brier_decomposition as brier_decomposition
 from .metrics.calibration import accuracy as accuracy
@@ -27,8 +29,6 @@ from .metrics.calibration import maximum_calibration_error as maximum_calibratio
 from .metrics.calibration import negative_log_likelihood as negative_log_likelihood
 from .metrics.calibration import overconfidence as overconfidence
 from .metrics.calibration import sharpness as sharpness
-from .metrics.conformal import conformal_sets as conformal_sets
-from .metrics.conformal import conformal_threshold as conformal_threshold
 from .metrics.detection import detection_curve as detection_curve
 from .metrics.detection import detection_scores as detection_scores
 from .metrics.registry import calibration_summary as calibration_summary

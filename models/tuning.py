@@ -27,7 +27,7 @@ class Tuning:
         agreement: Share of the examples of which draws on average say what the mean network says, where that was the
             rule; None where the width was found by labels.
         conformal: For classes, by labels: how probable a label must be to belong to a set that holds the truth with
-            the coverage that is the name, such as ``{"0.9": 0.21}``; see :mod:`bayeslora.analysis.metrics.conformal`.
+            the coverage that is the name, such as ``{"0.9": 0.21}``; see :mod:`bayeslora.analysis.decisions.conformal`.
             It is that of the tuning examples with this width and temperature, as ``num_samples`` draws predict them.
 
     Raises:

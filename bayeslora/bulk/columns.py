@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from bayeslora.analysis.metrics.conformal import conformal_sets
+from bayeslora.analysis.decisions.conformal import conformal_sets
 from bayeslora.errors import InputError
 from bayeslora.models.tuning import Tuning
 from bayeslora.prediction import ClassPrediction, NumberPrediction, Prediction

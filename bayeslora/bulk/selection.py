@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow
 
-from bayeslora.analysis.metrics.batchbald import select_batchbald
+from bayeslora.analysis.decisions.batchbald import select_batchbald
 from bayeslora.bulk.choices import MEASURES
 from bayeslora.errors import InputError
 from bayeslora.prediction import Prediction

@@ -12,7 +12,7 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 from tqdm.auto import tqdm
 
-from bayeslora.analysis.metrics.conformal import conformal_threshold
+from bayeslora.analysis.decisions.conformal import conformal_threshold
 from bayeslora.data.rows import check_kind
 from bayeslora.errors import InputError
 from bayeslora.inference.predict import predict

@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import entropy
 
 from bayeslora.analysis import conformal_sets, conformal_threshold, select_batchbald
-from bayeslora.analysis.metrics import batchbald
+from bayeslora.analysis.decisions import batchbald
 from bayeslora.errors import InputError
 
 

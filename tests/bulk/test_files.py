@@ -15,7 +15,7 @@ from pyarrow import parquet
 from bayeslora import InputError
 from bayeslora.bulk.predicting import predict_file
 from bayeslora.models import Tuning
-from tests.fitted_runs import LABELS, choice_run, sentences, text_run
+from tests.bulk.fitted_runs import LABELS, choice_run, sentences, text_run
 from tests.language import OFFICIAL
 from tests.task_files import write
 

@@ -14,7 +14,7 @@ from bayeslora import BayesLoRA, InputError
 from bayeslora.bulk import predicting
 from bayeslora.bulk.predicting import predict_file
 from bayeslora.command.main import main
-from tests.fitted_runs import sentences, text_run
+from tests.bulk.fitted_runs import sentences, text_run
 from tests.task_files import write
 
 QUICK = {"num_samples": 2, "progress": False, "rows_at_once": 4}

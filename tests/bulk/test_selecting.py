@@ -10,7 +10,7 @@ from bayeslora import InputError
 from bayeslora.analysis import select_batchbald
 from bayeslora.bulk import selection
 from bayeslora.bulk.predicting import predict_file
-from tests.fitted_runs import sentences, text_run
+from tests.bulk.fitted_runs import sentences, text_run
 from tests.task_files import write
 
 QUICK = {"num_samples": 8, "progress": False}

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from tests.fitted_runs import sentences, text_run
+from tests.bulk.fitted_runs import sentences, text_run
 from tests.scripts import script
 
 pytestmark = pytest.mark.slow
