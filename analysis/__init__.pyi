@@ -1,3 +1,7 @@
+from .decisions.batchbald import BatchSelection as BatchSelection
+from .decisions.batchbald import select_batchbald as select_batchbald
+from .decisions.conformal import conformal_sets as conformal_sets
+from .decisions.conformal import conformal_threshold as conformal_threshold
 from .draws.elpd import held_out_elpd as held_out_elpd
 from .draws.elpd import leave_one_out as leave_one_out
 from .draws.inference_data import build_inference_data as build_inference_data

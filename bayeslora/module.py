@@ -31,6 +31,7 @@ from bayeslora.posterior import Posterior
 from bayeslora.prediction import Prediction
 from bayeslora.storage import checkpoint
 from bayeslora.storage.export import export_draws as write_draws
+from bayeslora.storage.hub import push_to_hub as push_adapter
 from bayeslora.storage.opening import from_pretrained as open_pretrained
 
 
@@ -207,20 +208,25 @@ class BayesLoRA(Posterior):
 
     def generate(
         self,
-        prompts: Sequence[str] | Sequence[Sequence[int]],
+        prompts: Any = None,
         *,
         tokenizer: Any = None,
         num_samples: int = 8,
         mode: str = "draws",
-        max_new_tokens: int = 64,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        stops: Sequence[str] = (),
+        max_new_tokens: int | None = None,
+        do_sample: bool | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        num_beams: int = 1,
+        stops: Sequence[str] | None = None,
+        generation_config: Any = None,
+        input_ids: Any = None,
+        attention_mask: Any = None,
         seed: int = 0,
         batch_size: int = 16,
         progress: bool = True,
     ) -> Generation:
-        """Write on from prompts with a causal language model.
+        """Write on from a text, a conversation, tokens, or a list of them, with a causal language model.
 
         Arguments and errors are those of :func:`bayeslora.inference.generation.generate`.
 
@@ -239,9 +245,14 @@ class BayesLoRA(Posterior):
                 num_samples=num_samples,
                 mode=mode,
                 max_new_tokens=max_new_tokens,
+                do_sample=do_sample,
                 temperature=temperature,
                 top_p=top_p,
+                num_beams=num_beams,
                 stops=stops,
+                generation_config=generation_config,
+                input_ids=input_ids,
+                attention_mask=attention_mask,
                 seed=seed,
                 batch_size=batch_size,
                 progress=progress,
@@ -291,14 +302,16 @@ class BayesLoRA(Posterior):
         state_dict: Mapping[str, Tensor] | None = None,
         max_shard_size: Any = None,
     ) -> None:
-        """Write PEFT's two files and the posterior; see :mod:`bayeslora.storage.checkpoint`.
+        """Write PEFT's two files, the posterior and a model card; see :mod:`bayeslora.storage.checkpoint`.
+
+        The card, ``README.md``, is written anew each time until somebody edits it; from then on it stays.
 
         Args:
             folder: Where to: a new folder, or one that holds an adapter and nothing else, which is replaced.
             is_main_process: Whether this process writes. Trainer passes it, which keeps files of its own in the folder:
-                the adapter's are then written beside them.
+                the adapter's are then written beside them, without a card.
             state_dict: Weights as a training loop has gathered them; the module's own are written, and must be whole.
-            max_shard_size: What ``push_to_hub`` passes; an adapter is always one file.
+            max_shard_size: What loops pass for models; an adapter is always one file.
 
         Raises:
             InputError: if ``folder`` holds something else, or the weights are sharded.
@@ -307,9 +320,38 @@ class BayesLoRA(Posterior):
             >>> import os
             >>> bayes.save_pretrained("adapter")
             >>> sorted(os.listdir("adapter"))
-            ['adapter_config.json', 'adapter_model.safetensors', 'bayeslora.json', 'posterior.safetensors']
+            ['README.md', 'adapter_config.json', 'adapter_model.safetensors', 'bayeslora.json', 'posterior.safetensors']
         """
         checkpoint.save_from_loop(self, Path(folder), is_main_process, state_dict)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Upload what :meth:`save_pretrained` writes to a model hub, as transformers does with a model.
+
+        Arguments are those of :func:`bayeslora.storage.hub.push_to_hub`.
+
+        Example:
+            >>> bayes.push_to_hub("somebody/an-adapter")  # doctest: +SKIP
+        """
+        return push_adapter(
+            self,
+            repo_id,
+            commit_message=commit_message,
+            commit_description=commit_description,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+        )
 
     def load_adapter(self, folder: str | Path, adapter_name: str | None = None, *, is_trainable: bool = True) -> None:
         """Read :meth:`save_pretrained`'s folder into this module, as Trainer does with a checkpoint.
@@ -333,7 +375,9 @@ class BayesLoRA(Posterior):
             )
         checkpoint.load_adapter(self, Path(folder))
 
-    def export_draws(self, folder: str | Path, num_draws: int, *, seed: int = 0) -> list[Path]:
+    def export_draws(
+        self, folder: str | Path, num_draws: int, *, seed: int = 0, for_server: bool = False
+    ) -> list[Path]:
         """Write draws, and the mean, as ordinary PEFT adapters; returns the draws' folders.
 
         Arguments and errors are those of :func:`bayeslora.storage.export.export_draws`.
@@ -343,7 +387,7 @@ class BayesLoRA(Posterior):
             ['draw-000', 'draw-001']
         """
         with one_at_a_time:
-            return write_draws(self, folder, num_draws, seed=seed)
+            return write_draws(self, folder, num_draws, seed=seed, for_server=for_server)
 
     @classmethod
     def from_pretrained(

@@ -70,6 +70,8 @@ class Posterior(WrappedNetwork):
         self.noise_schedule = start_noise(model, guide)
         #: A transformers tokenizer to keep with the adapter, where one is set; a folder that is opened sets its own.
         self.tokenizer: Any = None
+        #: ``run.json`` of the run that made it, for its model card; a run's folder that is opened sets it.
+        self.about: Mapping[str, Any] | None = None
         self.sampling = config.sample_scaler > 0
         #: What forward is instead, for a trainer whose loss is its own (:mod:`bayeslora.training.preference`).
         self.run_instead: Callable[..., Any] | None = None

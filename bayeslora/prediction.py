@@ -19,6 +19,7 @@ Array = Any  # a numpy array, or None where there is no such thing
 _OF_SOME_KINDS = frozenset(
     {
         "label_names",
+        "predicted_labels",
         "probs",
         "entropy",
         "mutual_information",
@@ -175,6 +176,14 @@ class ClassPrediction(Prediction):
         return [self.label_names[int(label)] for label in labels] if self.label_names else labels
 
     @property
+    def predicted_labels(self) -> list[str]:
+        """The name of each example's most probable class, or its number where classes have no names."""
+        return [self._names()[index] for index in self.probs.argmax(1)]
+
+    def _names(self) -> tuple[str, ...]:
+        return self.label_names or tuple(map(str, range(self.probs.shape[1])))
+
+    @property
     def sample_probs(self) -> Array:
         """Probabilities of every draw, ``(S, n, C)``."""
         return None if self.sample_log_probs is None else np.exp(self.sample_log_probs)
@@ -194,7 +203,7 @@ class ClassPrediction(Prediction):
     def row(self, index: int) -> dict[str, Any]:
         """The most probable class, all probabilities, and how uncertain it is."""
         probs = self.probs[index]
-        names = self.label_names or tuple(str(i) for i in range(len(probs)))
+        names = self._names()
         return {
             "label": names[int(probs.argmax())],
             "probs": {name: round(float(p), 6) for name, p in zip(names, probs, strict=True)},

@@ -1,7 +1,8 @@
 """A finished run's folder as something that predicts."""
 
+import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ class FittedRun:
     tokenizer: Any
     record: dict[str, Any]
     data_dir: str | None = None
+    _tokenizing: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
 
     @cached_property
     def task(self) -> Task:
@@ -90,18 +92,29 @@ class FittedRun:
         self._check_takes(second is not None)
         if second is not None and len(second) != len(first):
             raise InputError(f"{len(first)} texts but {len(second)} in --text-pair (pairs): give as many of each")
+        return self.tokens(first, second)
+
+    def tokens(self, first: list[str], second: list[str] | None = None) -> list[dict[str, Any]]:
+        """Tokens of texts, or of pairs, as the network has read them in the fit; several threads may ask at once."""
         length = self.record["max_length"]
         require_room(self.tokenizer, length, pair=second is not None)
-        tokens = self.tokenizer(first, second, truncation=True, max_length=length)
+        with self._tokenizing:  # a fast tokenizer keeps its truncation, and fails where another thread sets it
+            tokens = self.tokenizer(first, second, truncation=True, max_length=length)
         return [{name: values[i] for name, values in tokens.items()} for i in range(len(first))]
+
+    @property
+    def text_columns(self) -> tuple[str, ...]:
+        """The columns of text that it was fitted to; with no need of the data, where the run says them."""
+        columns = self.record["task"].get("text_columns") or self.task.text_columns
+        return (columns,) if isinstance(columns, str) else tuple(columns)
 
     def _check_takes(self, paired: bool) -> None:
         """Refuse texts where the task is on something else, with no need of its data."""
-        name, columns = self.record["task"]["name"], self.record["task"].get("text_columns") or ()
+        name = self.record["task"]["name"]
         if name in LOADERS:
             kind = "choice" if name in CHOICE_TASKS else "text"
             raise InputError(f"task {name!r} is one of kind {kind}: --text is for classifiers, use --split")
-        columns = (columns,) if isinstance(columns, str) else columns or self.task.text_columns
+        columns = self.text_columns
         if len(columns) > 2:
             raise InputError(
                 f"task {name!r} has {len(columns)} text columns ({', '.join(columns)}): --text cannot give them all, "

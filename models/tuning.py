@@ -1,10 +1,12 @@
 """What is tuned once a posterior is fitted, and kept with it."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from bayeslora.errors import InputError
 
+COVERAGES = (0.8, 0.9, 0.95, 0.99)  # for which a tuned posterior knows the sets
 WIDEST = 1e6  # of a width or a temperature, which are some hundred at most
 
 
@@ -27,6 +29,9 @@ class Tuning:
         blocks: k, where only the adapters of the network's last k blocks, and those behind them, are drawn: all others
             are at their mean, and what lies before is computed once for all draws. None draws all.
         nll_all_blocks: The negative log-likelihood with the best width for all blocks, where k was looked for.
+        conformal: For classes, by labels: how probable a label must be to belong to a set that holds the truth with
+            the coverage that is the name, such as ``{"0.9": 0.21}``; see :mod:`bayeslora.analysis.decisions.conformal`.
+            It is that of the tuning examples with this width and temperature, as ``num_samples`` draws predict them.
 
     Raises:
         InputError: for a width below 0, a temperature that is not above 0, or one that is no finite number; for blocks
@@ -50,6 +55,7 @@ class Tuning:
     agreement: float | None = None
     blocks: int | None = None
     nll_all_blocks: float | None = None
+    conformal: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("width", self.width), ("temperature", self.temperature)):
@@ -63,7 +69,9 @@ class Tuning:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; ``Tuning(**values)`` reads them back."""
-        return {name: value if _is_number(value) else None for name, value in asdict(self).items()}
+        values = asdict(replace(self, conformal=None))
+        plain = {name: value if _is_number(value) else None for name, value in values.items()}
+        return plain | {"conformal": None if self.conformal is None else dict(self.conformal)}
 
     def __str__(self) -> str:
         tempered = "" if self.temperature == 1 else f", temperature to {self.temperature:.3g}"

@@ -62,6 +62,16 @@ def check_evaluate(arguments: argparse.Namespace) -> tuple[()]:
     return ()
 
 
+def check_predict(arguments: argparse.Namespace) -> tuple[()]:
+    if arguments.input is None:
+        return ()
+    if arguments.output is None:
+        raise InputError("--input needs --output: a new file, .csv, .jsonl or .parquet")
+    if arguments.num_samples == "auto":
+        raise InputError("--num-samples auto looks at all rows at once, and a file is read in chunks: give a number")
+    return ()
+
+
 def check_compare(arguments: argparse.Namespace) -> tuple[Study | tuple[MonteCLoRAConfig, list[Task]]]:
     """The study of the file, or the configuration and the tasks that flags say."""
     if arguments.study:

@@ -3,7 +3,8 @@
 import argparse
 from typing import Any
 
-from bayeslora.command.flags import add_options, number, number_or, path, word
+from bayeslora.bulk.choices import FORMATS, MEASURES
+from bayeslora.command.flags import add_options, number, number_or, path, sentence, word
 from bayeslora.config import PRESETS, MonteCLoRAConfig
 from bayeslora.options import COUNT, FROM_ZERO, LENGTH, POSITIVE, SEED, Range, flags
 from bayeslora.tasks.load import LOADERS, NAMED_TASKS
@@ -148,3 +149,39 @@ def add_prediction_options(
         parser.add_argument("--num-samples", type=number("num_samples", takes), default=num_samples, help=what)
     parser.add_argument("--batch-size", type=number("batch_size"), default=32)
     parser.add_argument("--seed", type=number("seed", SEED), default=0, help="decides the draws")
+
+
+def add_predicted_options(parser: argparse.ArgumentParser) -> None:
+    """What is predicted: texts, a split, or the rows of a file."""
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--text", type=sentence, nargs="+", help="one or more texts")
+    source.add_argument("--split", type=word, help="a split of the run's task, labelled or not")
+    source.add_argument("--input", type=path, metavar="FILE", help="rows to predict, for --output; - is standard input")
+    parser.add_argument("--text-pair", type=sentence, nargs="+", help="the second texts, for tasks on pairs")
+    parser.add_argument("--max-examples", type=number("max_examples"), help="a random subset of this size of the split")
+    group = parser.add_argument_group("files", "The same command again goes on where an interrupted one stopped.")
+    group.add_argument("--output", type=path, metavar="FILE", help="a new file: .csv, .jsonl or .parquet")
+    group.add_argument(
+        "--input-format",
+        choices=FORMATS,
+        help="where the name of --input does not say it; text: one a line; datasets: whatever that library streams",
+    )
+    group.add_argument(
+        "--text-columns",
+        type=word,
+        nargs="+",
+        metavar="COLUMN",
+        help="the file's, if called otherwise than the run's",
+    )
+    group.add_argument(
+        "--coverage",
+        type=number("coverage", Range(float, 0, 1, above=True, below=True)),
+        metavar="SHARE",
+        help="of conformal_set, for a run tuned by labels: 0.8, 0.9, 0.95 or 0.99; default: 0.9",
+    )
+    group.add_argument(
+        "--top-uncertain", type=number("top_uncertain"), metavar="K", help="write the K rows that people should look at"
+    )
+    group.add_argument("--by", choices=MEASURES, default="mutual_information", help="what those rows are chosen by")
+    group.add_argument("--skip-errors", action="store_true", help="leave out rows that cannot be read, and name them")
+    group.add_argument("--prefix", type=str, default="", metavar="TEXT", help="before the names of the new columns")

@@ -36,6 +36,8 @@ _NOISE = Rule(
 )
 _WRITES = ("max_new_tokens", "temperature", "top_p", "execute_generated_code")
 
+_OF_FILES = ("output", "input_format", "text_columns", "coverage", "top_uncertain", "skip_errors", "prefix")
+
 RULES: dict[str, tuple[Rule, ...]] = {
     "fit": (
         _STEPS,
@@ -50,8 +52,10 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "predict": (
         _AUTO,
         _DRAWS,
-        Rule(("max_examples",), lambda given: not given.text, "beside --text: it is a subset of a split"),
+        Rule(("max_examples",), lambda given: given.split, "beside --text or --input: it is a subset of a split"),
         Rule(("text_pair",), lambda given: given.text, "without --text"),
+        Rule(_OF_FILES, lambda given: given.input, "without --input"),
+        Rule(("by",), lambda given: given.top_uncertain, "without --top-uncertain"),
     ),
     "evaluate": (
         _AUTO,

@@ -63,6 +63,7 @@ def _run(argv: Sequence[str] | None) -> int:
 _GO_ON = {
     "fit": "; the same command with --resume continues it",
     "compare": "; the same command continues it",
+    "predict": "; with --input, the same command continues it",
     "tune": "; the adapter is as it was",
     "report": "; what stood at --output is as it was",
 }

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from bayeslora._version import __version__
-from bayeslora.command.flags import number, number_or, path, sentence, word
+from bayeslora.command.flags import number, number_or, path, word
 from bayeslora.command.groups import (
     add_antithetic,
     add_blocks,
@@ -13,6 +13,7 @@ from bayeslora.command.groups import (
     add_loading_options,
     add_memory_options,
     add_method_options,
+    add_predicted_options,
     add_prediction_options,
     add_run_options,
     add_shared_training_options,
@@ -32,6 +33,7 @@ examples:
                                                      a posterior around a LoRA of yours, which stays as it is
   bayeslora evaluate runs/mrpc --split validation --json
   bayeslora predict runs/mrpc --text "A man plays a guitar." --text-pair "Somebody makes music."
+  bayeslora predict runs/reviews --input reviews.csv --output predicted.csv
   bayeslora tune runs/mrpc --with-temperature
   bayeslora diagnose runs/mrpc --restarts runs/mrpc-seed1
   bayeslora compare --model demo --task sentiment --max-train-examples 500 --seeds 0 1 2 --output runs/compare
@@ -243,17 +245,14 @@ def _add_predict(commands: Any) -> None:
         "predict:run_predict",
         "predict with a fitted run, and say how certain it is",
         "One JSON object a line on standard output: probabilities, entropy and mutual information (nats), with the\n"
-        "text, or as index the row of the split's file, from 0.",
+        "text, or as index the row of the split's file, from 0. With --input, a file of rows into another.",
+        check="check_predict",
     )
     add_run_options(parser, auto=True)
     add_antithetic(parser)
     add_blocks(parser)
     add_untuned(parser)
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--text", type=sentence, nargs="+", help="one or more texts")
-    source.add_argument("--split", type=word, help="a split of the run's task, labelled or not")
-    parser.add_argument("--text-pair", type=sentence, nargs="+", help="the second texts, for tasks on pairs")
-    parser.add_argument("--max-examples", type=number("max_examples"), help="a random subset of this size of the split")
+    add_predicted_options(parser)
 
 
 def _add_tune(commands: Any) -> None:

@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 from bayeslora.analysis.report.opening import direction
+from bayeslora.bulk.predicting import predict_file
 from bayeslora.command.terminal import shows_unicode
 from bayeslora.errors import InputError
 from bayeslora.judging.judge import judge
@@ -16,10 +17,12 @@ NEXT_TO_NOTHING = 0.001  # of the entropy
 
 
 def run_predict(arguments: argparse.Namespace) -> None:
-    """One JSON object a line."""
+    """One JSON object a line; of a file, its rows into another."""
     run = _open(arguments)
     if run.posterior.tuning is not None:
         print(f"{run.posterior.tuning} (--untuned leaves that out)", file=sys.stderr)
+    if arguments.input:
+        return _predict_file(run, arguments)
     if arguments.text:
         data: Any = run.encode(arguments.text, arguments.text_pair)
         named: Any = [{"text": text} for text in arguments.text]
@@ -33,6 +36,19 @@ def run_predict(arguments: argparse.Namespace) -> None:
     _say_what_is_too_small(prediction)
     for index, of in enumerate(named):
         print(json.dumps(of | prediction.row(index), ensure_ascii=not shows_unicode(sys.stdout)))
+
+
+def _predict_file(run: FittedRun, arguments: argparse.Namespace) -> None:
+    drawing = ("num_samples", "batch_size", "seed", "antithetic")
+    reading = ("input_format", "text_columns", "coverage", "top_uncertain", "by", "skip_errors", "prefix")
+    options = {name: getattr(arguments, name) for name in (*drawing, *reading)}
+    result = predict_file(run, arguments.input, arguments.output, **options)
+    again = f", {result.resumed} of them by a call before" if result.resumed else ""
+    without = f", {result.skipped} skipped" if result.skipped else ""
+    print(
+        f"{result.rows} rows read{again}{without}; {result.written} written to {arguments.output}",
+        file=sys.stderr,
+    )
 
 
 def run_evaluate(arguments: argparse.Namespace) -> None:

@@ -25,7 +25,7 @@ def read_json(path: Path, *, most_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]
     try:
         if path.stat().st_size > most_bytes:
             raise ValueError(f"more than {most_bytes} bytes")
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
         if not isinstance(value, dict):
             raise ValueError(f"a {type(value).__name__}, not an object")
         if _deeper_than(value, MAX_JSON_DEPTH):
@@ -35,7 +35,8 @@ def read_json(path: Path, *, most_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]
     return value
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these names and values, for :func:`json.loads`; ``ValueError`` where a name is given twice."""
     record = dict(pairs)
     if len(record) < len(pairs):
         raise ValueError("a name is given twice")

@@ -27,6 +27,7 @@ from bayeslora.data.checks import read_examples
 from bayeslora.data.limits import position_limit
 from bayeslora.errors import InputError
 from bayeslora.inference.draws import Draws, evaluating, run_as
+from bayeslora.inference.prompts import read_options, read_prompts
 from bayeslora.inference.writing import Rule, Text, entropy_of, write
 from bayeslora.models.language import NOT_SCORED, logits_at
 from bayeslora.models.network import is_causal, vocabulary_size
@@ -78,56 +79,75 @@ class TokenUncertainty:
 
 def generate(
     bayes: Posterior,
-    prompts: Sequence[str] | Sequence[Sequence[int]],
+    prompts: Any = None,
     *,
     tokenizer: Any = None,
     num_samples: int = 8,
     mode: str = "draws",
-    max_new_tokens: int = 64,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    stops: Sequence[str] = (),
+    max_new_tokens: int | None = None,
+    do_sample: bool | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    num_beams: int = 1,
+    stops: Sequence[str] | None = None,
+    generation_config: Any = None,
+    input_ids: Any = None,
+    attention_mask: Any = None,
     seed: int = 0,
     batch_size: int = 16,
     progress: bool = True,
 ) -> Generation:
-    """Write on from prompts. For anything else that transformers' ``generate`` can do, use it on ``bayes.network``
-    inside :meth:`bayeslora.BayesLoRA.as_draw`.
+    """Write on from prompts. For anything else that transformers' ``generate`` can do, beams among it, use it on
+    ``bayes.network`` inside :meth:`bayeslora.BayesLoRA.as_draw`.
 
     Args:
         bayes: The fitted module over a causal language model.
-        prompts: Texts, or their tokens.
-        tokenizer: Needed for texts, and for ``stops``.
+        prompts: A text or a list of them; a conversation, which is a list of messages, each with ``role`` and
+            ``content``, or a list of conversations; tokens of one prompt or of several; or what a tokenizer returned.
+        tokenizer: For texts, conversations and ``stops``; ``bayes.tokenizer`` where it is None.
         num_samples: S draws; 0 is the posterior mean, which writes one text.
         mode: ``"draws"`` or ``"mixture"``, see the top of this file.
-        max_new_tokens: Tokens of a text at most.
-        temperature: 0 takes the most probable token; else tokens are drawn from the distribution at this temperature.
+        max_new_tokens: Tokens of a text at most; 64 if nothing says it.
+        do_sample: Draw tokens (True), or take the most probable one (False); by the temperature if None.
+        temperature: 0, where nothing says it, takes the most probable token; else tokens are drawn from the
+            distribution at this temperature, which is 1 with ``do_sample=True`` alone.
         top_p: Drawn only among the most probable tokens that reach this share together.
+        num_beams: 1: a mixture of draws has no beams here, and more are refused.
         stops: A text ends before the first of these.
+        generation_config: A ``transformers.GenerationConfig`` for what is not said above: lengths, ``do_sample``,
+            ``temperature``, ``top_p``, ``stop_strings`` and ``eos_token_id``. What else it asks is refused by name.
+        input_ids, attention_mask: In place of ``prompts``, as a tokenizer returns them, padded on either side.
         seed: Decides draws and drawn tokens: draw s is that of ``predict``, and a text does not depend on the others in
             its batch.
         batch_size: Rows of a forward pass, prompts times draws.
         progress: Show a progress bar.
 
     Raises:
-        InputError: for a network that is no causal language model, or arguments out of range.
+        InputError: for a network that is no causal language model, or arguments out of range or that are not honoured.
     """
     _check_causal(bayes)
-    _check_arguments(prompts, tokenizer, num_samples, mode, max_new_tokens, temperature, top_p, stops)
-    tokens = [_prompt_tokens(prompt, tokenizer) for prompt in prompts]
-    _check_prompts(bayes, tokens, max_new_tokens)
+    tokenizer = bayes.tokenizer if tokenizer is None else tokenizer
+    said = {"max_new_tokens": max_new_tokens, "do_sample": do_sample, "temperature": temperature, "top_p": top_p}
+    options = read_options(generation_config, num_beams, stops=stops, **said)
+    ends = options.pop("ends")
+    _check_arguments(tokenizer, num_samples, mode, **options)
+    read = read_prompts(prompts, input_ids, attention_mask, tokenizer, bayes.network)
+    if tokenizer is None and any(isinstance(prompt, str) for prompt in read):
+        raise InputError("prompts as texts need tokenizer=")
+    tokens = [_prompt_tokens(prompt, tokenizer) for prompt in read]
+    _check_prompts(bayes, tokens, options["max_new_tokens"])
     if not bayes.model.has_noise:  # every draw is the mean
         num_samples = 0
     order = np.argsort([-len(prompt) for prompt in tokens], kind="stable")
     size = max(batch_size // max(num_samples, 1), 1)
     rule = Rule(
         mode == "mixture" and num_samples > 0,
-        max_new_tokens,
-        temperature,
-        top_p,
-        tuple(stops),
+        options["max_new_tokens"],
+        options["temperature"],
+        options["top_p"],
+        tuple(options["stops"]),
         tokenizer,
-        _ends(bayes, tokenizer),
+        _ends(bayes, tokenizer) if ends is None else frozenset(ends),
     )
     written: dict[int, list[Text]] = {}
     with evaluating(bayes):
@@ -136,10 +156,13 @@ def generate(
             chosen = order[start : start + size]
             texts = write(bayes, [tokens[i] for i in chosen], draws, rule, batch_size, seed, chosen)
             written |= dict(zip(chosen.tolist(), texts, strict=True))
-    rows = [written[index] for index in range(len(tokens))]
+    return _generation([written[index] for index in range(len(tokens))], rule)
+
+
+def _generation(rows: list[list[Text]], rule: Rule) -> Generation:
     return Generation(
         [[text.tokens for text in row] for row in rows],
-        [[text.read(rule) for text in row] for row in rows] if tokenizer is not None else None,
+        None if rule.tokenizer is None else [[text.read(rule) for text in row] for row in rows],
         np.array([[text.log_likelihood for text in row] for row in rows]),
         np.array([[len(text.tokens) for text in row] for row in rows]),
         [[np.array(text.entropy) for text in row] for row in rows],
@@ -217,9 +240,9 @@ def _check_prompts(bayes: Posterior, prompts: list[list[int]], max_new_tokens: i
             )
 
 
-def _prompt_tokens(prompt: Any, tokenizer: Any) -> list[int]:
+def _prompt_tokens(prompt: str | list[int], tokenizer: Any) -> list[int]:
     if not isinstance(prompt, str):
-        return np.asarray(prompt).tolist()
+        return prompt
     return encode_text(tokenizer, prompt, "", max_length=2**30, end=False)["input_ids"]
 
 
@@ -230,7 +253,6 @@ def _check_causal(bayes: Posterior) -> None:
 
 
 def _check_arguments(
-    prompts: Any,
     tokenizer: Any,
     num_samples: int,
     mode: str,
@@ -239,10 +261,8 @@ def _check_arguments(
     top_p: float,
     stops: Sequence[str],
 ) -> None:
-    if isinstance(prompts, str) or len(prompts) == 0 or any(len(prompt) == 0 for prompt in prompts):
-        raise InputError("prompts must be a list of at least one text (or its tokens), none of them empty")
-    if tokenizer is None and (stops or any(isinstance(prompt, str) for prompt in prompts)):
-        raise InputError("prompts as texts, and stops, need tokenizer=")
+    if tokenizer is None and stops:
+        raise InputError("stops need tokenizer=")
     if isinstance(stops, str):
         raise InputError(f"stops must be a list of texts, got the text {stops!r}")
     if mode not in ("draws", "mixture"):

@@ -13,11 +13,12 @@ from scipy.special import log_softmax
 from tqdm.auto import tqdm
 
 from bayeslora.adapters.blocks import fewer_blocks, in_last_blocks
+from bayeslora.analysis.decisions.conformal import conformal_threshold
 from bayeslora.data.rows import check_kind
 from bayeslora.errors import InputError
 from bayeslora.inference.draws import as_tuned
 from bayeslora.inference.predict import predict
-from bayeslora.models.tuning import Tuning
+from bayeslora.models.tuning import COVERAGES, Tuning
 from bayeslora.noise_schedules import check_follows_noise
 from bayeslora.posterior import Posterior
 from bayeslora.prediction import Prediction
@@ -97,11 +98,13 @@ def tune(
 
 class Tried(NamedTuple):
     """What a search looks at, of one width's prediction: an answer for each example, where there are classes; the
-    negative log-likelihood; and its lowest over temperatures with that temperature. The draws, ``(S, n, C)``, go."""
+    negative log-likelihood; its lowest over temperatures with that temperature; and the labels' probabilities at each
+    temperature that can be chosen. The draws, ``(S, n, C)``, go."""
 
     answers: np.ndarray | None
     nll: float | None
     tempered: tuple[float, float] | None
+    label_probs: dict[float, np.ndarray]
 
 
 @dataclass
@@ -178,7 +181,18 @@ class Widths:
 
             tuning = self._fewest_blocks(found) if blocks == "auto" else found(blocks)
         passes = sum(self.num_samples if width else 1 for width, _ in asked)
-        return replace(tuning, examples=len(self.dataset), num_samples=self.num_samples, passes=passes)
+        conformal = self._conformal(tuning) if by_labels else None
+        return replace(
+            tuning, examples=len(self.dataset), num_samples=self.num_samples, passes=passes, conformal=conformal
+        )
+
+    def _conformal(self, tuning: Tuning) -> dict[str, float] | None:
+        """See :class:`Tuning`; None where there are no classes."""
+        tried = self._tried[tuning.width, tuning.blocks if tuning.width else None]
+        label_probs = tried.label_probs.get(tuning.temperature)
+        if label_probs is None:
+            return None
+        return {f"{coverage:g}": conformal_threshold(label_probs, coverage) for coverage in COVERAGES}
 
     def _fewest_blocks(self, found: Callable[[int | None], Tuning]) -> Tuning:
         """The best width in the fewest blocks that predict as well as all of them."""
@@ -204,11 +218,12 @@ class Widths:
         with np.errstate(invalid="ignore"):
             nll = prediction.nll
         probs = prediction.probs
-        return Tried(
-            None if probs is None else probs.argmax(-1),
-            nll,
-            None if nll is None or not self.temperatures else best_temperature(prediction),
-        )
+        tempered = None if nll is None or not self.temperatures else best_temperature(prediction)
+        label_probs: dict[float, np.ndarray] = {}
+        if nll is not None and math.isfinite(nll) and self.bayes.model.labelling.of_classes:
+            temperatures = {1.0} if tempered is None else {1.0, tempered[1]}
+            label_probs = {t: np.exp(_log_predictive(prediction, t)) for t in temperatures}
+        return Tried(None if probs is None else probs.argmax(-1), nll, tempered, label_probs)
 
 
 def _by_labels(at: Callable[[float], Tried], with_temperature: bool) -> Tuning:
@@ -290,14 +305,19 @@ def _between(low: float, best: float, high: float, nll: Callable[[float], float]
 
 def best_temperature(prediction: Prediction) -> tuple[float, float]:
     """The lowest negative log-likelihood over temperatures of every draw's logits, and that temperature."""
-    log_probs, labels = prediction.sample_log_probs, prediction.labels.astype(int)
 
     def nll(log_temperature: float) -> float:
-        tempered = log_softmax(log_probs / np.exp(log_temperature), axis=-1)[:, np.arange(len(labels)), labels]
-        return float(-(np.logaddexp.reduce(tempered, axis=0) - np.log(len(tempered))).mean())
+        return float(-_log_predictive(prediction, np.exp(log_temperature)).mean())
 
     found = minimize_scalar(nll, bounds=np.log(TEMPERATURES), method="bounded")
     return (float(found.fun), float(np.exp(found.x))) if found.fun < nll(0.0) else (nll(0.0), 1.0)
+
+
+def _log_predictive(prediction: Prediction, temperature: float) -> np.ndarray:
+    """log p of each label with every draw's logits divided by the temperature, in nats, ``(n,)``."""
+    labels = prediction.labels.astype(int)
+    tempered = log_softmax(prediction.sample_log_probs / temperature, axis=-1)[:, np.arange(len(labels)), labels]
+    return np.logaddexp.reduce(tempered, axis=0) - np.log(len(tempered))
 
 
 def set_tuning(bayes: Posterior, tuning: Tuning | None) -> None:

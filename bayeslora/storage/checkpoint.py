@@ -27,6 +27,7 @@ from bayeslora.inference.draws import posterior_sites
 from bayeslora.models.tuning import Tuning
 from bayeslora.posterior import Posterior
 from bayeslora.storage.base_network import check_base, check_taken_from_base, fingerprint
+from bayeslora.storage.card import write_card
 from bayeslora.storage.manifest import (
     FILES,
     FORMAT,
@@ -48,9 +49,9 @@ from bayeslora.storage.texts import label_names, write_tokenizer
 
 
 def save_pretrained(bayes: Posterior, folder: str | Path) -> None:
-    """Write the adapter and its posterior; the folder appears complete or not at all.
+    """Write the adapter, its posterior and a model card; the folder appears complete or not at all.
 
-    An existing adapter folder is replaced; anything else in the way is refused.
+    An existing adapter folder is replaced, but for a card that somebody edited; anything else in the way is refused.
 
     Raises:
         InputError: if ``folder`` exists and holds something other than an adapter.
@@ -63,6 +64,7 @@ def save_pretrained(bayes: Posterior, folder: str | Path) -> None:
         raise InputError(f"{folder} also holds {foreign[0]!r}, which saving would delete; choose another folder")
     with replacing_folder(folder) as new:
         write_adapter(bayes, new)
+        write_card(bayes, new, folder)
 
 
 def save_from_loop(

@@ -20,6 +20,7 @@ POSTERIOR = "posterior.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, POSTERIOR)
+CARD = "README.md"  # which people may edit
 FORMAT = 1
 PROBES = 16
 
@@ -49,7 +50,7 @@ def is_adapter_folder(folder: Path) -> bool:
 def own_files(folder: Path) -> set[str]:
     """What :func:`save_pretrained` has written into ``folder``, or would; the first parts of the names."""
     named = read_json(folder / MANIFEST).get("tokenizer", []) if is_adapter_folder(folder) else []
-    return {MANIFEST, *FILES, *(name.split("/")[0] for name in named if isinstance(name, str))}
+    return {MANIFEST, CARD, *FILES, *(name.split("/")[0] for name in named if isinstance(name, str))}
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -111,10 +112,13 @@ def _is_tuning(value: Any) -> bool:
     """What :meth:`Tuning.to_dict` makes."""
     if not isinstance(value, dict):
         return False
-    value = {"agreement": None, "passes": 0, "blocks": None, "nll_all_blocks": None, **value}  # came later
+    later = {"agreement": None, "passes": 0, "blocks": None, "nll_all_blocks": None, "conformal": None}
+    value = {**later, **value}
     if value.keys() != {f.name for f in fields(Tuning)}:
         return False
     counts = all(is_integer(value[name]) for name in ("examples", "num_samples", "passes"))
+    if not (value["conformal"] is None or is_object_of(value["conformal"], lambda p: is_number(p) and 0 <= p <= 1)):
+        return False
     names = ("nll", "nll_at_mean", "nll_untuned", "agreement", "nll_all_blocks")
     scores = all(value[name] is None or is_number(value[name]) for name in names)
     try:

@@ -16,7 +16,7 @@ from bayeslora.storage.base_network import check_base, check_taken_from_base
 from bayeslora.storage.checkpoint import adapter_shapes, load_posterior
 from bayeslora.storage.manifest import ADAPTER_WEIGHTS, MANIFEST, POSTERIOR, read_manifest
 from bayeslora.storage.peft_files import open_peft_adapter
-from bayeslora.storage.run_folder import adapter_in
+from bayeslora.storage.run_folder import adapter_in, record_beside
 from bayeslora.storage.texts import read_tokenizer, restore_label_names
 
 Module = TypeVar("Module", bound=Posterior)
@@ -56,5 +56,6 @@ def from_pretrained(
     bayes.num_examples = manifest["num_examples"]
     restore_label_names(network, manifest["label_names"])
     bayes.tokenizer = read_tokenizer(folder, manifest["tokenizer"])
+    bayes.about = record_beside(folder)
     load_posterior(bayes, folder, manifest)
     return bayes.eval()

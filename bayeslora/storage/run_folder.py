@@ -15,10 +15,12 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
-from bayeslora.errors import StorageError
+from bayeslora.errors import InputError, StorageError
+from bayeslora.files.records import MAX_RUN_BYTES, read_json
 from bayeslora.files.writing import sha256_of, sync, write_json
 from bayeslora.storage.lock import LOCK_FILE
 
@@ -37,6 +39,17 @@ def adapter_in(folder: Path) -> Path:
     """The adapter's folder: ``folder`` itself, or the one in it where it is a run's."""
     inside = folder / ADAPTER_FOLDER
     return inside if (folder / RUN_FILE).is_file() and inside.is_dir() else folder
+
+
+def record_beside(adapter: Path) -> dict[str, Any] | None:
+    """``run.json`` of the run that an adapter's folder lies in, if it does and that can be read."""
+    path = adapter.absolute().parent / RUN_FILE
+    if adapter.name != ADAPTER_FOLDER or not path.is_file():
+        return None
+    try:
+        return read_json(path, most_bytes=MAX_RUN_BYTES)
+    except InputError:
+        return None
 
 
 def foreign_entry(folder: Path, *own: str) -> Path | None:

@@ -256,15 +256,19 @@ class Task:
 
     def _texts(self, batch: dict[str, list[Any]]) -> list[list[str]]:
         """One list of texts, or two for pairs; the first of three columns is put before both others."""
-        columns = [batch[column] for column in self.text_columns]
-        if len(columns) < 3:
-            return columns
-        words, *sentences = columns
-        return [[f"{word}: {text}" for word, text in zip(words, texts, strict=True)] for texts in sentences]
+        return as_texts([batch[column] for column in self.text_columns])
 
     def _labelled_splits(self) -> str:
         labelled = [split for split in self.data if is_labelled(self.data[split], self.label_column)]
         return f"labelled are: {', '.join(labelled) or 'none'}"
+
+
+def as_texts(columns: list[list[str]]) -> list[list[str]]:
+    """One list of texts, or two for pairs, of one to three columns; see :func:`bayeslora.load_task`."""
+    if len(columns) < 3:
+        return columns
+    words, *sentences = columns
+    return [[f"{word}: {text}" for word, text in zip(words, texts, strict=True)] for texts in sentences]
 
 
 def _subset(total: int, limit: int, seed: int) -> np.ndarray:

@@ -216,10 +216,33 @@ def _read_split(where: str, known: NamedChoice, data: "Dataset") -> "Dataset":
     questions = []
     for number, row in enumerate(data):
         try:
-            questions.append(dataclasses.asdict(known.read(row)))
+            questions.append(read_question(known, row))
         except (InputError, TypeError, KeyError, AttributeError) as error:
             raise InputError(f"{where}: row {number} is not as expected: {error}") from error
-    return Dataset.from_list([{**q, "listed": q["listed"] or q["options"]} for q in questions])
+    return Dataset.from_list(questions)
+
+
+def read_question(known: NamedChoice, row: Row) -> dict[str, Any]:
+    """A row of the official data as one of a :class:`ChoiceTask`.
+
+    Raises:
+        InputError, TypeError, KeyError, AttributeError: where it is not as expected.
+    """
+    question = dataclasses.asdict(known.read(row))
+    return question | {"listed": question["listed"] or question["options"]}
+
+
+def encode_question(tokenizer: Any, row: Row, prompting: ChoicePrompting, max_length: int) -> dict[str, Any]:
+    """Prompt and options of one row of a :class:`ChoiceTask`, as tokens."""
+    if prompting.style == "letters":
+        lines = [f"{letter}. {text}" for letter, text in zip(string.ascii_uppercase, row["listed"], strict=False)]
+        prompt = "\n".join([f"Question: {row['question']}", *lines])
+        prompt = chat(tokenizer, prompt)[0] if prompting.chat else f"{prompt}\nAnswer:"
+        return encode_letters(tokenizer, prompt, len(lines), max_length=max_length)
+    prompts, options = list(row["prompts"]), [f" {option}" for option in row["options"]]
+    if prompting.chat:
+        prompts, options = [chat(tokenizer, prompt)[0] for prompt in prompts], list(row["options"])
+    return encode_options(tokenizer, prompts, options, max_length=max_length)
 
 
 @dataclass(frozen=True, eq=False)
@@ -269,7 +292,7 @@ class ChoiceTask(Task):
         parts = []
         for start in range(0, data.num_rows, _ROWS_AT_ONCE):
             rows = data.select(range(start, min(start + _ROWS_AT_ONCE, data.num_rows)))
-            encoded = [self._encode(tokenizer, row, max_length) for row in rows]
+            encoded = [encode_question(tokenizer, row, self.prompting, max_length) for row in rows]
             parts.append(
                 Dataset.from_list(
                     [
@@ -279,17 +302,6 @@ class ChoiceTask(Task):
                 )
             )
         return concatenate_datasets(parts)
-
-    def _encode(self, tokenizer: Any, row: Row, max_length: int) -> dict[str, Any]:
-        if self.prompting.style == "letters":
-            lines = [f"{letter}. {text}" for letter, text in zip(string.ascii_uppercase, row["listed"], strict=False)]
-            prompt = "\n".join([f"Question: {row['question']}", *lines])
-            prompt = chat(tokenizer, prompt)[0] if self.prompting.chat else f"{prompt}\nAnswer:"
-            return encode_letters(tokenizer, prompt, len(lines), max_length=max_length)
-        prompts, options = list(row["prompts"]), [f" {option}" for option in row["options"]]
-        if self.prompting.chat:
-            prompts, options = [chat(tokenizer, prompt)[0] for prompt in prompts], list(row["options"])
-        return encode_options(tokenizer, prompts, options, max_length=max_length)
 
     def load_network(self, path: str | Path, **kwargs: Any) -> tuple[Any, Any]:
         """A causal language model and its tokenizer; see :func:`bayeslora.tasks.network.load_network`."""

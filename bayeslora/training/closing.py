@@ -14,6 +14,7 @@ from bayeslora.training.monitor import relative_noise_by_adapter
 
 def close_run(bayes: Posterior, record: dict[str, Any], output_dir: Path, outcome: Mapping[str, Any]) -> None:
     """Write the adapter, then the record, with the ``outcome``, that says that it is whole."""
+    bayes.about = {**record, **outcome}
     save_pretrained(bayes, output_dir / ADAPTER_FOLDER)
     with as_tuned(bayes, None):
         record["relative_noise"] = relative_noise_by_adapter(bayes)

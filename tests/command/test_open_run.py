@@ -2,11 +2,12 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, pipeline
 
 from bayeslora import BayesLoRA, InputError, open_run
 from bayeslora.command.main import main
@@ -162,6 +163,33 @@ def test_a_prediction_as_a_table(run):
     assert prediction.to_pandas()["truth"].tolist() == [str(label) for label in prediction.labels]
     assert repr(prediction) == "ClassPrediction(16 examples, 2 classes: 0, 1, 4 draws)"
     assert bool(prediction)
+
+
+def test_several_threads_at_once(run):
+    """Each has its own answer, by texts of its own length and number: tokenizer and draws are shared."""
+    fitted = open_run(run)
+    asked = [[" ".join(["the film is good"] * (1 + i % 5))] * (1 + i % 3) for i in range(24)]
+    expected = [fitted.predict(texts, num_samples=2, seed=i % 4).probs for i, texts in enumerate(asked)]
+    with ThreadPoolExecutor(8) as pool:
+        said = pool.map(lambda i: fitted.predict(asked[i], num_samples=2, seed=i % 4), range(24))
+        for found, probs in zip(said, expected, strict=True):
+            np.testing.assert_array_equal(found.probs, probs)
+
+
+def test_labels_by_name(run):
+    prediction = open_run(run).predict(TEXTS, num_samples=2)
+    assert prediction.predicted_labels == prediction.to_pandas()["label"].tolist()
+
+
+def test_the_mean_in_a_pipeline(run):
+    """What the documentation says of transformers' own."""
+    fitted = open_run(run)
+    classify = pipeline("text-classification", model=fitted.posterior.merge(), tokenizer=fitted.tokenizer, top_k=None)
+    said = [{one["label"]: one["score"] for one in scores} for scores in classify(TEXTS)]
+    expected = fitted.predict(TEXTS, num_samples=0)
+    np.testing.assert_allclose(
+        [[row[name] for name in expected.label_names] for row in said], expected.probs, atol=1e-5
+    )
 
 
 def test_texts_for_a_posterior_say_how(run):

@@ -1,5 +1,6 @@
 """Every example runs, small, and is tested."""
 
+import json
 import math
 import re
 from pathlib import Path
@@ -58,6 +59,17 @@ def test_arviz_tour(model, tmp_path, capsys):
     assert "LoRA: all draws have the same log-likelihood" in printed
     assert "elpd_loo" in printed
     assert {"forest.png", "elbo.png", "draws.nc"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_what_to_label_next(model, tmp_path):
+    small = {"pool_size": 40, "test_size": 12, "each": 6, "epochs": 1, "seeds": 1}
+    scores = script("examples/what_to_label_next").main(str(tmp_path), model=model, **small)
+    assert list(scores) == ["random", "mutual_information", "batchbald"]
+    for of_seeds in scores.values():
+        assert [row["labels"] for row in of_seeds[0]] == [6, 12, 18, 24]
+    assert (tmp_path / "learning_curve.png").stat().st_size > 10_000
+    chosen = [json.loads(line) for line in (tmp_path / "batchbald-0-0" / "next.jsonl").read_text().splitlines()]
+    assert len({row["row"] for row in chosen}) == 6
 
 
 def test_no_script_is_untested():

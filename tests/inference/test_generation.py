@@ -166,7 +166,8 @@ def test_mutual_information_is_never_negative_and_zero_for_equal_draws():
 def test_mistakes_are_explained():
     bayes = writer()
     wrong = [
-        ({"prompts": "the cat"}, "list of"),
+        ({"prompts": "the cat"}, "tokenizer="),
+        ({"prompts": []}, "at least one text"),
         ({"prompts": [[]]}, "none of them empty"),
         ({"prompts": ["the cat"]}, "tokenizer="),
         ({"mode": "beam"}, "mode"),

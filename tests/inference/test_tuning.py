@@ -70,6 +70,26 @@ class TestNegativeLogLikelihood:
             assert (tuning.nll_at_mean, tuning.nll_untuned) == tuple(before)
         assert (tuning.examples, tuning.num_samples) == (24, 4)
 
+    @pytest.mark.parametrize("with_temperature", [False, True])
+    @pytest.mark.parametrize("kind", ["classes", "choices"])
+    def test_conformal_sets_hold_as_many_of_the_tuning_labels_as_they_promise(self, kind, with_temperature):
+        """k of the n, and no more: the threshold is the probability of one of them."""
+        bayes, data = KINDS[kind]()
+        tuning = bayes.tune(data, with_temperature=with_temperature, **QUICK)
+        predicted = bayes.predict(data, **QUICK)
+        of_labels = predicted.probs[np.arange(len(data)), predicted.labels.astype(int)]
+        for coverage, threshold in tuning.conformal.items():
+            k = math.ceil(round((len(data) + 1) * float(coverage), 9))
+            held = int((of_labels >= threshold - 1e-6).sum())
+            assert threshold == 0 if k > len(data) else k <= held <= k + (np.isclose(of_labels, threshold).sum() - 1)
+
+    def test_what_has_no_labelled_classes_has_no_sets(self):
+        for kind in ("numbers", "texts"):
+            bayes, data = KINDS[kind]()
+            assert bayes.tune(data, **QUICK).conformal is None
+        bayes, data = KINDS["classes"]()
+        assert bayes.tune(data, agreement=0.9, **QUICK).conformal is None
+
     @pytest.mark.parametrize("kind", KINDS)
     def test_of_every_kind(self, kind):
         bayes, data = KINDS[kind]()

@@ -15,6 +15,7 @@ FACADE = {
     "posterior_draws": (module, "draws_per_adapter"),
     "prior_draws": (module, "draws_from_prior"),
     "export_draws": (module, "write_draws"),
+    "push_to_hub": (module, "push_adapter"),
     "from_pretrained": (module, "open_pretrained"),
 }
 

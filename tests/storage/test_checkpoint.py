@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from bayeslora import BayesLoRA, InputError, MonteCLoRAConfig, fit
 from bayeslora.guides import MeanFieldGuide
 from bayeslora.storage import checkpoint
-from bayeslora.storage.manifest import ADAPTER_WEIGHTS, FILES, MANIFEST, POSTERIOR
+from bayeslora.storage.manifest import ADAPTER_WEIGHTS, CARD, FILES, MANIFEST, POSTERIOR
 from tests.conftest import tiny_batch, tiny_dataset, tiny_network
 from tests.folders import reseal
 from tests.modules import fitted, head, logits, module
@@ -134,7 +134,7 @@ class TestRoundTrip:
         lora = LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS", init_lora_weights=False)
         bayes = BayesLoRA(get_peft_model(tiny_network(), lora, adapter_name="mine"), MonteCLoRAConfig()).eval()
         bayes.save_pretrained(tmp_path / "adapter")
-        assert names(tmp_path / "adapter") == {*FILES, MANIFEST}
+        assert names(tmp_path / "adapter") == {*FILES, MANIFEST, CARD}
         plain = PeftModel.from_pretrained(tiny_network(), tmp_path / "adapter").eval()
         again = BayesLoRA.from_pretrained(tmp_path / "adapter", tiny_network())
         assert torch.equal(logits(plain), logits(bayes))
@@ -160,8 +160,11 @@ class TestFolder:
             "adapter_model.safetensors",
             "posterior.safetensors",
             "bayeslora.json",
+            "README.md",
         }
         for path in saved.iterdir():
+            if path.suffix == ".md":
+                continue
             if path.suffix == ".json":
                 assert isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
             else:
@@ -170,13 +173,13 @@ class TestFolder:
     def test_saving_again_replaces(self, folder):
         other = fitted(guide="mean_field", seed=1)
         other.save_pretrained(folder)
-        assert names(folder) == {*FILES, MANIFEST}
+        assert names(folder) == {*FILES, MANIFEST, CARD}
         assert same_posterior(BayesLoRA.from_pretrained(folder, tiny_network(seed=1)), other)
         assert names(folder.parent) == {folder.name}
 
     def test_parents_are_made(self, tmp_path):
         fitted().save_pretrained(str(tmp_path / "runs" / "one" / "adapter"))
-        assert names(tmp_path / "runs" / "one" / "adapter") == {*FILES, MANIFEST}
+        assert names(tmp_path / "runs" / "one" / "adapter") == {*FILES, MANIFEST, CARD}
 
     @pytest.mark.parametrize("existing", [True, False])
     @pytest.mark.parametrize("moment", ["writing", "syncing", "renaming"])
@@ -210,15 +213,15 @@ class TestFolder:
         other.mkdir()
         (other / "chapter.tex").write_text("years of work")
         file.write_text("more")
-        (folder / "README.md").write_text("a card")
+        (folder / "notes.md").write_text("mine")
         for place in (other, file):
             with pytest.raises(InputError, match=f"{place.name} exists and holds something other than an adapter"):
                 fitted().save_pretrained(place)
-        with pytest.raises(InputError, match=r"also holds 'README.md', which saving would delete"):
+        with pytest.raises(InputError, match=r"also holds 'notes.md', which saving would delete"):
             fitted().save_pretrained(folder)
         assert (other / "chapter.tex").read_text() == "years of work"
         assert file.read_text() == "more"
-        assert (folder / "README.md").read_text() == "a card"
+        assert (folder / "notes.md").read_text() == "mine"
         BayesLoRA.from_pretrained(folder, tiny_network())
 
 

@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 
 from bayeslora import BayesLoRA, InputError, MonteCLoRAConfig
 from bayeslora.adapters.drawing import using_draw
-from bayeslora.inference.draws import Draws
+from bayeslora.inference.draws import Draws, run_as
 from tests.conftest import tiny_batch, tiny_network
 from tests.language import tiny_language_model, words
 
@@ -65,6 +66,51 @@ def test_the_average_of_exported_draws_is_the_posterior_predictive(tmp_path):
         served.set_adapter(name)
         probs = probs + served.eval()(**batch).logits.softmax(-1) / 3
     torch.testing.assert_close(probs.double(), torch.tensor(expected), atol=1e-5, rtol=1e-4)
+
+
+SERVED = {
+    "plain": {},
+    "ranks": {"rank_pattern": {"q_proj": 2}},
+    "alphas": {"lora_options": {"alpha_pattern": {"q_proj": 3}}, "rank_pattern": {"v_proj": 9}},
+    "rslora": {"use_rslora": True},
+    "blocks": {"layers_to_transform": (1,), "target_modules": ("q_proj", "down_proj")},
+}
+
+
+@pytest.mark.parametrize("name", SERVED)
+@torch.no_grad()
+def test_for_a_server_each_draw_is_the_same_network(tmp_path, name):
+    """One rank and one scale, as vLLM and SGLang read adapter_config.json; computed here as they compute it."""
+    bayes = fitted(tiny_language_model(), **SERVED[name])
+    batch = {"input_ids": torch.tensor([words("where is the big red ball ?")])}
+    folders = bayes.export_draws(tmp_path / "draws", 2, seed=7, for_server=True)
+    index = json.loads((tmp_path / "draws" / "draws.json").read_text(encoding="utf-8"))
+    rank = 16 if name == "alphas" else 8
+    assert index["max_lora_rank"] == rank
+    draws = Draws(bayes, 2, seed=7)
+    for number, folder in enumerate([tmp_path / "draws" / "mean", *folders], -1):
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        assert (config["r"], config["use_rslora"], config["modules_to_save"]) == (rank, False, None)
+        assert config["rank_pattern"] == config["alpha_pattern"] == {}
+        assert isinstance(config["target_modules"], list)
+        tensors = load_file(folder / "adapter_model.safetensors")
+        matrices = draws.matrices(number, 1) if number >= 0 else None
+        expected = run_as(bayes, matrices, lambda: bayes.network(**batch).logits)
+        served = tiny_language_model()
+        for key in [key for key in tensors if ".lora_A." in key]:
+            layer = served.get_submodule(key.removeprefix("base_model.model.").removesuffix(".lora_A.weight"))
+            first, last = tensors[key], tensors[key.replace("lora_A", "lora_B")]
+            assert (len(first), last.shape[1]) == (rank, rank)
+            layer.weight += config["lora_alpha"] / config["r"] * last @ first
+        torch.testing.assert_close(served(**batch).logits, expected, rtol=1e-4, atol=1e-4)
+        alone = PeftModel.from_pretrained(tiny_language_model(), folder).eval()
+        torch.testing.assert_close(alone(**batch).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_no_server_loads_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"trained whole.*bayes\.merge"):
+        fitted(tiny_network()).export_draws(tmp_path / "draws", 1, for_server=True)
+    assert not (tmp_path / "draws").exists()
 
 
 def test_nothing_is_overwritten(tmp_path):

@@ -15,7 +15,7 @@ from tests.modules import fitted
 
 
 class TestKept:
-    TUNING = Tuning(0.25, 1.5, 0.4, 0.6, 0.5, 30, 16)
+    TUNING = Tuning(0.25, 1.5, 0.4, 0.6, 0.5, 30, 16, conformal={"0.9": 0.25})
 
     def predicted(self, bayes):
         return bayes.predict(tiny_dataset(4), num_samples=2, progress=False).sample_probs
