@@ -110,26 +110,25 @@ def refuse_sharded(groups: tuple[AdapterGroup, ...]) -> None:
         if isinstance(weight, DTensor) or weight.shape != (adapter.rank, adapter.columns):
             raise InputError(
                 f"the lora_A of {adapter.name!r} is sharded, and a draw is made of whole matrices before any layer "
-                "runs: use DistributedDataParallel, or wrap BayesLoRA in FSDP as one unit, not layer by layer"
+                "runs: call bayeslora.training.engines.shard(bayes), which leaves them whole, in place of fully_shard"
             )
 
 
 def check_parallelism(arguments: "TrainingArguments") -> None:
-    """One process per device and whole copies of the module, as DistributedDataParallel has them.
+    """One process per device, and whole copies of what is trained, as DistributedDataParallel has them.
 
     Raises:
-        InputError: for FSDP, DeepSpeed and tensor parallelism, asked for in ``arguments`` or by ``accelerate launch``.
+        InputError: for DeepSpeed and tensor parallelism, asked for in ``arguments`` or by ``accelerate launch``.
     """
     asked = {
-        "FSDP": arguments.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true",
         "DeepSpeed": arguments.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true",
         "parallelism_config": arguments.parallelism_config,
     }
     for name, used in asked.items():
         if used:
             raise InputError(
-                f"fit trains whole copies of the module and does not support {name}: launch it with torchrun or "
-                "accelerate launch --multi_gpu, and without that option"
+                f"{name} is not supported: launch with torchrun or accelerate launch --multi_gpu, and without that "
+                "option; for a network that is too large for one device pass fsdp=True"
             )
     if arguments.world_size != world_size():
         raise InputError(

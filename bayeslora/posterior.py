@@ -61,6 +61,7 @@ class Posterior(WrappedNetwork):
         #: Keys of the base network's tensors that its checkpoint does not hold, and that are saved with the adapter.
         self.kept_keys = kept_keys(self.network, not_in_checkpoint(self.network))
         self.sketches: dict[str, Sketch] = {}  # of what is taken from the base network, made at the first saving
+        self.base_record: dict[str, Any] | None = None  # what files say of it, where its weights lie in shards
         self.model = model
         self.guide = guide
         if model.groups[0].device.type != "meta":  # where every draw is made

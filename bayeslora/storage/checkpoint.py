@@ -104,7 +104,7 @@ def _manifest(bayes: Posterior, folder: Path, tokenizer: Sequence[str]) -> dict[
         "guide": type(bayes.guide).__name__,
         "num_examples": bayes.num_examples,
         "versions": version_info(),
-        "base": fingerprint(bayes.network) | {"sketches": _sketches(bayes, kept)},
+        "base": bayes.base_record or describe_base(bayes, kept),
         "kept": kept,
         "adapters": adapter_shapes(bayes),
         "sha256": {name: sha256_of(folder / name) for name in (*FILES, *tokenizer)},
@@ -117,6 +117,11 @@ def _manifest(bayes: Posterior, folder: Path, tokenizer: Sequence[str]) -> dict[
     if described is not None:
         manifest["likelihood"] = described
     return manifest | {"digest": digest_of(manifest)}
+
+
+def describe_base(bayes: Posterior, kept: Collection[str]) -> dict[str, Any]:
+    """What tells the base network from another; ``kept`` are the names of its tensors that come with the adapter."""
+    return fingerprint(bayes.network) | {"sketches": _sketches(bayes, kept)}
 
 
 def _sketches(bayes: Posterior, kept: Collection[str]) -> dict[str, list]:
