@@ -46,7 +46,7 @@ def shard(bayes: Posterior, blocks: Collection[str] = (), *, mesh: Any = None) -
             network's outermost lists of equal modules, which are a transformer's blocks, or else what transformers
             does not split over devices.
         mesh: A ``DeviceMesh``: of one dimension, the default, over all processes on the current kind of accelerator, or
-            the CPU where there is none; or of two, copies of the network and the shards of each.
+            the CPU where there is none; or of two with names, copies of the network and the shards of each.
 
     Returns:
         Names of the blocks; none in a single process, which has nobody to share with and keeps everything.
@@ -121,7 +121,10 @@ class Sharding:
             return None
         if (args.fsdp_config or {}).get("xla"):
             raise InputError("FSDP on XLA devices is not supported")
-        plugin = FullyShardedDataParallelPlugin(**(args.fsdp_plugin_args or {}))
+        options = args.fsdp_plugin_args or {}
+        if int(options.get("fsdp_version", os.environ.get("FSDP_VERSION", "1"))) != 2:
+            raise InputError("FSDP's version 1 is not supported: set fsdp_config={'version': 2} (--fsdp_version 2)")
+        plugin = FullyShardedDataParallelPlugin(**options)
         _refuse_unsupported(plugin)
         if not args.accelerator_config.even_batches:
             raise InputError("shards need as many batches in every process: leave even_batches=False out")
@@ -137,7 +140,6 @@ class Sharding:
 def _refuse_unsupported(plugin: FullyShardedDataParallelPlugin) -> None:
     policy = getattr(plugin.auto_wrap_policy, "__name__", "")
     refused = {
-        "version 1": (plugin.fsdp_version != 2, "set fsdp_config={'version': 2} (--fsdp_version 2)"),
         "reshard_after_forward=False": (
             not plugin.reshard_after_forward,
             "blocks are freed after each pass: leave it out",
