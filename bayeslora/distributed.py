@@ -110,7 +110,8 @@ def refuse_sharded(groups: tuple[AdapterGroup, ...]) -> None:
         if isinstance(weight, DTensor) or weight.shape != (adapter.rank, adapter.columns):
             raise InputError(
                 f"the lora_A of {adapter.name!r} is sharded, and a draw is made of whole matrices before any layer "
-                "runs: call bayeslora.training.engines.shard(bayes), which leaves them whole, in place of fully_shard"
+                "runs: call bayeslora.training.engines.shard(bayes), which leaves them whole, in place of fully_shard; "
+                "under ZeRO 3 train only, and predict with the adapter that was saved"
             )
 
 
@@ -128,7 +129,8 @@ def check_parallelism(arguments: "TrainingArguments") -> None:
         if used:
             raise InputError(
                 f"{name} is not supported: launch with torchrun or accelerate launch --multi_gpu, and without that "
-                "option; for a network that is too large for one device pass fsdp=True"
+                "option. For a network that is too large for one device pass fsdp=True; DeepSpeed's engine runs a "
+                "posterior in a loop of your own"
             )
     if arguments.world_size != world_size():
         raise InputError(

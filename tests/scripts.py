@@ -25,7 +25,8 @@ def names_of(folder):
 def launch(*command, processes=2, **options):
     """Run a script or module in several processes; a hang fails the test."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
     return subprocess.run(
         [*torchrun, *map(str, command)],
         env=environment,

@@ -81,6 +81,7 @@ def save_from_loop(
 def write_adapter(bayes: Posterior, folder: Path) -> None:
     """Write the four files, and the tokenizer's, into ``folder``; the manifest comes last, and names their hashes."""
     check_in_use(bayes.model.groups)
+    _check_whole(bayes)
     with tempfile.TemporaryDirectory(prefix=".adapter-", dir=folder) as scratch:
         written = Path(scratch)
         write_peft_files(bayes.network, bayes.kept_keys, written)
@@ -94,6 +95,18 @@ def write_adapter(bayes: Posterior, folder: Path) -> None:
             sync(written / name)
             (folder / name).parent.mkdir(exist_ok=True)
             os.replace(written / name, folder / name)
+
+
+def _check_whole(bayes: Posterior) -> None:
+    """DeepSpeed's ZeRO 3 leaves empty tensors behind."""
+    saved = adapter_state(bayes.network) | kept_tensors(bayes.network, bayes.kept_keys)
+    empty = [name for name, value in saved.items() if not value.numel()]
+    if empty:
+        raise InputError(
+            f"{empty[0]!r} is empty in this process, as ZeRO 3 leaves it: save inside "
+            "deepspeed.zero.GatheredParameters, with what is trained, and call "
+            "bayeslora.training.engines.remember_base(bayes) before deepspeed.initialize"
+        )
 
 
 def _manifest(bayes: Posterior, folder: Path, tokenizer: Sequence[str]) -> dict[str, Any]:

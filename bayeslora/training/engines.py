@@ -1,5 +1,7 @@
 """Training a network that is too large for one device: its frozen weights in shards over all processes (FSDP2).
 
+DeepSpeed's engine runs a posterior as it is, in a loop of your own.
+
 ``fit``, :class:`bayeslora.BayesTrainer` and the trainers over TRL's take Trainer's and Accelerate's own FSDP
 configuration; in a loop of your own, :func:`shard` does the same.
 """
@@ -64,8 +66,7 @@ def shard(bayes: Posterior, blocks: Collection[str] = (), *, mesh: Any = None) -
     if world_size() == 1:
         logger.warning("one process holds all of the network: launch several with torchrun to put it into shards")
         return []
-    bayes.base_record = describe_base(bayes, sorted(kept_tensors(bayes.network, bayes.kept_keys)))
-    _check_equal(bayes.base_record)
+    _check_equal(remember_base(bayes))
     if mesh is None:
         accelerator = torch.accelerator.current_accelerator()
         mesh = distributed.device_mesh.init_device_mesh(accelerator.type if accelerator else "cpu", (world_size(),))
@@ -74,6 +75,20 @@ def shard(bayes: Posterior, blocks: Collection[str] = (), *, mesh: Any = None) -
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(bayes, [*shards])
     bayes.to(next(iter(shards.values())).device)
     return [*found]
+
+
+def remember_base(bayes: Posterior) -> dict[str, Any]:
+    """Note what saved files say of the base network, before an engine takes its weights apart.
+
+    :func:`shard` does so; call it before ``deepspeed.initialize`` with ZeRO 3. Saving then needs what is trained alone:
+    ``with deepspeed.zero.GatheredParameters([p for p in bayes.parameters() if p.requires_grad])``.
+
+    Example:
+        >>> remember_base(bayes)["class"]
+        'BertForSequenceClassification'
+    """
+    bayes.base_record = describe_base(bayes, sorted(kept_tensors(bayes.network, bayes.kept_keys)))
+    return bayes.base_record
 
 
 def _blocks(base: nn.Module, classes: Collection[str]) -> dict[str, nn.Module]:

@@ -1,7 +1,9 @@
 """Two processes that keep shards of a network, as torchrun launches them; gloo on the CPU."""
 
 import json
+from importlib.util import find_spec
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed
@@ -11,6 +13,7 @@ from transformers import TrainingArguments
 from bayeslora import BayesLoRA, InputError
 from bayeslora.adapters.sharding import check_shardable
 from bayeslora.training.engines import Sharding, shard
+from tests.architectures import ARCHITECTURES
 from tests.conftest import tiny_dataset, tiny_network
 from tests.scripts import ROOT, complaints, launch
 from tests.workers.distributed_worker import NO_DROPOUT, NOISELESS, Gradients, new, run, texts, writer
@@ -151,6 +154,46 @@ class TestRefusals:
     def test_merging(self, ranks):
         for seen in ranks("training", "shards"):
             assert "merging needs all of them" in seen["merge"]
+
+
+@pytest.mark.slow
+class TestDeepSpeed:
+    """Its engine, in a loop of one's own."""
+
+    @pytest.fixture(scope="class")
+    def seen(self, tmp_path_factory):
+        if find_spec("deepspeed") is None:
+            pytest.skip("needs bayeslora[deepspeed]")
+        folder = tmp_path_factory.mktemp("deepspeed")
+        done = launch(WORKER.with_name("deepspeed_worker.py"), folder)
+        assert done.returncode == 0, complaints(done)
+        return lambda name, rank: folder / name, lambda name, rank: json.loads(
+            (folder / f"{name}-{rank}.json").read_text(encoding="utf-8")
+        )
+
+    @pytest.mark.parametrize("stage", [1, 2, 3, "3, all in parts"])
+    def test_two_steps_are_those_of_whole_copies(self, stage, seen):
+        """Losses and parameters, of two batches a step, under SGD."""
+        for rank in (0, 1):
+            found = seen[1](f"stage {stage}", rank)
+            assert found["losses"][0] == pytest.approx(found["losses"][1], rel=1e-6)
+            assert found["distance"] < 1e-7
+            assert found["moved"] == 1.0
+            assert "the draw did not arrive in model.layers.0.self_attn.q_proj (of 14" in found["fused"]
+
+    def test_frozen_weights_are_in_parts(self, seen):
+        """Of ZeRO 3."""
+        held = {name: seen[1](f"stage {name}", 0)["held"] for name in (1, 2, 3, "3, all in parts")}
+        assert held[1] == held[2] > 10 * held[3] > held["3, all in parts"] == 0
+
+    @pytest.mark.parametrize("stage", [1, 2, 3, "3, all in parts"])
+    def test_what_it_saved_opens_in_one_process(self, stage, seen):
+        found = seen[1](f"stage {stage}", 0)
+        assert ("as ZeRO 3 leaves it" in (found["unsaved"] or "")) == (stage not in (1, 2))
+        network = ARCHITECTURES["llama"].network(hidden_size=64, intermediate_size=64, num_labels=2)
+        bayes = BayesLoRA.from_pretrained(seen[0](f"stage {stage}", 0), network)
+        probs = bayes.predict(tiny_dataset(6), num_samples=3, progress=False).probs
+        assert probs == pytest.approx(np.array(seen[1]("probs", 0)), abs=1e-6)
 
 
 class TestConfiguration:
