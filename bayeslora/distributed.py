@@ -39,19 +39,42 @@ def rank() -> int:
     return distributed.get_rank() if world_size() > 1 else 0
 
 
+class Together:
+    """The processes that run one network together, and so need one draw; a pickled copy has none."""
+
+    def __init__(self, group: Any = None):
+        self.group = group
+
+    def __deepcopy__(self, memo: dict) -> "Together":
+        return Together(self.group)
+
+    def __reduce__(self):
+        return Together, ()
+
+    def agree(self, seed: int, device: torch.device) -> int:
+        """The first one's seed."""
+        if self.group is None:
+            return seed
+        shared = torch.tensor(seed, device=device)
+        distributed.broadcast(shared, distributed.get_global_rank(self.group, 0), group=self.group)
+        return int(shared)
+
+
 @contextmanager
-def own_noise(device: torch.device) -> Iterator[None]:
+def own_noise(device: torch.device, together: Together | None = None) -> Iterator[None]:
     """Inside, random numbers are this rank's own; outside, the generators of all ranks stay in step.
 
     Training loops seed every rank alike, so that all shuffle the data alike; noise and dropout would then be the same
     on every rank too. Here one number from the common CPU generator and the rank seed the block. Nothing else is
-    remembered: who restores the common generator restores every rank's noise. A single process is left as it is.
+    remembered: who restores the common generator restores every rank's noise. A single process is left as it is, and
+    those that are ``together`` take the first one's numbers.
     """
     if world_size() == 1:
         yield
         return
     common = int(torch.randint(2**62, ()))
     seed = int(np.random.SeedSequence([common, rank()]).generate_state(1, np.uint64)[0] >> 1)
+    seed = seed if together is None else together.agree(seed, device)
     accelerators = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(accelerators, device_type=device.type if accelerators else None):
         torch.default_generator.manual_seed(seed)

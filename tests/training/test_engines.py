@@ -157,6 +157,18 @@ class TestRefusals:
 
 
 @pytest.mark.slow
+def test_processes_that_run_one_network_together_share_a_draw(ranks):
+    """By the first one's seed, and each one's own generator goes on as it would."""
+    first, second = ranks("together", "together")
+    assert first["losses"] == second["losses"]
+    assert first["losses"][0] != first["losses"][1]
+    one, other = ranks("together", "apart")
+    assert one["losses"] != other["losses"]
+    assert (first["next"], second["next"]) == (one["next"], other["next"])
+    assert ranks("together", "pickled") == [True, True]
+
+
+@pytest.mark.slow
 class TestDeepSpeed:
     """Its engine, in a loop of one's own."""
 

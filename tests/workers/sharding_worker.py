@@ -3,9 +3,11 @@
 python -m torch.distributed.run --standalone --nproc-per-node 2 tests/workers/sharding_worker.py FOLDER
 """
 
+import copy
 import gc
 import json
 import os
+import pickle
 import sys
 from functools import partial
 from importlib.util import find_spec
@@ -213,6 +215,19 @@ def refusals(folder, rank):
     yield "wrapped", error_of(lambda: BayesLoRA(sharded.network.get_base_model()), InputError)
 
 
+def together(folder, rank):
+    """The same batch twice, where the generators of the processes are not in step."""
+    batch = tiny_batch(4)
+    for name, group in (("apart", None), ("together", distributed.new_group([0, 1]))):
+        bayes = new(dropout=True, lora_dropout=0.1, noise="per_example")
+        bayes.draw_together(group)
+        bayes = copy.deepcopy(bayes)
+        torch.manual_seed(rank)
+        losses = [bayes(**batch).loss.item() for _ in range(2)]
+        yield name, {"losses": losses, "next": float(torch.rand(()))}
+    yield "pickled", pickle.loads(pickle.dumps(bayes.together)).group is None
+
+
 def launched(folder, rank):
     """What accelerate launch --use_fsdp --fsdp_version 2 says to a process."""
     asked = {
@@ -261,7 +276,7 @@ def trl_trainers(folder, rank):
     yield "whole", numbers(BayesLoRA(tiny_language_model(), MonteCLoRAConfig(r=4)))
 
 
-SCENARIOS = (training, gradients, networks, ways, writing, refusals, launched, trl_trainers)
+SCENARIOS = (training, gradients, networks, ways, writing, refusals, together, launched, trl_trainers)
 
 
 def main():
