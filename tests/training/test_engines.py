@@ -168,44 +168,50 @@ def test_processes_that_run_one_network_together_share_a_draw(ranks):
     assert ranks("together", "pickled") == [True, True]
 
 
+@pytest.fixture(scope="module")
+def deepspeed_folder(tmp_path_factory):
+    """What two processes wrote under DeepSpeed's engine."""
+    if find_spec("deepspeed") is None:
+        pytest.skip("needs bayeslora[deepspeed]")
+    folder = tmp_path_factory.mktemp("deepspeed")
+    done = launch(WORKER.with_name("deepspeed_worker.py"), folder)
+    assert done.returncode == 0, complaints(done)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stages(deepspeed_folder):
+    """``stages(name, rank)``: what a process saw."""
+    return lambda name, rank: json.loads((deepspeed_folder / f"{name}-{rank}.json").read_text(encoding="utf-8"))
+
+
 @pytest.mark.slow
 class TestDeepSpeed:
     """Its engine, in a loop of one's own."""
 
-    @pytest.fixture(scope="class")
-    def seen(self, tmp_path_factory):
-        if find_spec("deepspeed") is None:
-            pytest.skip("needs bayeslora[deepspeed]")
-        folder = tmp_path_factory.mktemp("deepspeed")
-        done = launch(WORKER.with_name("deepspeed_worker.py"), folder)
-        assert done.returncode == 0, complaints(done)
-        return lambda name, rank: folder / name, lambda name, rank: json.loads(
-            (folder / f"{name}-{rank}.json").read_text(encoding="utf-8")
-        )
-
     @pytest.mark.parametrize("stage", [1, 2, 3, "3, all in parts"])
-    def test_two_steps_are_those_of_whole_copies(self, stage, seen):
+    def test_two_steps_are_those_of_whole_copies(self, stage, stages):
         """Losses and parameters, of two batches a step, under SGD."""
         for rank in (0, 1):
-            found = seen[1](f"stage {stage}", rank)
+            found = stages(f"stage {stage}", rank)
             assert found["losses"][0] == pytest.approx(found["losses"][1], rel=1e-6)
             assert found["distance"] < 1e-7
             assert found["moved"] == 1.0
             assert "the draw did not arrive in model.layers.0.self_attn.q_proj (of 14" in found["fused"]
 
-    def test_frozen_weights_are_in_parts(self, seen):
+    def test_frozen_weights_are_in_parts(self, stages):
         """Of ZeRO 3."""
-        held = {name: seen[1](f"stage {name}", 0)["held"] for name in (1, 2, 3, "3, all in parts")}
+        held = {name: stages(f"stage {name}", 0)["held"] for name in (1, 2, 3, "3, all in parts")}
         assert held[1] == held[2] > 10 * held[3] > held["3, all in parts"] == 0
 
     @pytest.mark.parametrize("stage", [1, 2, 3, "3, all in parts"])
-    def test_what_it_saved_opens_in_one_process(self, stage, seen):
-        found = seen[1](f"stage {stage}", 0)
+    def test_what_it_saved_opens_in_one_process(self, stage, stages, deepspeed_folder):
+        found = stages(f"stage {stage}", 0)
         assert ("as ZeRO 3 leaves it" in (found["unsaved"] or "")) == (stage not in (1, 2))
         network = ARCHITECTURES["llama"].network(hidden_size=64, intermediate_size=64, num_labels=2)
-        bayes = BayesLoRA.from_pretrained(seen[0](f"stage {stage}", 0), network)
+        bayes = BayesLoRA.from_pretrained(deepspeed_folder / f"stage {stage}", network)
         probs = bayes.predict(tiny_dataset(6), num_samples=3, progress=False).probs
-        assert probs == pytest.approx(np.array(seen[1]("probs", 0)), abs=1e-6)
+        assert probs == pytest.approx(np.array(stages("probs", 0)), abs=1e-6)
 
 
 class TestConfiguration:
