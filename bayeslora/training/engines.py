@@ -132,7 +132,7 @@ class Sharding:
         Raises:
             InputError: for what cannot be done for a posterior, with what to set.
         """
-        if not args.fsdp and os.environ.get(USE_FSDP, "false").lower() != "true":
+        if not args.fsdp and not fsdp_launched():
             return None
         if (args.fsdp_config or {}).get("xla"):
             raise InputError("FSDP on XLA devices is not supported")
@@ -175,6 +175,11 @@ def _refuse_unsupported(plugin: FullyShardedDataParallelPlugin) -> None:
     for name, (used, instead) in refused.items():
         if used:
             raise InputError(f"FSDP's {name} is not supported: {instead}")
+
+
+def fsdp_launched() -> bool:
+    """Whether ``accelerate launch`` asked for FSDP."""
+    return os.environ.get(USE_FSDP, "false").lower() == "true"
 
 
 def take_sharding(args: TrainingArguments) -> Sharding | None:

@@ -15,7 +15,7 @@ from bayeslora.errors import InputError
 from bayeslora.noise_schedules import NoiseScheduleCallback
 from bayeslora.posterior import Posterior
 from bayeslora.training.arguments import check_arguments
-from bayeslora.training.engines import OnShards, take_sharding
+from bayeslora.training.engines import OnShards, fsdp_launched, take_sharding
 from bayeslora.training.trainer import BayesTrainer, DropTuning, variational_rate
 
 
@@ -55,6 +55,8 @@ class OnPosterior(OnShards):
         _check_options(given.arguments, type(self).__name__)
         if given.arguments.get("args") is not None:
             given.arguments["args"] = self._taken(model, given.arguments["args"])
+        elif fsdp_launched():
+            raise InputError(f"{type(self).__name__} reads what FSDP is to do from its arguments: pass args=")
         self._base = model.network.get_base_model()
         own = vars(self._base).get("forward")  # accelerate's, of a network with a device_map
         start(*given.args, **given.kwargs)
