@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments
 
@@ -69,7 +70,7 @@ def shard(bayes: Posterior, blocks: Collection[str] = (), *, mesh: Any = None) -
     _check_equal(remember_base(bayes))
     if mesh is None:
         accelerator = torch.accelerator.current_accelerator()
-        mesh = distributed.device_mesh.init_device_mesh(accelerator.type if accelerator else "cpu", (world_size(),))
+        mesh = init_device_mesh(accelerator.type if accelerator else "cpu", (world_size(),))
     shard_frozen(bayes.network, bayes.kept_keys, found.values(), mesh)
     shards = {name: p for name, p in bayes.named_parameters(remove_duplicate=False) if hasattr(p, "full_tensor")}
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(bayes, [*shards])
@@ -148,7 +149,7 @@ class Sharding:
     def apply(self, bayes: Posterior, device: torch.device) -> None:
         """Put ``bayes`` into shards on this kind of device, unless it is already."""
         if not is_sharded(bayes.network):
-            mesh = distributed.device_mesh.init_device_mesh(device.type, (world_size(),)) if world_size() > 1 else None
+            mesh = init_device_mesh(device.type, (world_size(),)) if world_size() > 1 else None
             shard(bayes, self.blocks, mesh=mesh)
 
 
