@@ -39,19 +39,42 @@ def rank() -> int:
     return distributed.get_rank() if world_size() > 1 else 0
 
 
+class Together:
+    """The processes that run one network together, and so need one draw; a pickled copy has none."""
+
+    def __init__(self, group: Any = None):
+        self.group = group
+
+    def __deepcopy__(self, memo: dict) -> "Together":
+        return Together(self.group)
+
+    def __reduce__(self):
+        return Together, ()
+
+    def agree(self, seed: int, device: torch.device) -> int:
+        """The first one's seed."""
+        if self.group is None:
+            return seed
+        shared = torch.tensor(seed, device=device)
+        distributed.broadcast(shared, distributed.get_global_rank(self.group, 0), group=self.group)
+        return int(shared)
+
+
 @contextmanager
-def own_noise(device: torch.device) -> Iterator[None]:
+def own_noise(device: torch.device, together: Together | None = None) -> Iterator[None]:
     """Inside, random numbers are this rank's own; outside, the generators of all ranks stay in step.
 
     Training loops seed every rank alike, so that all shuffle the data alike; noise and dropout would then be the same
     on every rank too. Here one number from the common CPU generator and the rank seed the block. Nothing else is
-    remembered: who restores the common generator restores every rank's noise. A single process is left as it is.
+    remembered: who restores the common generator restores every rank's noise. A single process is left as it is, and
+    those that are ``together`` take the first one's numbers.
     """
     if world_size() == 1:
         yield
         return
     common = int(torch.randint(2**62, ()))
     seed = int(np.random.SeedSequence([common, rank()]).generate_state(1, np.uint64)[0] >> 1)
+    seed = seed if together is None else together.agree(seed, device)
     accelerators = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(accelerators, device_type=device.type if accelerators else None):
         torch.default_generator.manual_seed(seed)
@@ -110,26 +133,27 @@ def refuse_sharded(groups: tuple[AdapterGroup, ...]) -> None:
         if isinstance(weight, DTensor) or weight.shape != (adapter.rank, adapter.columns):
             raise InputError(
                 f"the lora_A of {adapter.name!r} is sharded, and a draw is made of whole matrices before any layer "
-                "runs: use DistributedDataParallel, or wrap BayesLoRA in FSDP as one unit, not layer by layer"
+                "runs: call bayeslora.training.engines.shard(bayes), which leaves them whole, in place of fully_shard; "
+                "under ZeRO 3 train only, and predict with the adapter that was saved"
             )
 
 
 def check_parallelism(arguments: "TrainingArguments") -> None:
-    """One process per device and whole copies of the module, as DistributedDataParallel has them.
+    """One process per device, and whole copies of what is trained, as DistributedDataParallel has them.
 
     Raises:
-        InputError: for FSDP, DeepSpeed and tensor parallelism, asked for in ``arguments`` or by ``accelerate launch``.
+        InputError: for DeepSpeed and tensor parallelism, asked for in ``arguments`` or by ``accelerate launch``.
     """
     asked = {
-        "FSDP": arguments.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true",
         "DeepSpeed": arguments.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true",
         "parallelism_config": arguments.parallelism_config,
     }
     for name, used in asked.items():
         if used:
             raise InputError(
-                f"fit trains whole copies of the module and does not support {name}: launch it with torchrun or "
-                "accelerate launch --multi_gpu, and without that option"
+                f"{name} is not supported: launch with torchrun or accelerate launch --multi_gpu, and without that "
+                "option. For a network that is too large for one device pass fsdp=True; DeepSpeed's engine runs a "
+                "posterior in a loop of your own"
             )
     if arguments.world_size != world_size():
         raise InputError(

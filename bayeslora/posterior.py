@@ -25,7 +25,7 @@ from bayeslora.adapters.modes import without_cache
 from bayeslora.adapters.parameters import optimizer_groups
 from bayeslora.adapters.placement import is_split
 from bayeslora.adapters.provenance import Sketch, kept_keys, not_in_checkpoint
-from bayeslora.distributed import own_noise, refuse_sharded
+from bayeslora.distributed import Together, own_noise, refuse_sharded
 from bayeslora.distributions import random_signs
 from bayeslora.elbo import CooperativeELBO, replayed
 from bayeslora.errors import InputError
@@ -61,6 +61,7 @@ class Posterior(WrappedNetwork):
         #: Keys of the base network's tensors that its checkpoint does not hold, and that are saved with the adapter.
         self.kept_keys = kept_keys(self.network, not_in_checkpoint(self.network))
         self.sketches: dict[str, Sketch] = {}  # of what is taken from the base network, made at the first saving
+        self.base_record: dict[str, Any] | None = None  # what files say of it, where its weights lie in shards
         self.model = model
         self.guide = guide
         if model.groups[0].device.type != "meta":  # where every draw is made
@@ -75,6 +76,7 @@ class Posterior(WrappedNetwork):
         self.sampling = config.sample_scaler > 0
         #: What forward is instead, for a trainer whose loss is its own (:mod:`bayeslora.training.preference`).
         self.run_instead: Callable[..., Any] | None = None
+        self.together = Together()
         self._rows: bool | None = None  # whether examples can have their own noise; looked up at the first batch
         self._freeze()
         self._say_what_counts()
@@ -222,7 +224,7 @@ class Posterior(WrappedNetwork):
         if not self.training:
             return self._loss_at_mean(batch)
         refuse_sharded(self.model.groups)
-        with own_noise(self.device), without_cache(self.network):
+        with own_noise(self.device, self.together), without_cache(self.network):
             return self._objective(batch) if self.sampling else self._loss_at_mean(batch)
 
     def _loss_at_mean(self, batch: dict[str, Any]) -> SequenceClassifierOutput:
@@ -336,6 +338,20 @@ class Posterior(WrappedNetwork):
         """A draw for inputs whose second half belongs to the first, row by row: both rows of a pair see the same."""
         self._check_objective()
         return self._draw({**inputs, "labels": inputs["input_ids"][::2, 0]}, rows_each=2)  # labels: one for each pair
+
+    def draw_together(self, group: Any) -> None:
+        """In training, give all processes of ``group`` the same draw and dropout, that of its first.
+
+        For processes that run one network on the same examples between them, as in tensor parallelism: each process
+        else has a draw of its own. Predictions agree by their seed.
+
+        Args:
+            group: A ``torch.distributed`` process group that this process belongs to, or None for none.
+
+        Example:
+            >>> bayes.draw_together(None)  # under torchrun: mesh["tp"].get_group()
+        """
+        self.together = Together(group)
 
     @contextmanager
     def without_sampling(self) -> Iterator[None]:

@@ -13,7 +13,7 @@ def check_resident(network: nn.Module) -> None:
 
     Raises:
         InputError: for modules that accelerate loads anew for each call (``device_map`` with ``"cpu"`` beside an
-            accelerator, or with ``"disk"``; ``cpu_offload``), and for weights that were never loaded.
+            accelerator, or with ``"disk"``; ``cpu_offload``), and for weights that were never loaded, or lie in shards.
     """
     offloaded = [name for name, module in network.named_modules() if any(hook.offload for hook in _hooks(module))]
     if offloaded:
@@ -23,6 +23,11 @@ def check_resident(network: nn.Module) -> None:
             "accelerators, without 'cpu' and 'disk'), quantised or in bfloat16 where it does not fit"
         )
     weights = dict(network.named_parameters())
+    if any(hasattr(weight, "full_tensor") for weight in weights.values()):
+        raise InputError(
+            "the network's weights lie in shards, and a posterior is made of whole ones: load the network whole in "
+            "every process, and shard it afterwards (fit's fsdp=, or bayeslora.training.engines.shard)"
+        )
     missing = [name for name, weight in weights.items() if weight.device.type == "meta"]
     if 0 < len(missing) < len(weights):
         raise InputError(

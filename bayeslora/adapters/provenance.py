@@ -18,7 +18,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
-from bayeslora.adapters.quantized import is_packed
+from bayeslora.adapters.quantized import is_packed, whole
 
 logger = logging.getLogger(__name__)
 
@@ -231,7 +231,7 @@ def sketch(tensor: Tensor) -> Sketch:
 
     The entries, in rows of 4096, are weighted by cosines of their row and of their place in it.
     """
-    flat = tensor.detach().flatten()
+    flat = whole(tensor.detach()).flatten()
     width = min(_WIDTH, max(len(flat), 1))
     rows = nn.functional.pad(flat, (0, -len(flat) % width)).view(-1, width)
     squares, sums = 0.0, torch.zeros(_PROJECTIONS, dtype=torch.float64)

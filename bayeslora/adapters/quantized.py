@@ -8,7 +8,8 @@ from bayeslora.errors import InputError
 
 
 def frozen_weight(layer: nn.Module) -> Tensor:
-    """The weight of a linear layer, or of the one under a LoRA layer; dequantised where it is packed.
+    """The weight of a linear layer, or of the one under a LoRA layer; dequantised where it is packed, and all of one
+    that lies in shards.
 
     Raises:
         InputError: for a quantisation that cannot be read back.
@@ -24,7 +25,13 @@ def frozen_weight(layer: nn.Module) -> Tensor:
         return dequantize_bnb_weight(weight, state=getattr(base, "state", None))
     if is_quantized(base):
         return weight.detach().dequantize()
-    return weight.detach()
+    return whole(weight.detach())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself, or all of one that lies in shards: every process calls it then."""
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
 
 
 def keep_trainable(network: nn.Module) -> None:

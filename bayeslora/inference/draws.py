@@ -14,6 +14,7 @@ from bayeslora.adapters.arrival import check_reached
 from bayeslora.adapters.drawing import one_at_a_time, using_draw
 from bayeslora.adapters.groups import AdapterGroup
 from bayeslora.adapters.modes import evaluation_mode, without_cache
+from bayeslora.distributed import refuse_sharded
 from bayeslora.errors import InputError
 from bayeslora.inference.prefix import MAX_KEPT_BYTES
 from bayeslora.models.tuning import Tuning
@@ -175,7 +176,12 @@ def _group_arrays(group: AdapterGroup, sites: dict[str, Tensor], drawn: Tensor, 
 
 @contextmanager
 def evaluating(bayes: Posterior) -> Iterator[None]:
-    """No gradients, no dropout and no cache of keys and values inside."""
+    """No gradients, no dropout and no cache of keys and values inside.
+
+    Raises:
+        InputError: where an engine has taken the matrices apart that draws are made of.
+    """
+    refuse_sharded(bayes.model.groups)
     with without_cache(bayes.network), evaluation_mode(bayes), torch.inference_mode():
         yield
 

@@ -11,6 +11,7 @@ from torch import nn
 from bayeslora.adapters.drawing import clear_draw
 from bayeslora.adapters.groups import find_groups
 from bayeslora.adapters.quantized import is_quantized
+from bayeslora.adapters.sharding import refuse_in_shards
 from bayeslora.errors import InputError
 from bayeslora.inference.draws import Draws
 from bayeslora.posterior import Posterior
@@ -23,6 +24,7 @@ def merged(bayes: Posterior, draw: int | None = None, seed: int = 0) -> nn.Modul
             "merging into quantised weights would round the adapter away: save_pretrained it, open it with "
             "from_pretrained on the same base model in full precision, and merge there"
         )
+    refuse_in_shards(bayes.network, "merging")
     clear_draw(bayes.model.groups)
     network = copy.deepcopy(bayes.network)
     _untie(network)

@@ -83,6 +83,7 @@ def save_from_loop(
 def write_adapter(bayes: Posterior, folder: Path) -> None:
     """Write the four files, and the tokenizer's, into ``folder``; the manifest comes last, and names their hashes."""
     check_in_use(bayes.model.groups)
+    _check_whole(bayes)
     with tempfile.TemporaryDirectory(prefix=".adapter-", dir=folder) as scratch:
         written = Path(scratch)
         write_peft_files(bayes.network, bayes.kept_keys, written)
@@ -98,6 +99,18 @@ def write_adapter(bayes: Posterior, folder: Path) -> None:
             os.replace(written / name, folder / name)
 
 
+def _check_whole(bayes: Posterior) -> None:
+    """DeepSpeed's ZeRO 3 leaves empty tensors behind."""
+    saved = adapter_state(bayes.network) | kept_tensors(bayes.network, bayes.kept_keys)
+    empty = [name for name, value in saved.items() if not value.numel()]
+    if empty:
+        raise InputError(
+            f"{empty[0]!r} is empty in this process, as ZeRO 3 leaves it: save inside "
+            "deepspeed.zero.GatheredParameters, with what is trained, and call "
+            "bayeslora.training.engines.remember_base(bayes) before deepspeed.initialize"
+        )
+
+
 def _manifest(bayes: Posterior, folder: Path, tokenizer: Sequence[str]) -> dict[str, Any]:
     kept = sorted(kept_tensors(bayes.network, bayes.kept_keys))
     manifest = {
@@ -106,7 +119,7 @@ def _manifest(bayes: Posterior, folder: Path, tokenizer: Sequence[str]) -> dict[
         "guide": type(bayes.guide).__name__,
         "num_examples": bayes.num_examples,
         "versions": version_info(),
-        "base": fingerprint(bayes.network) | {"sketches": _sketches(bayes, kept)},
+        "base": bayes.base_record or describe_base(bayes, kept),
         "kept": kept,
         "adapters": adapter_shapes(bayes),
         "sha256": {name: sha256_of(folder / name) for name in (*FILES, *tokenizer)},
@@ -119,6 +132,11 @@ def _manifest(bayes: Posterior, folder: Path, tokenizer: Sequence[str]) -> dict[
     if described is not None:
         manifest["likelihood"] = described
     return manifest | {"digest": digest_of(manifest)}
+
+
+def describe_base(bayes: Posterior, kept: Collection[str]) -> dict[str, Any]:
+    """What tells the base network from another; ``kept`` are the names of its tensors that come with the adapter."""
+    return fingerprint(bayes.network) | {"sketches": _sketches(bayes, kept)}
 
 
 def _sketches(bayes: Posterior, kept: Collection[str]) -> dict[str, list]:

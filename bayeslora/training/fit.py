@@ -36,6 +36,7 @@ from bayeslora.storage.run_folder import (
 from bayeslora.training.arguments import check_evaluated, check_fit_arguments, check_names, check_resumable
 from bayeslora.training.budget import FitOptions
 from bayeslora.training.closing import close_run
+from bayeslora.training.engines import Sharding, take_sharding
 from bayeslora.training.held_out import hold_out
 from bayeslora.training.metrics import Metrics
 from bayeslora.training.monitor import BriefProgress, GroupedTensorBoard
@@ -211,6 +212,7 @@ def _check_arguments(arguments: TrainingArguments, network: nn.Module, eval_data
     check_fit_arguments(arguments, network)
     check_resumable(arguments)
     check_evaluated(arguments, eval_dataset, best_metric)
+    Sharding.asked(arguments)
     check_parallelism(arguments)
 
 
@@ -229,6 +231,9 @@ def _load_finished(
 ) -> FitResult:
     bayes.num_examples = num_examples
     load_adapter(bayes, output_dir / ADAPTER_FOLDER)
+    sharding = take_sharding(arguments)
+    if sharding is not None:
+        sharding.apply(bayes, arguments.device)
     bayes.to(arguments.device).eval()
     steps = record["steps"]
     return FitResult(record["metrics"], record["history"], steps, output_dir, record.get("checkpoint", steps))

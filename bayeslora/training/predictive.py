@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch.utils.data import Subset
 
+from bayeslora.adapters.sharding import is_sharded
 from bayeslora.data.checks import read_examples
 from bayeslora.distributed import on_main_process
 from bayeslora.inference.draws import Draws, evaluating
@@ -33,6 +34,8 @@ def predictive_metrics(bayes: Posterior, dataset: Any, num_samples: int, batch_s
     information between label and draw, over S. For classes also the metrics of an evaluation. Every process gets those
     of the main one, so that all choose alike.
     """
+    if is_sharded(bayes.network):  # which runs in all of them at once
+        return _scores(bayes, _some(dataset), num_samples, batch_size)
     return on_main_process(lambda: _scores(bayes, _some(dataset), num_samples, batch_size))
 
 

@@ -177,7 +177,7 @@ def drawn_outputs(bayes: Posterior, inputs: dict[str, Any]) -> tuple[ModelOutput
             return bayes.network(**inputs), None
         refuse_sharded(groups)
         read = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        with own_noise(bayes.device), without_cache(bayes.network):
+        with own_noise(bayes.device, bayes.together), without_cache(bayes.network):
             drawn = bayes.draw_for_pairs(read)
             with drawn.in_network:
                 output = bayes.network(**inputs)

@@ -35,6 +35,7 @@ from bayeslora.storage.run_folder import (
     seal,
 )
 from bayeslora.training.arguments import REFUSED_BY_TRAINER, check_fit_arguments
+from bayeslora.training.engines import OnShards, take_sharding
 from bayeslora.training.monitor import posterior_logs
 from bayeslora.training.predictive import predictive_metrics, predictive_names
 
@@ -56,7 +57,7 @@ class DropTuning(TrainerCallback):
             self.bayes.model.tuning = None
 
 
-class BayesTrainer(Trainer):
+class BayesTrainer(OnShards, Trainer):
     """``transformers.Trainer`` for a :class:`bayeslora.BayesLoRA`: what :func:`bayeslora.fit` trains with.
 
     It has a learning rate for the posterior, stops at NaN, logs the parts of the objective, and writes checkpoints that
@@ -108,6 +109,7 @@ class BayesTrainer(Trainer):
             )
         args = TrainingArguments() if args is None else copy.copy(args)
         check_fit_arguments(args, model.network.get_base_model(), REFUSED_BY_TRAINER)
+        sharding = take_sharding(args)
         check_parallelism(args)
         self.keep_checkpoints, args.save_total_limit = args.save_total_limit, None  # old ones go once the new is sealed
         if data_collator is None:
@@ -121,6 +123,8 @@ class BayesTrainer(Trainer):
         self._parts: ELBOParts | None = None
         self._parts_steps = 0
         self._norms: dict[str, Tensor] = {}
+        if sharding is not None:
+            sharding.apply(model, args.device)
         callbacks = [NoiseScheduleCallback(model.noise_schedule), DropTuning(model), *(callbacks or ())]
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, callbacks=callbacks, **options)
         self.model_accepts_loss_kwargs = True  # whatever the likelihood: what it averages over is counted here

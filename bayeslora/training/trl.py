@@ -1,5 +1,6 @@
 """What every trainer of TRL's has on a posterior: TRL's data preparation and arguments, our parameters and noise."""
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -9,14 +10,16 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from bayeslora.distributed import check_parallelism
 from bayeslora.errors import InputError
 from bayeslora.noise_schedules import NoiseScheduleCallback
 from bayeslora.posterior import Posterior
 from bayeslora.training.arguments import check_arguments
+from bayeslora.training.engines import OnShards, fsdp_launched, take_sharding
 from bayeslora.training.trainer import BayesTrainer, DropTuning, variational_rate
 
 
-class OnPosterior:
+class OnPosterior(OnShards):
     """A mixin before a class of ``trl`` that makes it one for a :class:`bayeslora.BayesLoRA`, with TRL's own arguments.
 
     A subclass says what it cannot do in :attr:`refused` and :meth:`check_model`.
@@ -48,21 +51,32 @@ class OnPosterior:
             )
         self.check_model(model)
         start: Callable[..., None] = super().__init__
-        given = inspect.signature(start).bind_partial(model, *more, **options).arguments
-        _check_options(given, type(self).__name__)
-        args = given.get("args")
-        if args is not None:
-            check_arguments(args, self.refused)
-            _check_can_be_done(args)
+        given = inspect.signature(start).bind_partial(model, *more, **options)
+        _check_options(given.arguments, type(self).__name__)
+        if given.arguments.get("args") is not None:
+            given.arguments["args"] = self._taken(model, given.arguments["args"])
+        elif fsdp_launched():
+            raise InputError(f"{type(self).__name__} reads what FSDP is to do from its arguments: pass args=")
         self._base = model.network.get_base_model()
         own = vars(self._base).get("forward")  # accelerate's, of a network with a device_map
-        start(model, *more, **options)
+        start(*given.args, **given.kwargs)
         self._trl_forward = vars(self._base).get("forward")
         set_forward(self._base, own)
         self.add_callback(NoiseScheduleCallback(model.noise_schedule))
         self.add_callback(DropTuning(model))
         self.variational_learning_rate = variational_rate(self.args, variational_learning_rate)
         model.num_examples = len(self.train_dataset)
+
+    def _taken(self, model: Posterior, args: TrainingArguments) -> TrainingArguments:
+        """Refuse what cannot be done, and put the network into shards where that is asked for."""
+        check_arguments(args, self.refused)
+        _check_can_be_done(args)
+        args = copy.copy(args)
+        sharding = take_sharding(args)
+        check_parallelism(args)
+        if sharding is not None:
+            sharding.apply(model, args.device)
+        return args
 
     def check_model(self, model: Posterior) -> None:
         """Refuse a posterior over another kind of task."""

@@ -436,7 +436,7 @@ DECISIONS = {
     "save_only_model": SET,
     "ignore_data_skip": SET,
     "restore_callback_states_from_checkpoint": SET,
-    "fsdp": SET,
+    "fsdp": True,
     "deepspeed": SET,
     "parallelism_config": SET,
     "label_smoothing_factor": 0.1,

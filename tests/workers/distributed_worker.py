@@ -372,7 +372,6 @@ def sharding(folder, rank):
     yield "ddp", step(DistributedDataParallel)
     yield "fsdp2", step(lambda bayes: fully_shard(bayes, mesh=mesh))
     yield "fsdp2, layer by layer", error_of(lambda: step(layer_by_layer), InputError)
-    yield "fit, fsdp", error_of(lambda: run(folder / "fsdp", new(), fsdp=True), InputError)
 
 
 def preferences(folder, rank):
