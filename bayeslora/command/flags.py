@@ -2,14 +2,29 @@
 
 import argparse
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from bayeslora.errors import InputError
 from bayeslora.options import COUNT, Range, choices
+from bayeslora.tasks.prompting import ChoicePrompting, TextPrompting
 
 FLAGS = {"r": "rank"}  # a field's flag, where it is not the field's own name
+_OTHERWISE = FLAGS | {"output_dir": "output"}  # an argument's flag, likewise
+_PROMPTING = {field.name for kind in (ChoicePrompting, TextPrompting) for field in dataclasses.fields(kind)}
+_QUOTES = "\"'"
+
+# As the library's messages name an argument: name=, name=value, or a name with an underscore. What stands in quotes is
+# somebody's own, such as a column's name; so are parts of a path, and a call in Python stays one.
+_ARGUMENT = re.compile(
+    r"""(?<!\w)(?:'[^']*'|"[^"]*")(?!\w)
+    | (?<![\w./\\-])(?<!\w\()(?P<name>[a-z][a-z0-9]*(?:_[a-z0-9]+)*)
+      (?P<given>=(?P<value>'[^']*'|"[^"]*"|\[[^\]]*\]|\.\.\.|-?\w+(?:[.+-]+\w+)*)?)?
+      (?![\w/\\(=]|\.\w)""",
+    re.VERBOSE,
+)
 
 
 def number(name: str, takes: Range = COUNT) -> Callable[[str], Any]:
@@ -74,3 +89,26 @@ def add_options(
 def flag_of(field: dataclasses.Field[Any]) -> str:
     """The field's name on the command line, with underscores."""
     return FLAGS.get(field.name, field.name)
+
+
+def as_flags(message: str, arguments: argparse.Namespace) -> str:
+    """What the library says of its arguments, said of the flags of the command that was given.
+
+    Example:
+        >>> as_flags("pass batch_size=1, or a longer max_length", argparse.Namespace(batch_size=8, max_length=64))
+        'pass --batch-size 1, or a longer --max-length'
+    """
+
+    def flag(found: re.Match[str]) -> str:
+        name = found["name"] and _OTHERWISE.get(found["name"], found["name"])
+        if name in _PROMPTING and found["value"] and "prompting" in arguments and name not in arguments:
+            return f"--prompting {name}={found['value'].strip(_QUOTES).lower()}"
+        if not name or name not in arguments or ("_" not in found["name"] and not found["given"]):
+            return found[0]
+        said = f"--{name.replace('_', '-')}"
+        if found["value"] in ("None", "False"):
+            return f"no {said}"
+        values = [] if found["value"] in (None, "True") else found["value"].strip("[]").split(", ")
+        return " ".join([said, *(value.strip(_QUOTES) for value in values)])
+
+    return _ARGUMENT.sub(flag, message)

@@ -105,7 +105,7 @@ def test_every_command_names_what_runs_it(command):
         ),
         (
             "fit --model m --task x --data-dir . --text-columns text --output o --mode post_hoc --preset learned",
-            "noise_schedule='learned' follows what the adapter learns, and mode='post_hoc' freezes it",
+            "--noise-schedule learned follows what the adapter learns, and --mode post_hoc freezes it",
         ),
         (
             "compare --model m --task sst2 --output o --methods lora dora --sample-scaler 0.2",
@@ -387,7 +387,7 @@ def test_compare_continues_and_refuses_other_settings(model, data, tmp_path, cap
     assert re.search(r"^\| test +\| MonteCLoRA, 2 draws +\| +2 \|", table, re.MULTILINE)
     assert "validation" not in table
     assert main([*command, "--max-length", "12"]) == 2
-    assert "another max_length (16)" in capsys.readouterr().err
+    assert "another --max-length (16)" in capsys.readouterr().err
     page = tmp_path / "report.html"
     report = ["report", str(tmp_path / "c"), "--output", str(page), "--num-samples", "2", "--no-diagnostics"]
     assert main(report) == 0  # compare with flags keeps what was trained
