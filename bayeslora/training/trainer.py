@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     EarlyStoppingCallback,
-    Trainer,
     TrainerCallback,
     TrainingArguments,
 )
@@ -37,6 +36,7 @@ from bayeslora.storage.run_folder import (
 from bayeslora.training.arguments import REFUSED_BY_TRAINER, check_fit_arguments
 from bayeslora.training.monitor import posterior_logs
 from bayeslora.training.predictive import predictive_metrics, predictive_names
+from bayeslora.training.sampling import OrderedTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class DropTuning(TrainerCallback):
             self.bayes.model.tuning = None
 
 
-class BayesTrainer(Trainer):
+class BayesTrainer(OrderedTrainer):
     """``transformers.Trainer`` for a :class:`bayeslora.BayesLoRA`: what :func:`bayeslora.fit` trains with.
 
     It has a learning rate for the posterior, stops at NaN, logs the parts of the objective, and writes checkpoints that
