@@ -1,7 +1,6 @@
 """The entry of the command line: one command, its exit code, and what ends it early."""
 
 import argparse
-import logging
 import shlex
 import signal
 import sys
@@ -42,7 +41,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str] | None) -> int:
     # PEFT and transformers announce each other's deprecations, which a user of this command cannot act on
     warnings.filterwarnings("ignore", category=FutureWarning)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # nor act on what it does not find for four bits
     arguments = argparse.Namespace(command="")
     try:
         arguments = build_parser().parse_args(argv)

@@ -333,6 +333,11 @@ def _add_compare(commands: Any) -> None:
         "--seeds", type=number("seed", SEED), nargs="+", default=[0], help="one run of each method each"
     )
     parser.add_argument("--methods", type=word, nargs="+", metavar="NAME", help="such as lora dora monteclora")
+    parser.add_argument(
+        "--no-tuning",
+        action="store_true",
+        help="leave out what searches for a width, by some ten predictions of the validation split",
+    )
     parser.add_argument("--test-split", type=word, default="test", help="split to score on (shifted sets are added)")
     parser.add_argument(
         "--max-test-examples", type=number("max_test_examples"), help="a random subset of every test set"

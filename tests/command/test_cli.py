@@ -343,7 +343,7 @@ def test_help_shows_defaults_and_tasks(capsys):
     with pytest.raises(SystemExit):
         main(["fit", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    for words in ("(default: 3)", "(default: 0.001)", "mrpc, cola", "gsm8k", "(default: 128)", "(default: 0)"):
+    for words in ("default 3, or for", "(default: 0.001)", "mrpc, cola", "gsm8k", "(default: 128)", "(default: 0)"):
         assert words in text
 
 
@@ -529,6 +529,12 @@ def test_report_of_a_run_beside_a_point_estimate(run, model, data, tmp_path, cap
     assert "MonteCLoRA, 3 draws" in text
     assert "data_drivenness" in text
     assert not list(page.parent.glob(".*"))
+    assert main(words) == 0
+    said = capsys.readouterr()
+    assert "diagnostics as an earlier report found them" in said.out + said.err
+    pages = (text, page.read_text(encoding="utf-8"))
+    diagnostics = [one[one.index('id="diagnostics"') :] for one in pages]
+    assert diagnostics[0] == diagnostics[1]
 
 
 def test_report_names_what_is_wrong_and_keeps_the_page_there_was(run, tmp_path, capsys):
