@@ -1,6 +1,7 @@
 """The layout: small folders, installed as one package whose wheel holds all of it, and tests that stand alone."""
 
 import ast
+import re
 import subprocess
 import sys
 import tarfile
@@ -137,6 +138,15 @@ def test_sdist_and_wheel_hold_every_module_and_work_elsewhere(tmp_path):
     (tmp_path / "bayeslora").mkdir()  # as a checkout beside a script
     done = subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True)
     assert all(str(tmp_path / "site") in path for path in done.stdout.split())
+
+
+def test_extras_that_are_named_can_be_installed():
+    """Where the package is installed, pip adds an extra of it and asks no index for the package itself."""
+    extras = project()["project"]["optional-dependencies"]
+    files = [*(file for root in ROOTS.values() for file in (ROOT / root).rglob("*.py")), *(ROOT / "docs").glob("*.md")]
+    named = {name for file in files for name in re.findall(r"bayeslora\[(\w+)\]", file.read_text(encoding="utf-8"))}
+    assert named >= {"language", "laplace", "ivon"}
+    assert named <= {*extras}
 
 
 @pytest.mark.skipif(

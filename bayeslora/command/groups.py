@@ -27,7 +27,8 @@ def add_loading_options(parser: argparse.ArgumentParser) -> Any:
     group = parser.add_argument_group("precision, memory and logs")
     bits = group.add_mutually_exclusive_group()
     for count in (4, 8):
-        help = f"the base network in {count} bits, by bitsandbytes (extra quantized); the run remembers it"
+        extra = "pip install 'bayeslora[quantized]'"
+        help = f"the base network in {count} bits, by bitsandbytes ({extra}); the run remembers it"
         bits.add_argument(f"--load-in-{count}bit", action="store_const", const=count, dest="bits", help=help)
     group.add_argument(
         "--device-map", type=word, metavar="MAP", help="where transformers loads the base: auto, cpu, ..."
