@@ -19,10 +19,10 @@ from bayeslora.config import MonteCLoRAConfig
 from bayeslora.errors import InputError, StorageError
 from bayeslora.files.records import read_json
 from bayeslora.inference.diagnostics import diagnose
-from bayeslora.inference.kept_diagnostics import diagnosed_once, fingerprint
 from bayeslora.options import flags
 from bayeslora.prediction import Prediction
 from bayeslora.runs import FittedRun, check_is_run, open_run
+from bayeslora.storage.kept_diagnostics import diagnosed_once, fingerprint
 from bayeslora.storage.run_folder import RUN_FILE
 from bayeslora.study.spec import SETTINGS_FILE
 from bayeslora.study.summary import headline

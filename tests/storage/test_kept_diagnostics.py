@@ -5,7 +5,7 @@ import math
 import pytest
 
 from bayeslora.analysis.tables.diagnostics import Diagnostic
-from bayeslora.inference.kept_diagnostics import (
+from bayeslora.storage.kept_diagnostics import (
     DIAGNOSTICS_FILE,
     diagnosed_once,
     fingerprint,
