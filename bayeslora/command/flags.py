@@ -72,8 +72,9 @@ def add_options(
     *,
     several: Iterable[str] = (),
     default: Callable[[dataclasses.Field[Any]], Any] = lambda field: field.default,
+    told: Callable[[dataclasses.Field[Any]], str] = lambda field: "",
 ) -> None:
-    """A flag for each of a dataclass's ``fields``; those in ``several`` take a list."""
+    """A flag for each of the ``fields`` of a dataclass, with a list for those in ``several``; help ends as ``told``."""
     for field in fields:
         flag, value, help = flag_of(field), default(field), field.metadata["help"]
         takes, allowed = field.metadata["takes"], choices(owner).get(field.name)
@@ -83,7 +84,7 @@ def add_options(
         if field.name in several:
             kind |= {"nargs": "+"} if takes else {"nargs": "+", "metavar": "NAME"}
             value = value if value is None else [value]
-        group.add_argument(f"--{flag.replace('_', '-')}", default=value, help=help, **kind)
+        group.add_argument(f"--{flag.replace('_', '-')}", default=value, help=help + told(field), **kind)
 
 
 def flag_of(field: dataclasses.Field[Any]) -> str:

@@ -1,6 +1,7 @@
 """Flags that several commands take."""
 
 import argparse
+import dataclasses
 from typing import Any
 
 from bayeslora.command.flags import add_options, number, number_or, path, word
@@ -100,7 +101,18 @@ def add_method_options(parser: argparse.ArgumentParser, *, several: bool = False
         "classes and choices; constant: even noise; paper: the paper's small noise",
     )
     lists = ("target_modules", "modules_to_save", *(("r",) if several else ()))
-    add_options(group, MonteCLoRAConfig, flags(MonteCLoRAConfig), several=lists, default=lambda field: None)
+    add_options(
+        group, MonteCLoRAConfig, flags(MonteCLoRAConfig), several=lists, default=lambda field: None, told=_usual
+    )
+
+
+def _usual(field: dataclasses.Field[Any]) -> str:
+    """The default of a field that a preset decides."""
+    usual = getattr(MonteCLoRAConfig.preset("learned"), field.name)
+    if usual is None or usual == () or "default" in field.metadata["help"]:
+        return ""
+    decided = {getattr(MonteCLoRAConfig.preset(name), field.name) for name in PRESETS} != {usual}
+    return f"; default {usual}" + (", or as --preset says" if decided else "")
 
 
 def add_run_options(

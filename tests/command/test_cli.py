@@ -343,7 +343,16 @@ def test_help_shows_defaults_and_tasks(capsys):
     with pytest.raises(SystemExit):
         main(["fit", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    for words in ("default 3, or for", "(default: 0.001)", "mrpc, cola", "gsm8k", "(default: 128)", "(default: 0)"):
+    for words in (
+        "default 3, or for",
+        "(default: 0.001)",
+        "mrpc, cola",
+        "gsm8k",
+        "(default: 128)",
+        "(default: 0)",
+        "adapters; default 8",
+        "as --preset",
+    ):
         assert words in text
 
 
