@@ -1,11 +1,11 @@
-"""What the values of flags are, and the flags for the options of a dataclass."""
+"""Flags: how they are parsed and explained, what their values are, and those for the options of a dataclass."""
 
 import argparse
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from bayeslora.errors import InputError
 from bayeslora.options import COUNT, Range, choices
@@ -25,6 +25,22 @@ _ARGUMENT = re.compile(
       (?![\w/\\(=]|\.\w)""",
     re.VERBOSE,
 )
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """With every default that there is, but for those that the help tells itself."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        nothing = action.default is None or action.default is False or action.default in ([], argparse.SUPPRESS)
+        told = nothing or "default" in (action.help or "")
+        return action.help if told else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """One line for a mistake, as everywhere else."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; {self.prog} --help says what there is")
 
 
 def number(name: str, takes: Range = COUNT) -> Callable[[str], Any]:
