@@ -60,7 +60,8 @@ class BayesTrainer(OrderedTrainer):
     """``transformers.Trainer`` for a :class:`bayeslora.BayesLoRA`: what :func:`bayeslora.fit` trains with.
 
     It has a learning rate for the posterior, stops at NaN, logs the parts of the objective, and writes checkpoints that
-    are whole or do not count. ``fit`` adds a run folder, the choice of the best checkpoint and exact resuming.
+    are whole or do not count. ``fit`` adds a run folder, the choice of the best checkpoint, exact resuming, and batches
+    of like length, which are ``train_sampling_strategy="group_by_length"`` here.
 
     Args:
         model: What to fit. Its ``num_examples`` is set to the length of ``train_dataset``.
