@@ -91,10 +91,12 @@ LAPLACE := laplace-torch asdfghjkl backpack-for-pytorch curvlinops-for-pytorch e
 benchmark: $(VENV)/.installed
 	$(BIN)/python benchmarks/training_cost.py
 
+# editable_mode=compat: by a path, so that beside a checkout called bayeslora a script finds the package, and not the
+# checkout's own folder as an empty namespace
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "bayeslora needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --config-settings editable_mode=compat --editable '.[dev]'
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps $(LAPLACE)
 	touch $@
 

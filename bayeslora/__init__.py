@@ -12,6 +12,7 @@ Example:
     2
 """
 
+import logging
 from pathlib import Path
 
 import lazy_loader
@@ -19,5 +20,8 @@ import lazy_loader
 _here = Path(__file__).parent
 if not (_here / "models").is_dir():  # a checkout: models/, guides/ and analysis/ sit beside this folder
     __path__.append(str(_here.parent))
+
+# bitsandbytes misses a package for faster four bits on CPUs, and says so whenever PEFT is imported
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda said: "gemm_4bit_forward" not in str(said.msg))
 
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -145,6 +145,7 @@ class NextTokenLikelihood(Likelihood):
     loss_type = "ForCausalLM"
     evaluates_labels = True
     takes_options = False
+    learnt_in_few_passes = True
 
     def __init__(self, reduction: Reduction = "mean"):
         super().__init__("likelihood")

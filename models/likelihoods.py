@@ -72,6 +72,10 @@ class Likelihood(PyroModule):
     label_type: Literal["class", "number"] | None = None
     """What an example's label is: one whole number, one number, or whatever stands in the data."""
 
+    learnt_in_few_passes = False
+    """Whether many passes over little data make worse predictions, as of texts, which are soon known by heart: a
+    training of default length then has no least number of steps."""
+
     metric_names: ClassVar[Mapping[str, bool]] = {}
     """What :meth:`metrics` gives: the name of each, and whether more is better."""
 

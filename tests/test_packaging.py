@@ -1,6 +1,7 @@
 """The layout: small folders, installed as one package whose wheel holds all of it, and tests that stand alone."""
 
 import ast
+import re
 import subprocess
 import sys
 import tarfile
@@ -134,8 +135,35 @@ def test_sdist_and_wheel_hold_every_module_and_work_elsewhere(tmp_path):
     )
     environment = {"PYTHONPATH": str(tmp_path / "site"), "PATH": "", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-W", "ignore", "-c", code]
+    (tmp_path / "bayeslora").mkdir()  # as a checkout beside a script
     done = subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True)
     assert all(str(tmp_path / "site") in path for path in done.stdout.split())
+
+
+def test_extras_that_are_named_can_be_installed():
+    """Where the package is installed, pip adds an extra of it and asks no index for the package itself."""
+    extras = project()["project"]["optional-dependencies"]
+    files = [*(file for root in ROOTS.values() for file in (ROOT / root).rglob("*.py")), *(ROOT / "docs").glob("*.md")]
+    named = {name for file in files for name in re.findall(r"bayeslora\[(\w+)\]", file.read_text(encoding="utf-8"))}
+    assert named >= {"language", "laplace", "ivon"}
+    assert named <= {*extras}
+
+
+@pytest.mark.skipif(
+    any(name.startswith("__editable___bayeslora") for name in sys.modules),
+    reason="installed by pip install --editable without editable_mode=compat, which the Makefile gives",
+)
+def test_a_script_beside_a_checkout_imports_the_package(tmp_path):
+    (tmp_path / "bayeslora").mkdir()
+    (tmp_path / "script.py").write_text("import bayeslora; print(bayeslora.__version__)")
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.stdout.strip(), done.stderr) == (bayeslora.__version__, "")
+
+
+def test_importing_peft_after_this_package_says_nothing():
+    code = "import bayeslora; bayeslora.BayesLoRA; import peft.tuners.lora.bnb"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert "kernels" not in done.stderr
 
 
 def test_public_names_resolve():

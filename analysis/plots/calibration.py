@@ -178,10 +178,13 @@ def _draw_counts(strip: Any, curve: ReliabilityCurve, colour: str) -> None:
 
 
 def _frame_calibration(ax: Any, curves: list[ReliabilityCurve], level: float) -> None:
-    """Labels, and limits that leave out the confidences nobody has (below 1/classes)."""
+    """Labels, and limits that leave out the confidences nobody has, such as those below 1/classes, and what is beyond
+    all intervals."""
     left = min(curve.lower_edge[curve.count > 0].min() for curve in curves)
-    ax.set_xlim(left, 1.0)
-    ax.set_ylim(min(left, *(_lowest(curve) for curve in curves)) - 0.02, 1.02)
+    right = max(curve.upper_edge[curve.count > 0].max() for curve in curves)
+    ends = np.array([_ends(curve) for curve in curves])
+    ax.set_xlim(left, right)
+    ax.set_ylim(min(left, ends[:, 0].min()) - 0.02, max(right, ends[:, 1].max()) + 0.02)
     frame(ax, x="confidence (largest probability)", y=f"accuracy, {100 * level:g} % interval")
     legend_above(ax, height=STRIP[1] + STRIP[3])
 
@@ -194,6 +197,8 @@ def _frame_strip(strip: Any, ax: Any, shares: list[ReliabilityCurve]) -> None:
     strip.spines[["top", "right"]].set_visible(False)
 
 
-def _lowest(curve: ReliabilityCurve) -> float:
-    """The lowest point of one method's picture: a bar's end, or a marker that has no bar."""
-    return float(np.nanmin(np.where(curve.count >= FEW_EXAMPLES, curve.lower, curve.accuracy)))
+def _ends(curve: ReliabilityCurve) -> tuple[float, float]:
+    """The lowest and the highest point of one method's picture: a bar's end, or a marker that has no bar."""
+    barred = curve.count >= FEW_EXAMPLES
+    lows, highs = np.where(barred, curve.lower, curve.accuracy), np.where(barred, curve.upper, curve.accuracy)
+    return float(np.nanmin(lows)), float(np.nanmax(highs))

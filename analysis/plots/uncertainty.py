@@ -50,11 +50,12 @@ def plot_risk_coverage(
     """
     _check_methods(methods, "(uncertainty, wrong)")
     check_level(level)
-    ax = new_axes(ax)
+    ax, left = new_axes(ax), 1.0
     for number, (name, (uncertainty, wrong)) in enumerate(methods.items()):
         curve = risk_coverage(uncertainty, wrong)
         area = area_under_risk_coverage(uncertainty, wrong)
         shown = slice(min(FEW_ANSWERS, len(curve.risk)) - 1, None)
+        left = min(left, curve.coverage[shown][0])
         colour, _ = style(number)
         label = f"{name} (AURC {100 * area:.1f} %)"
         ax.plot(100 * curve.coverage[shown], 100 * curve.risk[shown], color=colour, linewidth=1.2, label=label)
@@ -62,7 +63,7 @@ def plot_risk_coverage(
         grid = GRID[curve.coverage[shown][0] <= GRID]
         lower, upper = _band(partial(_risk, pair, grid), len(pair[0]), level, num_resamples, seed)
         ax.fill_between(100 * grid, 100 * lower, 100 * upper, color=colour, alpha=BAND, linewidth=0)
-    ax.set_xlim(0, 100)
+    ax.set_xlim(100 * min(left, 0.9), 100)
     ax.set_ylim(bottom=0)
     frame(ax, x="coverage  (% of examples answered)", y=f"wrong answers  (%, {100 * level:g} % band)")
     legend_above(ax)

@@ -15,7 +15,7 @@ from bayeslora.analysis.metrics.detection import detection_scores
 from bayeslora.analysis.report.columns import CLASSIFICATION, REGRESSION, Column
 from bayeslora.analysis.report.figures import Figure, draw_figures
 from bayeslora.analysis.report.opening import opening
-from bayeslora.analysis.report.results import RunResults, SplitResults
+from bayeslora.analysis.report.results import ComparedMethods, RunResults, SplitResults
 from bayeslora.analysis.tables.diagnostics import Diagnostic
 from bayeslora.errors import InputError
 
@@ -40,15 +40,23 @@ class Page:
     uncertain: list[tuple[str, list[dict[str, Any]]]] = field(default_factory=list)
     command: str = ""
     opening: str = ""
+    compared: Sequence[ComparedMethods] = ()
 
 
-def report_html(runs: Sequence[RunResults], *, title: str = "bayeslora report", command: str = "") -> str:
+def report_html(
+    runs: Sequence[RunResults],
+    *,
+    title: str = "bayeslora report",
+    command: str = "",
+    compared: Sequence[ComparedMethods] = (),
+) -> str:
     """The page.
 
     Args:
         runs: One or more; with several, each is also compared with the first, on the examples that both predicted.
         title: Of the page.
         command: The command line that makes the page again.
+        compared: Tables of comparisons that the runs are from.
 
     Returns:
         HTML; it needs no network and no script.
@@ -79,6 +87,7 @@ def report_html(runs: Sequence[RunResults], *, title: str = "bayeslora report", 
         uncertain=[(run.name, _least_certain(run)) for run in runs],
         command=command,
         opening=opening(runs),
+        compared=compared,
     )
     environment = Environment(
         loader=PackageLoader("bayeslora.analysis.report", "templates"),

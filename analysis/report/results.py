@@ -32,6 +32,23 @@ class SplitResults:
 
 
 @dataclass(frozen=True)
+class ComparedMethods:
+    """What a comparison's own tables say of all its methods, those without a run of their own among them.
+
+    Attributes:
+        name: Of the comparison.
+        header: Titles of the columns; the first two are of texts.
+        rows: Their cells.
+        command: The command line that makes them again, where it is known.
+    """
+
+    name: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    command: str = ""
+
+
+@dataclass(frozen=True)
 class RunResults:
     """What the page says about one run.
 

@@ -68,6 +68,12 @@ def to_markdown(table: pd.DataFrame, *, metrics: Sequence[str] | None = None) ->
         | ----- | ------ | ----: | ------------: |
         | test  | LoRA   |     2 | 0.500 ± 0.141 |
     """
+    header, body = table_cells(table, metrics=metrics)
+    return layout(header, [[cell.replace("|", "\\|") for cell in row] for row in body], num_text_columns=2)
+
+
+def table_cells(table: pd.DataFrame, *, metrics: Sequence[str] | None = None) -> tuple[list[str], list[list[str]]]:
+    """The header and the rows that :func:`to_markdown` lays out."""
     known = [name for name, part in table.columns if part == "mean"]
     chosen = known if metrics is None else list(metrics)
     unknown = [name for name in chosen if name not in known]
@@ -75,7 +81,7 @@ def to_markdown(table: pd.DataFrame, *, metrics: Sequence[str] | None = None) ->
         raise InputError(f"the table has no metric {unknown[0]!r}; it has {', '.join(known)}")
     header = ["split", "method", "seeds", *(_metric(name).header for name in chosen)]
     body = [_cells(key, row, chosen) for key, row in table.iterrows()]
-    return layout(header, body, num_text_columns=2)
+    return header, body
 
 
 def _check_runs(runs: list[dict[str, Any]], frame: pd.DataFrame) -> list[str]:
@@ -106,7 +112,7 @@ def _first_seen(frame: pd.DataFrame) -> list[tuple[Any, Any]]:
 
 
 def _cells(key: tuple[Any, Any], row: pd.Series, metrics: Sequence[str]) -> list[str]:
-    split, method = (str(part).replace("|", "\\|") for part in key)
+    split, method = map(str, key)
     numbers = [_number(metric, row[metric, "mean"], row[metric, "std"]) for metric in metrics]
     return [split, method, str(int(row["seeds", "count"])), *numbers]
 

@@ -111,7 +111,7 @@ def configuration(arguments: argparse.Namespace, kind: str, **changes: Any) -> M
 
 def _study_from_file(arguments: argparse.Namespace) -> Study:
     """The study of the file; its tasks from ``--data-dir`` where it names no folder, ``sentiment`` excepted."""
-    own = ("study", "output", "storage", "in_process", "data_dir", "reference")
+    own = ("study", "output", "storage", "in_process", "data_dir", "reference", "no_tuning")
     beside = (*own, "command", "check", "run", "command_line", "default_of")
     for name, value in vars(arguments).items():
         if name not in beside and value != arguments.default_of(name):

@@ -1,11 +1,13 @@
 """``bayeslora compare``."""
 
 import argparse
+from dataclasses import replace
 
 from bayeslora.analysis import to_markdown
 from bayeslora.config import MonteCLoRAConfig
 from bayeslora.errors import InputError
-from bayeslora.study.compare import two_methods
+from bayeslora.study.compare import training_by_default, two_methods
+from bayeslora.study.methods.base import without_tuning
 from bayeslora.study.runner import run_study
 from bayeslora.study.spec import TRAINING_OPTIONS, Study
 from bayeslora.study.summary import headline
@@ -14,7 +16,15 @@ from bayeslora.tasks.base import Task
 
 def run(arguments: argparse.Namespace, given: Study | tuple[MonteCLoRAConfig, list[Task]]) -> None:
     study = given if isinstance(given, Study) else _study_from_flags(arguments, *given)
-    result = run_study(study, arguments.output, storage=arguments.storage, isolate=not arguments.in_process)
+    if arguments.no_tuning:
+        study = _without_tuning(study)
+    result = run_study(
+        study,
+        arguments.output,
+        storage=arguments.storage,
+        isolate=not arguments.in_process,
+        command=arguments.command_line,
+    )
     if arguments.study or arguments.methods or len(study.tasks) > 1:
         print((arguments.output / "summary.md").read_text(encoding="utf-8"))
     elif len(result.results):
@@ -30,13 +40,21 @@ def run(arguments: argparse.Namespace, given: Study | tuple[MonteCLoRAConfig, li
         )
 
 
+def _without_tuning(study: Study) -> Study:
+    left = without_tuning(study.methods)
+    if left == [*study.methods]:
+        raise InputError("--no-tuning does nothing here: none of the methods searches for a width")
+    return replace(study, methods=tuple(left))
+
+
 def _study_from_flags(arguments: argparse.Namespace, config: MonteCLoRAConfig, tasks: list[Task]) -> Study:
     values = two_methods(config, tasks[0], arguments.test_split)
     if arguments.methods:
         ours = {name: value for name, value in values["methods"][-1].items() if name != "predictions"}
         chosen = {"monteclora": ours}
         values["methods"] = [chosen.get(name, name) for name in arguments.methods]
-    training = {name: value for name, value in vars(arguments).items() if name in TRAINING_OPTIONS}
+    given = {name: value for name, value in vars(arguments).items() if name in TRAINING_OPTIONS}
+    training = training_by_default(tasks, given, arguments.max_train_examples, max(arguments.batch_size))
     return Study.from_dict(
         {
             **values,

@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace, task: Task, config: MonteCLoRAConfig) -> 
     bayes = BayesLoRA(network, config, likelihood=task.likelihood())
     bayes.tokenizer = tokenizer
     train = task.encode(tokenizer, "train", max_length=length, limit=arguments.max_train_examples, labelled=True)
-    most = arguments.max_eval_examples or _examples_read(arguments, len(train))
+    most = arguments.max_eval_examples or _examples_read(arguments, bayes, len(train))
     validation = _validation(task, tokenizer, length, most)
     result = fit(
         bayes,
@@ -86,9 +86,10 @@ def _say_what_is_trained(arguments: argparse.Namespace, config: MonteCLoRAConfig
         )
 
 
-def _examples_read(arguments: argparse.Namespace, num_examples: int) -> int:
+def _examples_read(arguments: argparse.Namespace, bayes: BayesLoRA, num_examples: int) -> int:
     """As many as training reads in all, 200 at most: an evaluation must not outlast the training that it is for."""
     budget = FitOptions(**{field.name: getattr(arguments, field.name) for field in flags(FitOptions)})
+    budget = budget.settled(num_examples, few_passes=bayes.model.labelling.learnt_in_few_passes)
     steps, every = budget.total_steps(num_examples), budget.batch_size * budget.gradient_accumulation
     return min(steps * min(every, num_examples), 200)
 

@@ -1,6 +1,7 @@
 """Flags that several commands take."""
 
 import argparse
+import dataclasses
 from typing import Any
 
 from bayeslora.bulk.choices import FORMATS, MEASURES
@@ -28,7 +29,8 @@ def add_loading_options(parser: argparse.ArgumentParser) -> Any:
     group = parser.add_argument_group("precision, memory and logs")
     bits = group.add_mutually_exclusive_group()
     for count in (4, 8):
-        help = f"the base network in {count} bits, by bitsandbytes (extra quantized); the run remembers it"
+        extra = "pip install 'bayeslora[quantized]'"
+        help = f"the base network in {count} bits, by bitsandbytes ({extra}); the run remembers it"
         bits.add_argument(f"--load-in-{count}bit", action="store_const", const=count, dest="bits", help=help)
     group.add_argument(
         "--device-map", type=word, metavar="MAP", help="where transformers loads the base: auto, cpu, ..."
@@ -100,7 +102,18 @@ def add_method_options(parser: argparse.ArgumentParser, *, several: bool = False
         "classes and choices; constant: even noise; paper: the paper's small noise",
     )
     lists = ("target_modules", "modules_to_save", *(("r",) if several else ()))
-    add_options(group, MonteCLoRAConfig, flags(MonteCLoRAConfig), several=lists, default=lambda field: None)
+    add_options(
+        group, MonteCLoRAConfig, flags(MonteCLoRAConfig), several=lists, default=lambda field: None, told=_usual
+    )
+
+
+def _usual(field: dataclasses.Field[Any]) -> str:
+    """The default of a field that a preset decides."""
+    usual = getattr(MonteCLoRAConfig.preset("learned"), field.name)
+    if usual is None or usual == () or "default" in field.metadata["help"]:
+        return ""
+    decided = {getattr(MonteCLoRAConfig.preset(name), field.name) for name in PRESETS} != {usual}
+    return f"; default {usual}" + (", or as --preset says" if decided else "")
 
 
 def add_run_options(

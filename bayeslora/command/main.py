@@ -1,6 +1,6 @@
 """The entry of the command line: one command, its exit code, and what ends it early."""
 
-import logging
+import argparse
 import shlex
 import signal
 import sys
@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
+from bayeslora.command.flags import as_flags
 from bayeslora.command.idle import refuse_idle
 from bayeslora.command.parser import build_parser
 from bayeslora.command.terminal import READER_LEFT, any_encoding, discard_output
@@ -40,11 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str] | None) -> int:
     # PEFT and transformers announce each other's deprecations, which a user of this command cannot act on
     warnings.filterwarnings("ignore", category=FutureWarning)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # nor act on what it does not find for four bits
-    command = ""
+    arguments = argparse.Namespace(command="")
     try:
         arguments = build_parser().parse_args(argv)
-        command = arguments.command
         words = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--resume"]
         arguments.command_line = shlex.join(["bayeslora", *words])
         refuse_idle(arguments)
@@ -52,10 +51,13 @@ def _run(argv: Sequence[str] | None) -> int:
             given = _resolve(arguments.check)(arguments) if arguments.check else ()
             _resolve(arguments.run)(arguments, *given)
     except (InputError, StorageError, TrainingDivergedError) as error:
-        print(f"bayeslora: {' '.join(str(error).split())}", file=sys.stderr)
+        of_file = getattr(arguments, "study", None)  # whose entries have the names that Python has
+        said = str(error) if of_file else as_flags(str(error), arguments)
+        print(f"bayeslora: {' '.join(said.split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"bayeslora: {command} interrupted{_GO_ON.get(command, '')}", file=sys.stderr)
+        go_on = _GO_ON.get(arguments.command, "")
+        print(f"bayeslora: {arguments.command} interrupted{go_on}", file=sys.stderr)
         return 130
     return 0
 

@@ -2,10 +2,10 @@
 
 import argparse
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from bayeslora._version import __version__
-from bayeslora.command.flags import number, number_or, path, word
+from bayeslora.command.flags import Help, Parser, number, number_or, path, word
 from bayeslora.command.groups import (
     add_antithetic,
     add_blocks,
@@ -20,7 +20,6 @@ from bayeslora.command.groups import (
     add_training_options,
     add_untuned,
 )
-from bayeslora.errors import InputError
 from bayeslora.options import COUNT, NOT_NEGATIVE, SEED, Range, ranges
 from bayeslora.training.budget import TrainingBudget
 
@@ -45,24 +44,8 @@ Your own data: a folder with train.csv and validation.csv (or parquet, json, jso
 """
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """With every default that there is, but for those that the help tells itself."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        nothing = action.default is None or action.default is False or action.default in ([], argparse.SUPPRESS)
-        told = nothing or "default" in (action.help or "")
-        return action.help if told else super()._get_help_string(action)
-
-
-class _Parser(argparse.ArgumentParser):
-    """One line for a mistake, as everywhere else."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; {self.prog} --help says what there is")
-
-
 def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="bayeslora",
         description="Fit posteriors over LoRA adapters, and see what a fine-tuned model does not know.",
         epilog=EXAMPLES,
@@ -93,7 +76,7 @@ def _command(
         help=summary,
         description=f"{summary[0].upper()}{summary[1:]}.",
         epilog=details,
-        formatter_class=_Help,
+        formatter_class=Help,
     )
     parser.set_defaults(command=name, default_of=parser.get_default)
     check = check and f"bayeslora.command.checks:{check}"
@@ -114,10 +97,7 @@ def _add_demo(commands: Any) -> None:
     parser.add_argument("--seed", type=number("seed", SEED), default=0)
     parser.add_argument("--train-examples", type=number("train_examples"), default=500, help="sentences to train on")
     parser.add_argument(
-        "--test-examples",
-        type=number("test_examples"),
-        default=300,
-        help="sentences to test on, from each domain",
+        "--test-examples", type=number("test_examples"), default=300, help="sentences to test on, from each domain"
     )
     parser.add_argument("--epochs", type=number("epochs", ranges(TrainingBudget)["epochs"]), default=5)
     parser.add_argument(
@@ -215,11 +195,7 @@ def _add_bayesianize(commands: Any) -> None:
 
 def _add_evaluate(commands: Any) -> None:
     parser = _command(
-        commands,
-        "evaluate",
-        "predict:run_evaluate",
-        "score a fitted run on a labelled split",
-        check="check_evaluate",
+        commands, "evaluate", "predict:run_evaluate", "score a fitted run on a labelled split", check="check_evaluate"
     )
     add_run_options(parser, auto=True)
     add_antithetic(parser)
@@ -336,6 +312,11 @@ def _add_compare(commands: Any) -> None:
         "--seeds", type=number("seed", SEED), nargs="+", default=[0], help="one run of each method each"
     )
     parser.add_argument("--methods", type=word, nargs="+", metavar="NAME", help="such as lora dora monteclora")
+    parser.add_argument(
+        "--no-tuning",
+        action="store_true",
+        help="leave out what searches for a width, by some ten predictions of the validation split",
+    )
     parser.add_argument("--test-split", type=word, default="test", help="split to score on (shifted sets are added)")
     parser.add_argument(
         "--max-test-examples", type=number("max_test_examples"), help="a random subset of every test set"
@@ -362,10 +343,7 @@ def _add_report(commands: Any) -> None:
         "--split", type=word, help="what to judge by; default: test where it is labelled, else validation"
     )
     parser.add_argument(
-        "--max-examples",
-        type=number("max_examples"),
-        default=500,
-        help="a random subset of this size of every split",
+        "--max-examples", type=number("max_examples"), default=500, help="a random subset of this size of every split"
     )
     parser.add_argument("--no-diagnostics", action="store_true", help="leave out what takes longest")
     add_untuned(parser)

@@ -9,17 +9,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from tqdm.auto import tqdm
 
-from bayeslora.analysis.report.page import RunResults, SplitResults, report_html
+from bayeslora.analysis.report.page import report_html
+from bayeslora.analysis.report.results import ComparedMethods, RunResults, SplitResults
+from bayeslora.analysis.tables.comparison import table_cells
 from bayeslora.config import MonteCLoRAConfig
 from bayeslora.errors import InputError, StorageError
+from bayeslora.files.records import read_json
 from bayeslora.inference.diagnostics import diagnose
 from bayeslora.options import flags
 from bayeslora.prediction import Prediction
 from bayeslora.runs import FittedRun, check_is_run, open_run
+from bayeslora.storage.kept_diagnostics import diagnosed_once, fingerprint
 from bayeslora.storage.run_folder import RUN_FILE
 from bayeslora.study.spec import SETTINGS_FILE
+from bayeslora.study.summary import headline
+from bayeslora.study.table import RESULTS_FILE
 from bayeslora.tasks.base import Task
 from bayeslora.training.budget import RECORDED
 from bayeslora.training.monitor import relative_noise_by_adapter
@@ -74,7 +81,8 @@ def report(
         max_examples: A random subset of this size of every split; everything if ``None``.
         batch_size: Rows of a forward pass.
         seed: Decides subset and draws.
-        diagnostics: Run :func:`bayeslora.diagnose` too, which costs some minutes on a small encoder.
+        diagnostics: Run :func:`bayeslora.diagnose` too, which costs some minutes on a small encoder. What it finds is
+            kept in the run's folder, in ``diagnostics.json``, for the next report of the same run.
         untuned: Draws as they were fitted, where a width was tuned; the diagnostics always are.
         model, data_dir: Where base model and data are now, if they moved.
         command: The command line to print on the page.
@@ -112,6 +120,7 @@ def report(
         results.append(
             _collect(
                 name,
+                folder,
                 run,
                 split=split,
                 num_samples=num_samples,
@@ -123,7 +132,8 @@ def report(
             )
         )
     title = f"bayeslora report: {names[0]}" if len(names) == 1 else f"bayeslora report: {len(names)} runs"
-    return _write(output, report_html(results, title=title, command=command))
+    compared = [rows for folder in runs for rows in _compared(Path(folder))]
+    return _write(output, report_html(results, title=title, command=command, compared=compared))
 
 
 def _expand(folder: Path) -> list[Path]:
@@ -132,8 +142,21 @@ def _expand(folder: Path) -> list[Path]:
         return [folder]
     runs = sorted(file.parent for file in folder.glob(f"*/*/{RUN_FILE}"))
     if not runs:
-        raise InputError(f"{folder} holds a comparison without runs: let it finish first, with keep_adapters")
+        raise InputError(
+            f"{folder} holds a comparison without runs: let it finish first, with keep_adapters; what its "
+            "tables say is in summary.md"
+        )
     return runs
+
+
+def _compared(folder: Path) -> list[ComparedMethods]:
+    """All that a comparison scored, with and without a run of its own."""
+    file, settings = folder / RESULTS_FILE, folder / SETTINGS_FILE
+    if not settings.is_file() or not file.is_file():
+        return []
+    header, rows = table_cells(headline(pd.read_csv(file)))
+    command = str(read_json(settings).get("command", ""))
+    return [ComparedMethods(str(folder), header, rows, command)]
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
@@ -151,6 +174,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 def _collect(
     name: str,
+    folder: Path,
     run: FittedRun,
     *,
     split: str | None,
@@ -179,10 +203,12 @@ def _collect(
         splits[part] = _split_results(prediction, texts)
     diagnosed: list = []
     if diagnostics and bayesian:
-        if progress:
-            tqdm.write(f"{name}: diagnostics, which take longest (--no-diagnostics leaves them out)")
-        diagnosed = diagnose(
-            posterior, run.training_data(), history=run.history, batch_size=batch_size, seed=seed, progress=progress
+        data = run.training_data()
+        diagnosed = diagnosed_once(
+            folder,
+            fingerprint(folder, data, run.history, batch_size, seed),
+            lambda: diagnose(posterior, data, history=run.history, batch_size=batch_size, seed=seed, progress=progress),
+            lambda text: tqdm.write(f"{name}: {text}") if progress else None,
         )
     noisy = posterior.model.has_noise
     draws = posterior.posterior_draws(num_samples=SPREAD_DRAWS, seed=seed) if noisy else None

@@ -55,8 +55,8 @@ def run_program(
     """
     if execute_generated_code is not True:
         raise InputError(
-            "this runs code that a model has written: say execute_generated_code=True "
-            "(--execute-generated-code) to allow it, in a confined process"
+            "this runs code that a model has written: say execute_generated_code=True to allow it, "
+            "in a confined process"
         )
     if (sys.platform, platform.machine()) != ("linux", "x86_64"):
         raise InputError(

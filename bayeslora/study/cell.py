@@ -38,7 +38,7 @@ def run_cell(study: Study, cell: Cell, output_dir: Path, *, progress: bool = Fal
         study: What it belongs to.
         cell: Which.
         output_dir: The study's folder.
-        progress: Show the training's progress.
+        progress: Show progress bars, and say what is done.
         own_process: The process runs this cell only, so that its peak memory is the cell's.
 
     Returns:
@@ -108,11 +108,13 @@ def _work(study: Study, cell: Cell, lineup: Lineup, folder: Path, progress: bool
         study, cell, folder, progress=progress, checkpoints=max((later.checkpoints() for later in post_hoc), default=0)
     )
     trained = method.train(experiment)
+    experiment.say(f"{cell.method}: {trained.steps} steps in {trained.seconds:.0f} s")
     peak = _peak_memory() if own_process else None
     rows: list[dict[str, Any]] = []
     arrays: dict[str, np.ndarray] = {}
     failures: list[dict[str, str]] = []
     for predictor, kind, preparation in _predictors(lineup, experiment, trained, failures):
+        watch = Stopwatch()
         try:
             predictions = {split: predictor.predict(split) for split in experiment.splits}
         except Exception as error:
@@ -120,6 +122,8 @@ def _work(study: Study, cell: Cell, lineup: Lineup, folder: Path, progress: bool
                 raise
             failures.append({"method": predictor.label, "error": f"{type(error).__name__}: {error}"})
             continue
+        prepared = f", prepared in {preparation['seconds']:.0f} s" if preparation["seconds"] >= 1 else ""
+        experiment.say(f"{predictor.label}: predicted in {watch.read()['seconds']:.0f} s{prepared}")
         for split, predicted in predictions.items():
             cost = {
                 "steps": trained.steps,

@@ -1,12 +1,14 @@
 """compare(): point-estimate LoRA against MonteCLoRA, from the same initialisation at equal budget."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from tqdm.auto import tqdm
 
 from bayeslora.analysis import to_markdown
 from bayeslora.analysis.metrics.registry import METRICS
@@ -80,7 +82,7 @@ def compare(
         max_length: Tokens per example.
         progress: Say what runs.
         batch_size, learning_rate: As in :func:`bayeslora.fit`.
-        training: Further options of :func:`bayeslora.fit`: ``epochs`` (3), ``warmup``, ...
+        training: Further options of :func:`bayeslora.fit`: ``epochs`` (its default), ``warmup``, ...
 
     Raises:
         InputError: for a regression task, ``mode="post_hoc"``, an ``output_dir`` that holds other settings or something
@@ -110,7 +112,7 @@ def compare(
             "test_split": test_split,
             "num_samples": num_samples,
             "max_length": max_length,
-            "training": {"epochs": TrainingBudget.epochs, **training},
+            "training": training_by_default([task], training, train_examples, batch_size, progress),
             "keep_adapters": True,
         }
     )
@@ -130,6 +132,22 @@ def compare(
     }
     undrawn = (tested["trained"] == METHODS[1]) & tested["mutual_information"].isna()
     return Comparison(rows.to_dict("records"), table, runs, frozenset(tested["method"][undrawn]))
+
+
+def training_by_default(
+    tasks: Sequence[Task], given: Mapping[str, Any], train_examples: int | None, batch_size: int, progress: bool = True
+) -> dict[str, Any]:
+    """A study's ``training`` where it may name no epochs: those of :func:`bayeslora.fit` for the largest task."""
+    if given.get("epochs") is not None:
+        return dict(given)
+    sizes = [len(task.split("train", labelled=True)) for task in tasks]
+    size = min(max(sizes), train_examples or max(sizes))
+    options = {name: given[name] for name in ("max_steps", "gradient_accumulation") if given.get(name) is not None}
+    budget = TrainingBudget(batch_size=batch_size, **options).settled(size)
+    if progress and not budget.max_steps:
+        steps = budget.total_steps(size)
+        tqdm.write(f"{budget.epochs:g} epochs = {steps} steps (the default for {size} examples)", file=sys.stderr)
+    return {**given, "epochs": budget.epochs}
 
 
 def two_methods(config: MonteCLoRAConfig, task: Task, test_split: str) -> dict[str, Any]:

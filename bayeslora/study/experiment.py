@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -58,6 +59,11 @@ class Experiment:
         self.study, self.cell, self.folder, self.progress = study, cell, folder, progress
         self.checkpoints = checkpoints
         self._encoded: dict[tuple[str, int | None], Any] = {}
+
+    def say(self, text: str) -> None:
+        """Where progress is shown."""
+        if self.progress:
+            tqdm.write(f"  {text}")
 
     @cached_property
     def _prepared(self) -> tuple[Task, str]:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -50,7 +51,13 @@ class StudyResult:
 
 
 def run_study(
-    study: Study, output_dir: str | Path, *, storage: str | None = None, isolate: bool = False, progress: bool = True
+    study: Study,
+    output_dir: str | Path,
+    *,
+    storage: str | None = None,
+    isolate: bool = False,
+    progress: bool = True,
+    command: str = "",
 ) -> StudyResult:
     """Train and score every cell that is not finished yet; then write the tables.
 
@@ -65,7 +72,9 @@ def run_study(
         isolate: Run each cell in a process of its own, forked from one that has everything imported: its peak memory
             is then the cell's, and a crash fails one cell. A script that asks for it needs the usual
             ``if __name__ == "__main__":``. Otherwise ``peak_memory_mb`` is empty.
-        progress: Say which cell runs, and how long the rest will take.
+        progress: Say which cell runs, and how long the rest will take; in a terminal, and where cells run in this
+            process, also show how far each is.
+        command: The command line that this is, for the report.
 
     Raises:
         InputError: for methods or tasks that cannot be, an ``output_dir`` that holds other settings or something else.
@@ -84,7 +93,7 @@ def run_study(
     trained = list(lineup.trained)
     check_folders(study, trained)
     check_budget(study)
-    _check_folder(output_dir, study)
+    _check_folder(output_dir, study, command)
     with _reporting_full_disk(output_dir):
         return _run_cells(study, lineup, output_dir, storage, isolate, progress)
 
@@ -102,7 +111,8 @@ def _run_cells(
 
     def run(cell: Cell) -> dict:
         if isolate:
-            return call_isolated(run_cell, study, cell, output_dir, own_process=True)
+            watched = progress and sys.stderr is not None and sys.stderr.isatty()  # else it is for a log
+            return call_isolated(run_cell, study, cell, output_dir, progress=watched, own_process=True)
         return run_cell(study, cell, output_dir, progress=progress)
 
     def objective(trial: Any) -> float:
@@ -201,7 +211,7 @@ def _reporting_full_disk(output_dir: Path) -> Iterator[None]:
         ) from error
 
 
-def _check_folder(output_dir: Path, study: Study) -> None:
+def _check_folder(output_dir: Path, study: Study, command: str) -> None:
     """Make the folder, or refuse one with anything in it but a study with these settings."""
     file = output_dir / SETTINGS_FILE
     kept = _settings(file)
@@ -221,6 +231,6 @@ def _check_folder(output_dir: Path, study: Study) -> None:
         raise InputError(f"{output_dir} holds something else already; give a new or empty folder")
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        write_json(file, {"settings": study.settings, "study": study.to_dict()}, shared=True)
+        write_json(file, {"settings": study.settings, "study": study.to_dict(), "command": command}, shared=True)
     except OSError as error:
         raise InputError(f"cannot write in {output_dir}: {error}") from error

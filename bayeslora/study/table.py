@@ -14,6 +14,7 @@ from bayeslora.study.outcome import ACROSS_SEEDS
 from bayeslora.study.predictions import PREDICTIONS_FILE, read_predictions
 from bayeslora.study.spec import Cell, Study
 
+RESULTS_FILE = "results.csv"
 COSTS = ("train_seconds", "train_cpu_seconds", "predict_seconds", "predict_cpu_seconds")
 
 
@@ -61,7 +62,7 @@ def write_tables(results: pd.DataFrame, curves: pd.DataFrame, failures: pd.DataF
     """``results.parquet`` and ``results.csv``, ``curves.csv`` and ``failures.csv``."""
     if len(results):
         results.to_parquet(output_dir / "results.parquet", index=False)
-        results.to_csv(output_dir / "results.csv", index=False)
+        results.to_csv(output_dir / RESULTS_FILE, index=False)
     for name, frame in (("curves", curves), ("failures", failures)):
         file = output_dir / f"{name}.csv"
         if len(frame):

@@ -7,17 +7,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from bayeslora.adapters.parameters import trained_parameters
 from bayeslora.errors import TrainingDivergedError
 from bayeslora.models.likelihoods import network_outputs
+from bayeslora.training.sampling import OrderedTrainer
 
 Drawing = Callable[[Mapping[str, Tensor]], AbstractContextManager[Any]]  # around the passes of a training batch
 
 
-class PlainTrainer(Trainer):
+class PlainTrainer(OrderedTrainer):
     """``Trainer`` for networks that are not ours, with batches weighed and parameters decayed as ``fit`` does it."""
 
     optimizer: Any

@@ -127,7 +127,8 @@ class Progress:
         left = (self.total - done) * sum(self.durations) / len(self.durations)
         failed = trial.state == TrialState.FAIL
         outcome = f"FAILED: {trial.user_attrs.get('error', '?')[:300]}" if failed else f"{took:.0f} s"
-        tqdm.write(f"[{done}/{self.total}] {outcome}; about {_clock(left)} left for one worker")
+        rest = f"; about {_clock(left)} left for one worker" if left else ""
+        tqdm.write(f"[{done}/{self.total}] {outcome}{rest}")
 
 
 def complete(trials: Any) -> set[Cell]:

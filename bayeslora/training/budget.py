@@ -6,17 +6,25 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from bayeslora.errors import InputError
 from bayeslora.options import COUNT, FROM_ZERO, NOT_NEGATIVE, POSITIVE, SEED, Range, option, ranges
+
+LEAST_STEPS = 120  # of a training that says neither epochs nor steps; docs/faq.md has the measurement
+FEWEST_EPOCHS = 3
 
 
 @dataclass(frozen=True)
 class TrainingBudget:
     """What a training may take, and how it goes about it: equal for whatever is compared."""
 
-    epochs: float = option(3, "passes over the data", Range(float, 0, 1e6, above=True), trainer="num_train_epochs")
+    epochs: float | None = option(
+        None,
+        f"passes over the data; default {FEWEST_EPOCHS}, or for little data as many as make {LEAST_STEPS} steps",
+        Range(float, 0, 1e6, above=True),
+        trainer="num_train_epochs",
+    )
     max_steps: int | None = option(None, "optimizer steps, instead of epochs", COUNT, trainer="max_steps")
     batch_size: int = option(16, "examples per device and forward pass", COUNT, trainer="per_device_train_batch_size")
     learning_rate: float = option(1e-3, "for μ, B and the head", POSITIVE, trainer="learning_rate")
@@ -32,9 +40,24 @@ class TrainingBudget:
     max_grad_norm: float = option(1.0, "clip gradients; 0 does not", NOT_NEGATIVE, trainer="max_grad_norm")
     seed: int = option(0, "decides initialisation, data order and noise", SEED, trainer="seed")
 
+    def settled(self, num_examples: int, processes: int = 1, few_passes: bool = False) -> Self:
+        """With a number of epochs, where none was given; ``few_passes``: whatever the number of examples.
+
+        Example:
+            >>> [TrainingBudget(batch_size=16).settled(size).epochs for size in (300, 1000)]
+            [7, 3]
+        """
+        if self.epochs is not None:
+            return self
+        if self.max_steps or few_passes:
+            return dataclasses.replace(self, epochs=FEWEST_EPOCHS)
+        enough = -(-LEAST_STEPS // self.steps_per_epoch(num_examples, processes))
+        return dataclasses.replace(self, epochs=max(enough, FEWEST_EPOCHS))
+
     def total_steps(self, num_examples: int, processes: int = 1) -> int:
         """Steps of the optimizer."""
-        return self.max_steps or max(round(self.steps_per_epoch(num_examples, processes) * self.epochs), 1)
+        epochs = self.settled(num_examples, processes).epochs or 0
+        return self.max_steps or max(round(self.steps_per_epoch(num_examples, processes) * epochs), 1)
 
     def steps_per_epoch(self, num_examples: int, processes: int = 1) -> int:
         return max(-(-num_examples // (self.batch_size * self.gradient_accumulation * processes)), 1)
@@ -68,4 +91,10 @@ class FitOptions(TrainingBudget):
 TRAINER_NAMES = {f.name: f.metadata["trainer"] for f in dataclasses.fields(FitOptions) if f.metadata["trainer"]}
 
 # What run.json says of a training's options; a run may go on with another early_stopping.
-RECORDED = (*TRAINER_NAMES.values(), "eval_steps", "eval_samples", "variational_learning_rate")
+RECORDED = (
+    *TRAINER_NAMES.values(),
+    "eval_steps",
+    "eval_samples",
+    "variational_learning_rate",
+    "train_sampling_strategy",
+)

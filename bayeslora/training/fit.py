@@ -1,13 +1,15 @@
 """fit(): good manners around ``transformers.Trainer``, which owns the loop."""
 
+import dataclasses
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from tqdm.auto import tqdm
 from transformers import (
     EarlyStoppingCallback,
     EvalPrediction,
@@ -20,7 +22,7 @@ from transformers.integrations import TensorBoardCallback
 
 from bayeslora.data.batches import Collator
 from bayeslora.data.checks import check_to_learn_from
-from bayeslora.distributed import check_parallelism, on_main_process, rank
+from bayeslora.distributed import check_parallelism, launched_processes, on_main_process, rank
 from bayeslora.errors import InputError
 from bayeslora.inference.tuning import check_tunable
 from bayeslora.inference.tuning import tune as tune_width
@@ -40,7 +42,8 @@ from bayeslora.training.engines import Sharding, take_sharding
 from bayeslora.training.held_out import hold_out
 from bayeslora.training.metrics import Metrics
 from bayeslora.training.monitor import BriefProgress, GroupedTensorBoard
-from bayeslora.training.record import begin_run, evaluated_as_begun, refuse_other_content, run_record
+from bayeslora.training.record import as_begun, began_at_random, begin_run, refuse_other_content, run_record
+from bayeslora.training.sampling import sampling_strategy
 from bayeslora.training.settings import fit_settings
 from bayeslora.training.trainer import BayesTrainer, variational_rate
 
@@ -67,7 +70,7 @@ def fit(
     eval_dataset: Any = None,
     *,
     output_dir: str | Path,
-    epochs: float = FitOptions.epochs,
+    epochs: float | None = FitOptions.epochs,
     max_steps: int | None = FitOptions.max_steps,
     batch_size: int = FitOptions.batch_size,
     learning_rate: float = FitOptions.learning_rate,
@@ -99,7 +102,9 @@ def fit(
         eval_dataset: The same, for evaluation; no evaluation when ``None``.
         output_dir: Run folder: ``run.json``, ``checkpoints/`` while training, ``adapter/`` at the end, and
             ``tensorboard/`` where that is installed; see :mod:`bayeslora.storage.run_folder`.
-        epochs: Passes over the data; ``max_steps`` optimizer steps instead, where given.
+        epochs: Passes over the data; ``max_steps`` optimizer steps instead, where given. With neither, 3 or, for little
+            data, as many as make 120 steps; texts are always read three times. A resumed run goes on with what it
+            began with.
         batch_size: Examples per device and forward pass; ``gradient_accumulation`` of them make a step.
         learning_rate: For μ, B and the head. ``variational_learning_rate``: for the guide; 10 × as much if ``None``.
         warmup: Share of the steps over which the rates rise; then ``schedule`` (any transformers scheduler).
@@ -126,7 +131,9 @@ def fit(
         metadata: JSON-able facts to keep in ``run.json``, such as the model's path and the task.
         trainer_arguments: Any further field of ``transformers.TrainingArguments`` (``bf16=True``, ...) but those that
             :mod:`bayeslora.training.arguments` lists. ``save_total_limit``: checkpoints to keep, 2 if not given; the
-            best and the last always stay. ``greater_is_better``: of a ``best_metric`` that ``compute_metrics`` gives.
+            best and the last always stay. ``greater_is_better``: of a ``best_metric`` that ``compute_metrics``
+            gives. ``train_sampling_strategy``: for texts ``"group_by_length"`` if not given, with which batches pad
+            less.
 
     Raises:
         InputError: for bad data (:mod:`bayeslora.data.checks`) or arguments, or an output folder that holds something
@@ -139,34 +146,20 @@ def fit(
         >>> result.steps, sorted(path.name for path in result.output_dir.iterdir() if path.is_file())
         (4, ['run.json'])
     """
+    given = dict(locals())
+    options = FitOptions(**{field.name: given[field.name] for field in dataclasses.fields(FitOptions)})
     output_dir = Path(output_dir)
-    options = FitOptions(
-        epochs=epochs,
-        max_steps=max_steps,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        variational_learning_rate=variational_learning_rate,
-        gradient_accumulation=gradient_accumulation,
-        warmup=warmup,
-        schedule=schedule,
-        weight_decay=weight_decay,
-        max_grad_norm=max_grad_norm,
-        seed=seed,
-        evaluations=evaluations,
-        early_stopping=early_stopping,
-        eval_samples=eval_samples,
-        best_metric=best_metric,
-    )
     options.check(eval_dataset)
-    options = evaluated_as_begun(output_dir, resume, options)
+    options = as_begun(output_dir, resume, options)
     check_names(trainer_arguments)
     train_dataset, tuning_set = hold_out(train_dataset, tune, seed)
     data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "tune": tuning_set}
     collate = _check_data(bayes, data, batch_size)
+    options = _settled(options, bayes, len(train_dataset), progress)
     metrics = Metrics(bayes, compute_metrics, options.best_metric, options.eval_samples)
-    selection = {"eval_strategy": "no"} if eval_dataset is None else metrics.selection()
-    arguments, compiled = fit_settings(options, len(train_dataset), output_dir, selection, progress, trainer_arguments)
-    _check_arguments(arguments, bayes.network.get_base_model(), eval_dataset, metrics.best)
+    if "train_sampling_strategy" not in trainer_arguments and not began_at_random(output_dir, resume):
+        trainer_arguments["train_sampling_strategy"] = sampling_strategy(train_dataset)
+    arguments, compiled = _arguments(bayes, options, data, metrics, output_dir, progress, trainer_arguments)
     rate = variational_rate(arguments, variational_learning_rate)
     record = run_record(bayes, arguments, rate, data, metadata, eval_samples=options.eval_samples)
     _compile(bayes, compiled)
@@ -194,6 +187,19 @@ def fit(
     return result
 
 
+def _settled(options: FitOptions, bayes: Posterior, num_examples: int, progress: bool) -> FitOptions:
+    """The options with a number of epochs, which is told where it was not given."""
+    processes = launched_processes()
+    settled = options.settled(num_examples, processes, bayes.model.labelling.learnt_in_few_passes)
+    if progress and rank() == 0 and options.epochs is None and options.max_steps is None:
+        tqdm.write(
+            f"{settled.epochs:g} epochs = {settled.total_steps(num_examples, processes)} steps "
+            f"(the default for {num_examples} examples)",
+            file=sys.stderr,
+        )
+    return settled
+
+
 def _check_data(bayes: Posterior, data: Mapping[str, Any], batch_size: int) -> Collator:
     """Refuse data that cannot be learnt from, evaluated or tuned on; what makes batches of it."""
     given = {name: part for name, part in data.items() if part is not None}
@@ -208,12 +214,25 @@ def _compile(bayes: Posterior, options: Mapping[str, Any] | None) -> None:
         bayes.compile(**options)
 
 
-def _check_arguments(arguments: TrainingArguments, network: nn.Module, eval_dataset: Any, best_metric: str) -> None:
-    check_fit_arguments(arguments, network)
+def _arguments(
+    bayes: Posterior,
+    options: FitOptions,
+    data: Mapping[str, Any],
+    metrics: Metrics,
+    output_dir: Path,
+    progress: bool,
+    given: Mapping[str, Any],
+) -> tuple[TrainingArguments, dict[str, Any] | None]:
+    """What :func:`fit_settings` makes of it, checked."""
+    evaluation = data["eval_dataset"]
+    selection = {"eval_strategy": "no"} if evaluation is None else metrics.selection()
+    arguments, compiled = fit_settings(options, len(data["train_dataset"]), output_dir, selection, progress, given)
+    check_fit_arguments(arguments, bayes.network.get_base_model())
     check_resumable(arguments)
-    check_evaluated(arguments, eval_dataset, best_metric)
+    check_evaluated(arguments, evaluation, metrics.best)
     Sharding.asked(arguments)
     check_parallelism(arguments)
+    return arguments, compiled
 
 
 def _open_folder(

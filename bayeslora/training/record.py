@@ -22,7 +22,7 @@ from bayeslora.storage.run_folder import (
     foreign_entry,
     last_checkpoint,
 )
-from bayeslora.training.budget import RECORDED, FitOptions
+from bayeslora.training.budget import RECORDED, TRAINER_NAMES, FitOptions
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +43,7 @@ def begin_run(output_dir: Path, resume: bool, record: dict[str, Any]) -> tuple[P
     if not resume:
         if run_file.is_file():
             raise InputError(
-                f"output_dir {output_dir} holds a run already; continue it with resume=True (--resume), "
-                "or give another folder"
+                f"output_dir {output_dir} holds a run already; continue it with resume=True, or give another folder"
             )
         write_json(run_file, record)
         return None, None
@@ -72,26 +71,45 @@ def read_record(run_file: Path) -> dict[str, Any]:
     return record
 
 
-def evaluated_as_begun(output_dir: Path, resume: bool, options: FitOptions) -> FitOptions:
-    """A run of an earlier version scored no draws at its evaluations, and goes on without."""
+def as_begun(output_dir: Path, resume: bool, options: FitOptions) -> FitOptions:
+    """With what a run to resume has of defaults: as many epochs as it began with; and none of the draws at evaluations
+    that runs of an earlier version did not score."""
     run_file = output_dir / RUN_FILE
-    if not resume or options.best_metric is not None or not run_file.is_file():
+    if not resume or not run_file.is_file():
         return options
     began = read_record(run_file)["training"]
-    return options if "eval_samples" in began else dataclasses.replace(options, eval_samples=0, best_metric="loss")
+    if options.epochs is None:
+        options = dataclasses.replace(options, epochs=began.get("num_train_epochs"))
+    if options.best_metric is None and "eval_samples" not in began:
+        options = dataclasses.replace(options, eval_samples=0, best_metric="loss")
+    return options
+
+
+def began_at_random(output_dir: Path, resume: bool) -> bool:
+    """Whether a run to resume is of an earlier version, whose batches were drawn at random unless it was asked for
+    others."""
+    run_file = output_dir / RUN_FILE
+    return resume and run_file.is_file() and "train_sampling_strategy" not in read_record(run_file)["training"]
 
 
 def _check_same_run(output_dir: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     """A resumed run goes on with the settings it began with; a field that came later had its default."""
+    names = {field: name for name, field in TRAINER_NAMES.items()}  # as fit calls it
     defaults = {"config": MonteCLoRAConfig().to_dict(), "training": {"tuning_examples": 0, "eval_samples": 0}}
     for part, missing in defaults.items():
         began = {**missing, **before[part]}
+        began.setdefault("train_sampling_strategy", now[part].get("train_sampling_strategy"))
         for name, value in now[part].items():
             if began.get(name) != value:
                 raise InputError(
-                    f"the run in {output_dir} began with {name}={began.get(name)!r}, not {value!r}: "
-                    "resume it with the same settings, or use another folder"
+                    f"the run in {output_dir} began with {names.get(name, name)}={_given(began.get(name))!r}, not "
+                    f"{_given(value)!r}: resume it with the same settings, or use another folder"
                 )
+
+
+def _given(value: Any) -> Any:
+    """TrainingArguments has -1 where no number of steps was given."""
+    return None if value == -1 else value
 
 
 def run_record(

@@ -35,7 +35,8 @@ def trainer_settings(
     Raises:
         InputError: for no steps at all.
     """
-    if not budget.epochs > 0 and not budget.max_steps:
+    budget = budget.settled(num_examples, launched_processes())
+    if not (budget.epochs or 0) > 0 and not budget.max_steps:
         raise InputError(f"epochs must be greater than 0, got {budget.epochs}")
     total = budget.total_steps(num_examples, launched_processes())
     per_epoch = budget.steps_per_epoch(num_examples, launched_processes())

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     EarlyStoppingCallback,
-    Trainer,
     TrainerCallback,
     TrainingArguments,
 )
@@ -38,6 +37,7 @@ from bayeslora.training.arguments import REFUSED_BY_TRAINER, check_fit_arguments
 from bayeslora.training.engines import OnShards, take_sharding
 from bayeslora.training.monitor import posterior_logs
 from bayeslora.training.predictive import predictive_metrics, predictive_names
+from bayeslora.training.sampling import OrderedTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -57,11 +57,12 @@ class DropTuning(TrainerCallback):
             self.bayes.model.tuning = None
 
 
-class BayesTrainer(OnShards, Trainer):
+class BayesTrainer(OnShards, OrderedTrainer):
     """``transformers.Trainer`` for a :class:`bayeslora.BayesLoRA`: what :func:`bayeslora.fit` trains with.
 
     It has a learning rate for the posterior, stops at NaN, logs the parts of the objective, and writes checkpoints that
-    are whole or do not count. ``fit`` adds a run folder, the choice of the best checkpoint and exact resuming.
+    are whole or do not count. ``fit`` adds a run folder, the choice of the best checkpoint, exact resuming, and batches
+    of like length, which are ``train_sampling_strategy="group_by_length"`` here.
 
     Args:
         model: What to fit. Its ``num_examples`` is set to the length of ``train_dataset``.

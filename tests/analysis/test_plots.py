@@ -261,6 +261,15 @@ def test_nothing_drawn_falls_outside_the_frame():
     assert strip.y0 >= ax.get_window_extent().y1
 
 
+def test_axes_end_where_the_intervals_do():
+    """Fifty answers of two classes, none surer than 0.6, of which half are right."""
+    sure = np.linspace(0.51, 0.59, 50)
+    ax = plot_calibration({"a": (np.stack([sure, 1 - sure], 1), np.arange(50) % 2)})
+    assert ax.get_xlim() == pytest.approx((0.5, 0.6))
+    low, high = segments(ax).reshape(-1, 2)[:, 1].min(), segments(ax).reshape(-1, 2)[:, 1].max()
+    assert ax.get_ylim() == pytest.approx((low - 0.02, high + 0.02))
+
+
 def test_no_predictions_and_wrong_predictions_are_named(axes):
     with pytest.raises(InputError, match="predictions is empty"):
         plot_calibration({}, axes)

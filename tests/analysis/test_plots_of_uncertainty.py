@@ -67,6 +67,7 @@ def test_risk_coverage_is_drawn_in_percent_with_its_area(axes):
     assert plot_risk_coverage({"a": (UNCERTAINTY, WRONG), "b": (-UNCERTAINTY, WRONG)}, axes, **FEW) is axes
     curve = risk_coverage(UNCERTAINTY, WRONG)
     np.testing.assert_allclose(line(axes, "a"), 100 * np.stack(curve, axis=1)[19:])
+    assert axes.get_xlim() == pytest.approx((100 * 20 / 300, 100))  # where the curves begin
     areas = [100 * area_under_risk_coverage(sign * UNCERTAINTY, WRONG) for sign in (1, -1)]
     assert legend(axes) == [f"a (AURC {areas[0]:.1f} %)", f"b (AURC {areas[1]:.1f} %)"]
 

@@ -105,7 +105,7 @@ def test_every_command_names_what_runs_it(command):
         ),
         (
             "fit --model m --task x --data-dir . --text-columns text --output o --mode post_hoc --preset learned",
-            "noise_schedule='learned' follows what the adapter learns, and mode='post_hoc' freezes it",
+            "--noise-schedule learned follows what the adapter learns, and --mode post_hoc freezes it",
         ),
         (
             "compare --model m --task sst2 --output o --methods lora dora --sample-scaler 0.2",
@@ -343,7 +343,16 @@ def test_help_shows_defaults_and_tasks(capsys):
     with pytest.raises(SystemExit):
         main(["fit", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    for words in ("(default: 3)", "(default: 0.001)", "mrpc, cola", "gsm8k", "(default: 128)", "(default: 0)"):
+    for words in (
+        "default 3, or for",
+        "(default: 0.001)",
+        "mrpc, cola",
+        "gsm8k",
+        "(default: 128)",
+        "(default: 0)",
+        "adapters; default 8",
+        "as --preset",
+    ):
         assert words in text
 
 
@@ -387,7 +396,7 @@ def test_compare_continues_and_refuses_other_settings(model, data, tmp_path, cap
     assert re.search(r"^\| test +\| MonteCLoRA, 2 draws +\| +2 \|", table, re.MULTILINE)
     assert "validation" not in table
     assert main([*command, "--max-length", "12"]) == 2
-    assert "another max_length (16)" in capsys.readouterr().err
+    assert "another --max-length (16)" in capsys.readouterr().err
     page = tmp_path / "report.html"
     report = ["report", str(tmp_path / "c"), "--output", str(page), "--num-samples", "2", "--no-diagnostics"]
     assert main(report) == 0  # compare with flags keeps what was trained
@@ -529,6 +538,12 @@ def test_report_of_a_run_beside_a_point_estimate(run, model, data, tmp_path, cap
     assert "MonteCLoRA, 3 draws" in text
     assert "data_drivenness" in text
     assert not list(page.parent.glob(".*"))
+    assert main(words) == 0
+    said = capsys.readouterr()
+    assert "diagnostics as an earlier report found them" in said.out + said.err
+    pages = (text, page.read_text(encoding="utf-8"))
+    diagnostics = [one[one.index('id="diagnostics"') :] for one in pages]
+    assert diagnostics[0] == diagnostics[1]
 
 
 def test_report_names_what_is_wrong_and_keeps_the_page_there_was(run, tmp_path, capsys):

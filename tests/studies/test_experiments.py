@@ -123,6 +123,13 @@ def test_more_draws(model, capsys):
     assert all(math.isfinite(value) for row in found.values() for value in row)
 
 
+def test_how_long(model, capsys):
+    found = script("studies/how_long").main(model=model, test_examples=12, draws=2, steps={("sentiment", 16): (1, 2)})
+    assert [*found] == [("sentiment", 1), ("sentiment", 2)]
+    assert capsys.readouterr().out.count("sentiment, 16 examples") == 2
+    assert all(math.isfinite(value) for row in found.values() for value in row)
+
+
 def test_findings(model, tmp_path, capsys):
     sizes = {"train_examples": 16, "validation_examples": 12, "test_examples": 12}
     study = Study(

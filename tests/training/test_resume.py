@@ -249,13 +249,13 @@ class TestRefused:
             run(tmp_path, callbacks=[At(1, interrupt)])
         before = files(tmp_path)
         for changes, message in [
-            ({"batch_size": 8}, "began with per_device_train_batch_size=4, not 8"),
-            ({"epochs": 2}, "began with num_train_epochs=1, not 2"),
+            ({"batch_size": 8}, "began with batch_size=4, not 8"),
+            ({"epochs": 2}, "began with epochs=1, not 2"),
             ({"seed": 1}, "began with seed=0, not 1"),
             ({"learning_rate": 0.5}, "began with learning_rate=0.01, not 0.5"),
             ({"variational_learning_rate": 0.5}, "began with variational_learning_rate=0.1, not 0.5"),
             ({"train": tiny_dataset(23)}, "began with train_examples=24, not 23"),
-            ({"evaluate": tiny_dataset(4)}, "began with metric_for_best_model=None, not 'predictive_nll'"),
+            ({"evaluate": tiny_dataset(4)}, "began with best_metric=None, not 'predictive_nll'"),
         ]:
             with pytest.raises(InputError, match=message):
                 run(tmp_path, resume=True, **changes)

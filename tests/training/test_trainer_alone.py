@@ -41,7 +41,8 @@ def test_it_ends_where_fit_ends(tmp_path, schedule):
     """Rate of the posterior, number of examples, collator, noise schedule: forgotten, each would change a number."""
     one, other = (new(normalization="elbo", noise_schedule=schedule) for _ in range(2))
     run(tmp_path / "run", one)
-    trainer = BayesTrainer(model=other, args=arguments(tmp_path / "alone"), train_dataset=tiny_dataset(24))
+    asked = arguments(tmp_path / "alone", train_sampling_strategy="group_by_length")
+    trainer = BayesTrainer(model=other, args=asked, train_dataset=tiny_dataset(24))
     before = state(other)
     trainer.train()
     assert other.num_examples == 24

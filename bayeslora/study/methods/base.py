@@ -77,6 +77,11 @@ class Method(ABC):
         values: dict[str, Any] = {w: tuple(v) if isinstance(v, list) else v for w, v in options.items()}
         return cls(**values)
 
+    @classmethod
+    def untuned(cls, options: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """The options with which nothing searches for a width; None where that is all that the method is for."""
+        return options
+
 
 @dataclass(frozen=True)
 class TrainedMethod(Method):
@@ -144,19 +149,30 @@ def register(cls: type[Method]) -> type[Method]:
     return cls
 
 
+def without_tuning(specs: Sequence[MethodSpec]) -> list[MethodSpec]:
+    """The methods without what searches for a width of a posterior: some predictors, and some methods as a whole."""
+    left = [(spec, _class_of(spec).untuned(spec.options)) for spec in specs]
+    return [MethodSpec(spec.name, options) for spec, options in left if options is not None]
+
+
 def make_method(spec: MethodSpec) -> Method:
     """The method that a study asks for.
 
     Raises:
         InputError: for a name that nothing has, and options that the method does not take.
     """
-    cls = _import(spec.name) if ":" in spec.name else all_methods().get(spec.name)
-    if cls is None:
-        raise InputError(f"no method {spec.name!r}; {suggest(spec.name, sorted(METHODS))}, or module:Class")
+    cls = _class_of(spec)
     try:
         return cls.from_options(spec.options)
     except TypeError as error:
         raise InputError(f"method {spec.name!r}: {error}") from error
+
+
+def _class_of(spec: MethodSpec) -> type[Method]:
+    cls = _import(spec.name) if ":" in spec.name else all_methods().get(spec.name)
+    if cls is None:
+        raise InputError(f"no method {spec.name!r}; {suggest(spec.name, sorted(METHODS))}, or module:Class")
+    return cls
 
 
 def all_methods() -> dict[str, type[Method]]:

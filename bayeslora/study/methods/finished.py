@@ -2,7 +2,7 @@
 
 import copy
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -49,8 +49,13 @@ class OnFinished(PostHocMethod):
             )
         return experiment.data("validation")
 
+    @classmethod
+    def untuned(cls, options: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """Nothing: the noise is as wide as the search says."""
+        return None
+
     @abstractmethod
-    def choose(self, widths: Widths) -> Tuning:
+    def choose(self, widths: Widths, progress: bool) -> Tuning:
         """The width."""
 
     def predictors(self, trained: Trained, experiment: "Experiment", base: Predict) -> Iterator[Predictor]:
@@ -66,7 +71,7 @@ class OnFinished(PostHocMethod):
         )
         bayes.tuning = None
         widths = Widths(bayes, anchors, num_samples=count, antithetic=self.antithetic)
-        tuning = self.choose(widths)
+        tuning = self.choose(widths, experiment.progress)
         yield Predictor(
             experiment.on_top(self.label),
             cache(lambda split: predict(bayes, experiment.data(split), count, self.antithetic, tuning)),
@@ -95,8 +100,8 @@ class Bayesianized(OnFinished):
         shape = "" if self.shape == "isotropic" else f", {self.shape}"
         return f"{self.title}{shape}" + ("*" if self.rule == "labels" else ", agreement")
 
-    def choose(self, widths: Widths) -> Tuning:
-        return widths.choose(agreement=self.agreement if self.rule == "agreement" else None, progress=False)
+    def choose(self, widths: Widths, progress: bool) -> Tuning:
+        return widths.choose(agreement=self.agreement if self.rule == "agreement" else None, progress=progress)
 
 
 @register
@@ -128,5 +133,5 @@ class TFB(OnFinished):
     def anchors(self, experiment: "Experiment") -> Any:
         return experiment.train_data if self.anchors_from == "train" else super().anchors(experiment)
 
-    def choose(self, widths: Widths) -> Tuning:
-        return widths.choose(rise=self.tolerance, progress=False)
+    def choose(self, widths: Widths, progress: bool) -> Tuning:
+        return widths.choose(rise=self.tolerance, progress=progress)

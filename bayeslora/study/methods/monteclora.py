@@ -100,6 +100,13 @@ class PosteriorOptions:
         made.check()
         return made
 
+    @classmethod
+    def untuned(cls, options: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """Without predictors of a tuned width."""
+        default = next(f.default for f in dataclasses.fields(cls) if f.name == "predictions")
+        left = [predictor for predictor in options.get("predictions", default) if predictor not in TUNED]
+        return {**options, "predictions": left} if left else None
+
     def check(self) -> None:
         """Raise ``InputError`` for a mistake, and for what would do nothing."""
         name = self.name  # type: ignore[attr-defined]
@@ -139,7 +146,7 @@ class PosteriorOptions:
             **dataclasses.asdict(experiment.budget(scale)),
             evaluations=experiment.evaluations,
             eval_samples=0,
-            **experiment.study.trainer,
+            **{"train_sampling_strategy": "random", **experiment.study.trainer},  # as of all methods
         )
         if held_out is not None:
             widths = Widths(bayes, held_out, num_samples=self.draws(experiment), antithetic=self.antithetic)
@@ -193,7 +200,7 @@ class PosteriorOptions:
         )
         for name in tuned:
             try:
-                found = widths.choose(**TUNED[name], progress=False)
+                found = widths.choose(**TUNED[name], progress=experiment.progress)
             except InputError as error:
                 if name != "agreement":
                     raise
