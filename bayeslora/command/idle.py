@@ -56,6 +56,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Rule(("text_pair",), lambda given: given.text, "without --text"),
         Rule(_OF_FILES, lambda given: given.input, "without --input"),
         Rule(("by",), lambda given: given.top_uncertain, "without --top-uncertain"),
+        Rule(("blocks",), lambda given: not given.input, "beside --input: bayeslora tune RUN --blocks keeps them"),
     ),
     "evaluate": (
         _AUTO,

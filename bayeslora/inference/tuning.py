@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from numbers import Integral
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from scipy.optimize import minimize_scalar
@@ -158,8 +158,8 @@ class Widths:
         by_labels = agreement is None and rise is None
         if blocks == "auto" and not by_labels:
             raise InputError("blocks='auto' compares likelihoods of labels: give a number of blocks, or tune by labels")
-        if blocks != "auto":
-            check_blocks(self.bayes, Tuning(blocks=blocks))
+        last_blocks = None if blocks == "auto" else cast("int | None", blocks)
+        check_blocks(self.bayes, Tuning(blocks=last_blocks))
         asked: set[tuple[float, int | None]] = set()
         total = len(GRID) + REFINEMENTS if by_labels else 2 + BISECTIONS
         with tqdm(total=total, desc="tune", unit="width", disable=None if progress else True) as bar:
@@ -175,11 +175,14 @@ class Widths:
             def found(last: int | None) -> Tuning:
                 here = partial(at, last)
                 if rise is not None:
-                    return replace(_by_rise(here, rise), blocks=last)
-                tuning = _by_labels(here, with_temperature) if by_labels else _by_agreement(here, agreement)
+                    tuning = _by_rise(here, rise)
+                elif agreement is not None:
+                    tuning = _by_agreement(here, agreement)
+                else:
+                    tuning = _by_labels(here, with_temperature)
                 return replace(tuning, blocks=last)
 
-            tuning = self._fewest_blocks(found) if blocks == "auto" else found(blocks)
+            tuning = self._fewest_blocks(found) if blocks == "auto" else found(last_blocks)
         passes = sum(self.num_samples if width else 1 for width, _ in asked)
         conformal = self._conformal(tuning) if by_labels else None
         return replace(
@@ -197,12 +200,13 @@ class Widths:
     def _fewest_blocks(self, found: Callable[[int | None], Tuning]) -> Tuning:
         """The best width in the fewest blocks that predict as well as all of them."""
         whole = found(None)
+        best = cast("float", whole.nll)
         network, groups = self.bayes.network, self.bayes.model.groups
         for count in fewer_blocks(network, groups) if whole.width else ():
             fewer = found(count)
-            if fewer.nll <= whole.nll + NEAR:
-                return replace(fewer, nll_all_blocks=whole.nll)
-        return replace(whole, nll_all_blocks=whole.nll)
+            if cast("float", fewer.nll) <= best + NEAR:
+                return replace(fewer, nll_all_blocks=best)
+        return replace(whole, nll_all_blocks=best)
 
     def _predicted(self, width: float, blocks: int | None) -> Tried:
         with as_tuned(self.bayes, Tuning(width, blocks=blocks)):
