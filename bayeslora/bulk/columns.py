@@ -41,10 +41,13 @@ def coverage_of(tuning: Tuning | None, asked: float | None) -> float | None:
 
 
 def rows_of(prediction: Prediction, tuning: Tuning | None, coverage: float | None) -> list[dict[str, Any]]:
-    """What is added to each row, by the names of :func:`added_columns`; probabilities and nats to six digits."""
+    """What is added to each row, by the names of :func:`added_columns`; probabilities and nats to six digits.
+
+    What lies beyond is rounding, which changes with where the numbers happen to lie in memory, and so is a zero's sign.
+    """
     if isinstance(prediction, NumberPrediction):
         said = zip(prediction.mean, prediction.std, strict=True)
-        return [{"predicted_mean": float(mean), "predicted_std": float(std)} for mean, std in said]
+        return [{"predicted_mean": float(f"{mean:.9g}"), "predicted_std": float(f"{std:.9g}")} for mean, std in said]
     assert isinstance(prediction, ClassPrediction)
     rows = [_row(prediction.row(index)) for index in range(len(prediction))]
     if coverage is not None and tuning is not None and tuning.conformal is not None:
@@ -61,6 +64,6 @@ def _row(said: Mapping[str, Any]) -> dict[str, Any]:
         "predicted_label": said["label"],
         "probability": probs[said["label"]],
         **{f"P({name})": value for name, value in probs.items()},
-        "entropy": said["entropy"],
-        "mutual_information": said["mutual_information"],
+        "entropy": said["entropy"] + 0.0,
+        "mutual_information": said["mutual_information"] + 0.0,
     }

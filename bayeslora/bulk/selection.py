@@ -53,7 +53,8 @@ class Selection:
         return table.append_column(_DRAWS, column)
 
     def _score(self, prediction: Prediction) -> np.ndarray:
-        return prediction.entropy if self.by == "entropy" else prediction.mutual_information
+        """To nine digits: rounding must not decide between rows that are equally uncertain."""
+        return np.round(prediction.entropy if self.by == "entropy" else prediction.mutual_information, 9) + 0.0
 
     def choose(self, tables: Iterable[pyarrow.Table], num_samples: int, seed: int) -> list[tuple[int, int]]:
         """Which rows of which tables, the first first; ties go to the row that comes first."""

@@ -12,8 +12,10 @@ import pytest
 
 from bayeslora import BayesLoRA, InputError
 from bayeslora.bulk import predicting
+from bayeslora.bulk.columns import rows_of
 from bayeslora.bulk.predicting import predict_file
 from bayeslora.command.main import main
+from bayeslora.prediction import ClassPrediction
 from tests.bulk.fitted_runs import sentences, text_run
 from tests.task_files import write
 
@@ -134,18 +136,26 @@ def test_skipped_rows_are_counted_over_all_calls(tmp_path, monkeypatch, caplog):
     assert (result.rows, result.skipped, result.written) == (22, 5, 17)
 
 
+def test_a_zero_has_no_sign():
+    """Rounding alone decides between 0.0 and -0.0."""
+    said = ClassPrediction(None, ("a", "b"), np.array([[0.5, 0.5]]), np.array([-1e-17]), np.array([-1e-17]))
+    (row,) = rows_of(said, None, None)
+    assert [str(row[name]) for name in ("entropy", "mutual_information")] == ["0.0", "0.0"]
+
+
 @pytest.mark.slow
 def test_killed_at_random_moments(run, tmp_path):
     """A real process, killed without warning while it predicts: in the end no row is missing, repeated or different."""
-    path = write(tmp_path / "in.csv", rows(5_000))
+    path = write(tmp_path / "in.csv", rows(8_000))
     whole, killed = tmp_path / "whole.csv", tmp_path / "killed.csv"
-    words = ["predict", str(run), "--input", str(path), "--num-samples", "4", "--output"]
-    assert main([*words, str(whole)]) == 0
+    words = [sys.executable, "-m", "bayeslora", "predict", str(run)]
+    words += ["--input", str(path), "--num-samples", "4", "--output"]
+    subprocess.run([*words, str(whole)], check=True, capture_output=True)
     random, parts = np.random.default_rng(0), tmp_path / "killed.csv.parts"
     kills = 0
     for _ in range(30):
         before = len([*parts.glob("part-*.parquet")]) if parts.exists() else 0
-        process = subprocess.Popen([sys.executable, "-m", "bayeslora", *words, str(killed)], stderr=subprocess.PIPE)
+        process = subprocess.Popen([*words, str(killed)], stderr=subprocess.PIPE)
         while process.poll() is None and (not parts.exists() or len([*parts.glob("part-*.parquet")]) <= before):
             time.sleep(0.01)
         try:
@@ -154,10 +164,10 @@ def test_killed_at_random_moments(run, tmp_path):
             process.send_signal(signal.SIGKILL)
             kills += 1
         said = process.communicate()[1].decode()
-        if process.returncode == 0:
+        if killed.exists() and not parts.exists():  # whether it ended by itself or was killed after its last line
             break
         assert process.returncode == -signal.SIGKILL, said
-    assert kills >= 3
+    assert kills >= 2
     assert killed.read_bytes() == whole.read_bytes()
     assert not parts.exists()
 
