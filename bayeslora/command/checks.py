@@ -67,10 +67,10 @@ def check_predict(arguments: argparse.Namespace) -> tuple[()]:
         return ()
     if arguments.output is None:
         raise InputError("--input needs --output: a new file, .csv, .jsonl or .parquet")
-    if str(arguments.input) != "-" and not arguments.input.exists():
-        raise InputError(f"there is no {arguments.input}: --input is a file, or - for standard input")
     if arguments.num_samples == "auto":
         raise InputError("--num-samples auto looks at all rows at once, and a file is read in chunks: give a number")
+    if str(arguments.input) != "-" and not arguments.input.exists():
+        raise InputError(f"there is no {arguments.input}: --input is a file, or - for standard input")
     return ()
 
 
