@@ -202,7 +202,8 @@ def plot_pareto(results: pd.DataFrame, ax: Any = None, *, metric: str = "nll", s
         split: Of which split.
 
     Returns:
-        The Axes; the axis of costs is logarithmic. Processor time where the results have it, else the clock's.
+        The Axes; the axis of costs is logarithmic, unless one is 0. Processor time where the results have it, else the
+        clock's.
 
     Raises:
         InputError: no rows of that split, several tasks, or a metric with a sign.
@@ -231,10 +232,11 @@ def plot_pareto(results: pd.DataFrame, ax: Any = None, *, metric: str = "nll", s
     for number, (name, point) in enumerate(ahead.iterrows()):
         colour, marker = style(number)
         ax.plot(point["x"], point["y"], color=colour, marker=marker, markersize=5, linestyle="none", label=name)
-    ax.set_xscale("log")
-    ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    ax.xaxis.set_major_formatter("{x:g}")
-    ax.xaxis.set_minor_formatter(NullFormatter())
+    if (points["x"] > 0).all():  # a clock may not see what takes next to no time
+        ax.set_xscale("log")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_formatter(NullFormatter())
     frame(ax, x=f"{words} of 1000 predictions", y=title)
     legend_above(ax)
     return ax

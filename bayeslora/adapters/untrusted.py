@@ -11,7 +11,6 @@ from pathlib import Path
 from reprlib import repr as shown
 from typing import Any, NamedTuple
 
-import torch
 from peft import LoraConfig, TaskType
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -24,6 +23,7 @@ from bayeslora.files.records import is_integer, is_names, is_number, is_object_o
 
 FLOATS = ("F16", "BF16", "F32", "F64")
 PREFIX = "base_model.model."  # PEFT's, before the name of a module of the base network
+LARGEST = 1e12  # of a weight: products of larger ones overflow
 
 
 class TensorHeader(NamedTuple):
@@ -55,7 +55,7 @@ def load_state(path: Path, module_state: Mapping[str, Tensor], unknown: str) -> 
     """The tensors of a safetensors file, which must be those of ``module_state``, in its dtypes.
 
     Raises:
-        InputError: starting with ``unknown`` for other names or shapes; for NaN or infinite values.
+        InputError: starting with ``unknown`` for other names or shapes; for NaN, infinite and enormous values.
     """
     header = read_header(path)
     for name in [*module_state, *header]:
@@ -65,8 +65,11 @@ def load_state(path: Path, module_state: Mapping[str, Tensor], unknown: str) -> 
             raise InputError(f"{unknown}: {name!r:.200} has shape {here} here, {there} in {path.name}")
     state = {name: value.to(module_state[name].dtype) for name, value in load_file(path).items()}
     for name, value in state.items():
-        if not torch.isfinite(value).all():
-            raise InputError(f"{path}: tensor {name!r:.200} holds NaN or infinity: use another copy")
+        if not (value.abs() <= LARGEST).all():
+            raise InputError(
+                f"{path}: tensor {name!r:.200} holds NaN or infinity, or a number above {LARGEST:g}, which no training "
+                "finds and from which outputs are none: use another copy"
+            )
     return state
 
 

@@ -11,9 +11,9 @@ from transformers import TrainerCallback
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from bayeslora.adapters.parameters import trained_parameters
+from bayeslora.data.sampling import OrderedTrainer
 from bayeslora.errors import TrainingDivergedError
 from bayeslora.models.likelihoods import network_outputs
-from bayeslora.training.sampling import OrderedTrainer
 
 Drawing = Callable[[Mapping[str, Tensor]], AbstractContextManager[Any]]  # around the passes of a training batch
 

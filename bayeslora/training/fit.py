@@ -22,6 +22,7 @@ from transformers.integrations import TensorBoardCallback
 
 from bayeslora.data.batches import Collator
 from bayeslora.data.checks import check_to_learn_from
+from bayeslora.data.sampling import sampling_strategy
 from bayeslora.distributed import check_parallelism, launched_processes, on_main_process, rank
 from bayeslora.errors import InputError
 from bayeslora.inference.tuning import check_tunable
@@ -43,7 +44,6 @@ from bayeslora.training.held_out import hold_out
 from bayeslora.training.metrics import Metrics
 from bayeslora.training.monitor import BriefProgress, GroupedTensorBoard
 from bayeslora.training.record import as_begun, began_at_random, begin_run, refuse_other_content, run_record
-from bayeslora.training.sampling import sampling_strategy
 from bayeslora.training.settings import fit_settings
 from bayeslora.training.trainer import BayesTrainer, variational_rate
 

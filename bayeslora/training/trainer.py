@@ -19,6 +19,7 @@ from transformers import (
 from bayeslora.adapters.parameters import POSTERIOR_RATE, trained_parameters
 from bayeslora.data.batches import Collator
 from bayeslora.data.checks import check_to_learn_from
+from bayeslora.data.sampling import OrderedTrainer
 from bayeslora.distributed import check_parallelism
 from bayeslora.elbo import ELBOParts
 from bayeslora.errors import InputError, TrainingDivergedError
@@ -37,7 +38,6 @@ from bayeslora.training.arguments import REFUSED_BY_TRAINER, check_fit_arguments
 from bayeslora.training.engines import OnShards, take_sharding
 from bayeslora.training.monitor import posterior_logs
 from bayeslora.training.predictive import predictive_metrics, predictive_names
-from bayeslora.training.sampling import OrderedTrainer
 
 logger = logging.getLogger(__name__)
 

@@ -101,9 +101,10 @@ def test_tfbs_width_is_the_largest_that_holds():
 
     assert nll(found.width) == pytest.approx(found.nll)
     assert found.nll <= 1.003 * nll(0.0)
-    violating = min(width for width, tried in widths._tried.items() if tried.nll > 1.003 * found.nll_at_mean)
+    tried = {width: one.nll for (width, _), one in widths._tried.items()}
+    violating = min(width for width in tried if tried[width] > 1.003 * found.nll_at_mean)
     assert violating > found.width
-    assert not [w for w in widths._tried if found.width < w < violating]
+    assert not [w for w in tried if found.width < w < violating]
 
 
 @pytest.mark.parametrize(

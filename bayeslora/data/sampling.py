@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sized
 from typing import Any
 
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 
@@ -49,6 +49,11 @@ class LikeLengthSampler(LengthGroupedSampler):
 class OrderedTrainer(Trainer):
     """A Trainer that groups examples by length, where its arguments say so: choices and sounds too, and in the same
     order whenever it is asked."""
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
+        """In the order of the examples: transformers groups these too, by tokens alone."""
+        sized = eval_dataset is not None and isinstance(eval_dataset, Sized)
+        return SequentialSampler(eval_dataset) if sized and self.args.world_size <= 1 else None
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         data = self.train_dataset if train_dataset is None else train_dataset

@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
+from bayeslora.data.sampling import LikeLengthSampler, sampling_strategy
 from bayeslora.files.writing import write_json
 from bayeslora.study.trainer import PlainTrainer
 from bayeslora.training.record import read_record
-from bayeslora.training.sampling import LikeLengthSampler, sampling_strategy
 from bayeslora.training.trainer import BayesTrainer
 from tests.conftest import tiny_dataset
 from tests.runs import At, base, equal, interrupt, new, run, state
