@@ -197,4 +197,4 @@ def add_predicted_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--by", choices=MEASURES, default="mutual_information", help="what those rows are chosen by")
     group.add_argument("--skip-errors", action="store_true", help="leave out rows that cannot be read, and name them")
-    group.add_argument("--prefix", type=word, default="", metavar="TEXT", help="before the names of the new columns")
+    group.add_argument("--prefix", type=word, metavar="TEXT", help="before the names of the new columns")

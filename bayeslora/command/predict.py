@@ -42,6 +42,7 @@ def _predict_file(run: FittedRun, arguments: argparse.Namespace) -> None:
     drawing = ("num_samples", "batch_size", "seed", "antithetic")
     reading = ("input_format", "text_columns", "coverage", "top_uncertain", "by", "skip_errors", "prefix")
     options = {name: getattr(arguments, name) for name in (*drawing, *reading)}
+    options["prefix"] = options["prefix"] or ""
     result = predict_file(run, arguments.input, arguments.output, **options)
     again = f", {result.resumed} of them by a call before" if result.resumed else ""
     without = f", {result.skipped} skipped" if result.skipped else ""

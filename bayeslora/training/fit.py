@@ -23,7 +23,7 @@ from transformers.integrations import TensorBoardCallback
 from bayeslora.data.batches import Collator
 from bayeslora.data.checks import check_to_learn_from
 from bayeslora.data.sampling import sampling_strategy
-from bayeslora.distributed import check_parallelism, launched_processes, on_main_process, rank
+from bayeslora.distributed import check_parallelism, launched_processes, on_main_process, rank, world_size
 from bayeslora.errors import InputError
 from bayeslora.inference.tuning import check_tunable
 from bayeslora.inference.tuning import tune as tune_width
@@ -132,8 +132,8 @@ def fit(
         trainer_arguments: Any further field of ``transformers.TrainingArguments`` (``bf16=True``, ...) but those that
             :mod:`bayeslora.training.arguments` lists. ``save_total_limit``: checkpoints to keep, 2 if not given; the
             best and the last always stay. ``greater_is_better``: of a ``best_metric`` that ``compute_metrics``
-            gives. ``train_sampling_strategy``: for texts ``"group_by_length"`` if not given, with which batches pad
-            less.
+            gives. ``train_sampling_strategy``: for texts in one process ``"group_by_length"`` if not given, with which
+            batches pad less.
 
     Raises:
         InputError: for bad data (:mod:`bayeslora.data.checks`) or arguments, or an output folder that holds something
@@ -158,7 +158,8 @@ def fit(
     options = _settled(options, bayes, len(train_dataset), progress)
     metrics = Metrics(bayes, compute_metrics, options.best_metric, options.eval_samples)
     if "train_sampling_strategy" not in trainer_arguments and not began_at_random(output_dir, resume):
-        trainer_arguments["train_sampling_strategy"] = sampling_strategy(train_dataset)
+        alone = world_size() == 1  # processes are dealt batches of an order that a resumed run has again at random only
+        trainer_arguments["train_sampling_strategy"] = sampling_strategy(train_dataset) if alone else "random"
     arguments, compiled = _arguments(bayes, options, data, metrics, output_dir, progress, trainer_arguments)
     rate = variational_rate(arguments, variational_learning_rate)
     record = run_record(bayes, arguments, rate, data, metadata, eval_samples=options.eval_samples)
