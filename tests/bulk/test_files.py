@@ -288,4 +288,4 @@ def test_memory_does_not_grow_with_the_file(run, tmp_path):
         predict_file(run, path, tmp_path / f"{count}.csv", num_samples=1, rows_at_once=500, progress=False)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert peaks[2] < 1.1 * peaks[1]
+    assert peaks[2] - peaks[1] < 0.1 * 8000 * 1000  # bytes: a tenth of what 8000 more rows hold
