@@ -399,13 +399,17 @@ def preferences(folder, rank):
     yield "wrapped", type(trainer.model_wrapped).__name__
 
 
-def main():
+def run_scenarios(scenarios):
+    """Each writes what its process saw into a file of its name, in the folder that is the first argument. Further
+    arguments name some of them."""
     torch.set_num_threads(1)
-    folder = Path(sys.argv[1])
+    folder, chosen = Path(sys.argv[1]), sys.argv[2:]
     distributed.init_process_group("gloo")
     rank = distributed.get_rank()
     gc.freeze()  # Accelerate collects garbage at the start of each run
-    for scenario in (training, coverage, gradients, other_loops, refusals, sharding, preferences):
+    for scenario in scenarios:
+        if chosen and scenario.__name__ not in chosen:
+            continue
         place = folder / scenario.__name__
         place.mkdir(exist_ok=True)
         seen = dict(scenario(place, rank))
@@ -415,4 +419,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_scenarios((training, coverage, gradients, other_loops, refusals, sharding, preferences))

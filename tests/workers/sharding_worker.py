@@ -4,14 +4,11 @@ python -m torch.distributed.run --standalone --nproc-per-node 2 tests/workers/sh
 """
 
 import copy
-import gc
 import json
 import os
 import pickle
-import sys
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 from unittest.mock import patch
 
 import torch
@@ -27,7 +24,17 @@ from tests.architectures import ARCHITECTURES
 from tests.conftest import tiny_batch, tiny_dataset
 from tests.language import tiny_language_model, tiny_tokenizer
 from tests.runs import At, interrupt
-from tests.workers.distributed_worker import NOISELESS, Gradients, Writes, error_of, new, run, texts, writer
+from tests.workers.distributed_worker import (
+    NOISELESS,
+    Gradients,
+    Writes,
+    error_of,
+    new,
+    run,
+    run_scenarios,
+    texts,
+    writer,
+)
 
 FSDP = {"fsdp": "full_shard auto_wrap", "fsdp_config": {"fsdp_version": 2}}
 NETWORKS = sorted(name for name, kind in ARCHITECTURES.items() if not kind.refused)
@@ -279,22 +286,5 @@ def trl_trainers(folder, rank):
 SCENARIOS = (training, gradients, networks, ways, writing, refusals, together, launched, trl_trainers)
 
 
-def main():
-    torch.set_num_threads(1)
-    folder = Path(sys.argv[1])
-    distributed.init_process_group("gloo")
-    rank = distributed.get_rank()
-    gc.freeze()  # Accelerate collects garbage at the start of each run
-    for scenario in SCENARIOS:
-        if sys.argv[2:] and scenario.__name__ not in sys.argv[2:]:
-            continue
-        place = folder / scenario.__name__
-        place.mkdir(exist_ok=True)
-        seen = dict(scenario(place, rank))
-        (folder / f"{scenario.__name__}-{rank}.json").write_text(json.dumps(seen), encoding="utf-8")
-        distributed.barrier()
-    distributed.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    run_scenarios(SCENARIOS)
