@@ -11,13 +11,16 @@ from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_group
 from bayeslora.data.batches import length_of
 
 
-def sampling_strategy(dataset: Any) -> str:
-    """``"group_by_length"`` for examples of unequal length, where it spares padding; else ``"random"``.
+def sampling_strategy(dataset: Any, processes: int = 1) -> str:
+    """``"group_by_length"`` for examples of unequal length, where it spares padding; else ``"random"``, as for several
+    ``processes``: these are dealt an order that a resumed run has again at random only.
 
     Example:
         >>> [sampling_strategy([{"input_ids": [1, 2]}, {"input_ids": second}]) for second in ([1], [3, 4])]
         ['group_by_length', 'random']
     """
+    if processes > 1:
+        return "random"
     first = length_of(dataset[0])
     unequal = any(length_of(dataset[index]) != first for index in range(1, len(dataset)))
     return "group_by_length" if unequal else "random"

@@ -43,7 +43,7 @@ from bayeslora.training.engines import Sharding, take_sharding
 from bayeslora.training.held_out import hold_out
 from bayeslora.training.metrics import Metrics
 from bayeslora.training.monitor import BriefProgress, GroupedTensorBoard
-from bayeslora.training.record import as_begun, began_at_random, begin_run, refuse_other_content, run_record
+from bayeslora.training.record import as_begun, begin_run, begun_sampling, refuse_other_content, run_record
 from bayeslora.training.settings import fit_settings
 from bayeslora.training.trainer import BayesTrainer, variational_rate
 
@@ -157,9 +157,9 @@ def fit(
     collate = _check_data(bayes, data, batch_size)
     options = _settled(options, bayes, len(train_dataset), progress)
     metrics = Metrics(bayes, compute_metrics, options.best_metric, options.eval_samples)
-    if "train_sampling_strategy" not in trainer_arguments and not began_at_random(output_dir, resume):
-        alone = world_size() == 1  # processes are dealt batches of an order that a resumed run has again at random only
-        trainer_arguments["train_sampling_strategy"] = sampling_strategy(train_dataset) if alone else "random"
+    if "train_sampling_strategy" not in trainer_arguments:
+        begun = begun_sampling(output_dir, resume)
+        trainer_arguments["train_sampling_strategy"] = begun or sampling_strategy(train_dataset, world_size())
     arguments, compiled = _arguments(bayes, options, data, metrics, output_dir, progress, trainer_arguments)
     rate = variational_rate(arguments, variational_learning_rate)
     record = run_record(bayes, arguments, rate, data, metadata, eval_samples=options.eval_samples)
@@ -233,6 +233,11 @@ def _arguments(
     check_evaluated(arguments, evaluation, metrics.best)
     Sharding.asked(arguments)
     check_parallelism(arguments)
+    if world_size() > 1 and arguments.train_sampling_strategy == "group_by_length":
+        raise InputError(
+            "train_sampling_strategy='group_by_length' is for one process: several would be dealt another order once a "
+            "run is resumed; leave it out"
+        )
     return arguments, compiled
 
 

@@ -85,11 +85,12 @@ def as_begun(output_dir: Path, resume: bool, options: FitOptions) -> FitOptions:
     return options
 
 
-def began_at_random(output_dir: Path, resume: bool) -> bool:
-    """Whether a run to resume is of an earlier version, whose batches were drawn at random unless it was asked for
-    others."""
+def begun_sampling(output_dir: Path, resume: bool) -> str | None:
+    """How a run to resume draws its batches, at random in earlier versions; None where nothing is resumed."""
     run_file = output_dir / RUN_FILE
-    return resume and run_file.is_file() and "train_sampling_strategy" not in read_record(run_file)["training"]
+    if not resume or not run_file.is_file():
+        return None
+    return read_record(run_file)["training"].get("train_sampling_strategy", "random")
 
 
 def _check_same_run(output_dir: Path, before: dict[str, Any], now: dict[str, Any]) -> None:

@@ -248,6 +248,7 @@ class TestErrors:
     def test_folder(self, ranks):
         assert "holds a run already" in both(ranks("refusals", "taken"))
         assert "nothing to resume" in both(ranks("refusals", "nothing"))
+        assert "'group_by_length' is for one process" in both(ranks("refusals", "grouped"))
 
     @pytest.mark.parametrize("accumulation", [1, 2])
     def test_divergence_on_one_rank(self, accumulation, ranks):

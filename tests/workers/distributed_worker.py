@@ -320,6 +320,8 @@ def refusals(folder, rank):
     run(folder / "taken", new(), max_steps=1)
     yield "taken", error_of(lambda: run(folder / "taken", new(), max_steps=1), InputError)
     yield "nothing", error_of(lambda: run(folder / "nothing", new(), resume=True), InputError)
+    grouped = {"train_sampling_strategy": "group_by_length"}
+    yield "grouped", error_of(lambda: run(folder / "grouped", new(), **grouped), InputError)
 
     huge = [example | {"labels": 1e38 if index == 3 else 1.0} for index, example in enumerate(tiny_dataset(16))]
     for accumulation in (1, 2):
