@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +62,16 @@ def load_network(path: str | Path, label_names: Sequence[str] | None, **kwargs: 
 
 
 def loading(bits: int | None = None, device_map: str | None = None) -> dict[str, Any]:
-    """For :func:`load_network`: a base of 4 or 8 bits, but for heads, which are trained whole; and where it lies."""
+    """For :func:`load_network`: a base of 4 or 8 bits, but for heads, which are trained whole; and where it lies.
+
+    Raises:
+        InputError: bitsandbytes is not installed.
+    """
     options: dict[str, Any] = {} if device_map is None else {"device_map": device_map}
     if bits is None:
         return options
+    if find_spec("bitsandbytes") is None:
+        raise InputError(f"a base of {bits} bits needs bitsandbytes: pip install 'bayeslora[quantized]'")
     with _quiet_transformers():
         from transformers import BitsAndBytesConfig
     kinds: dict[int, dict[str, Any]] = {

@@ -155,7 +155,9 @@ def fit(
     train_dataset, tuning_set = hold_out(train_dataset, tune, seed)
     data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "tune": tuning_set}
     collate = _check_data(bayes, data, batch_size)
-    options = _settled(options, bayes, len(train_dataset), progress)
+    said = options.epochs is not None or options.max_steps is not None
+    few_passes = bayes.model.labelling.learnt_in_few_passes
+    options = options.settled(len(train_dataset), launched_processes(), few_passes)
     metrics = Metrics(bayes, compute_metrics, options.best_metric, options.eval_samples)
     if "train_sampling_strategy" not in trainer_arguments:
         begun = begun_sampling(output_dir, resume)
@@ -181,6 +183,8 @@ def fit(
             )
             trainer.eval_samples = options.eval_samples
             trainer.get_train_dataloader()
+        if progress and rank() == 0 and not said:
+            _say_budget(options, len(train_dataset))
         result = _train(trainer, checkpoint, output_dir, progress, stack)
         _tune(trainer, tuning_set, output_dir, progress)
         on_main_process(lambda: close_run(bayes, record, output_dir, result.outcome()))
@@ -188,17 +192,12 @@ def fit(
     return result
 
 
-def _settled(options: FitOptions, bayes: Posterior, num_examples: int, progress: bool) -> FitOptions:
-    """The options with a number of epochs, which is told where it was not given."""
-    processes = launched_processes()
-    settled = options.settled(num_examples, processes, bayes.model.labelling.learnt_in_few_passes)
-    if progress and rank() == 0 and options.epochs is None and options.max_steps is None:
-        tqdm.write(
-            f"{settled.epochs:g} epochs = {settled.total_steps(num_examples, processes)} steps "
-            f"(the default for {num_examples} examples)",
-            file=sys.stderr,
-        )
-    return settled
+def _say_budget(options: FitOptions, num_examples: int) -> None:
+    steps = options.total_steps(num_examples, launched_processes())
+    tqdm.write(
+        f"{options.epochs:g} epochs = {steps} steps (the default for {num_examples} examples)",
+        file=sys.stderr,
+    )
 
 
 def _check_data(bayes: Posterior, data: Mapping[str, Any], batch_size: int) -> Collator:

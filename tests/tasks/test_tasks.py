@@ -17,6 +17,7 @@ import pytest
 from bayeslora import InputError, load_task
 from bayeslora.files.records import _is_recipe
 from bayeslora.tasks.load import NAMED_TASKS
+from bayeslora.tasks.network import loading
 from tests.task_files import OFFICIAL, official_rows, write
 
 OFFICIAL_METRICS = {
@@ -523,6 +524,13 @@ def test_a_network_gets_the_head_of_the_task(tmp_path, checkpoint, capfd):
     assert network.config.label2id == {"bad": 0, "good": 1}
     assert network.config.problem_type == "single_label_classification"
     assert network(**tokenizer(["good fun"], return_tensors="pt")).logits.shape == (1, 2)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_bits_without_bitsandbytes_name_the_extra(bits, monkeypatch):
+    monkeypatch.setattr("bayeslora.tasks.network.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=rf"{bits} bits needs bitsandbytes: pip install 'bayeslora\[quantized\]'"):
+        loading(bits)
 
 
 def test_loading_is_quiet_and_verbosity_comes_back(tmp_path, checkpoint, capfd):

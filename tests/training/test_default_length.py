@@ -70,3 +70,11 @@ def test_texts_are_read_three_times(tmp_path):
     texts = [encode_text(tiny_tokenizer(), "where is the cat?", " to the north") for _ in range(8)]
     bayes = BayesLoRA(tiny_language_model(), MonteCLoRAConfig(r=2))
     assert fit(bayes, texts, output_dir=tmp_path, batch_size=4, progress=False).steps == 6
+
+
+def test_nothing_is_told_before_a_refusal(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="holds something else"):
+        fit(new(), tiny_dataset(24), output_dir=tmp_path / "run", **QUICK)
+    assert "the default for" not in capsys.readouterr().err
