@@ -188,11 +188,11 @@ def _as_argument(network: nn.Module, sees: Tensor) -> Tensor:
 def _without_draw(network: nn.Module) -> Iterator[None]:
     """Inside, adapters are at their mean, for a batch of any size; afterwards draws are what they were."""
     draws = [module.draw for module in network.modules() if isinstance(module, SampledLinear)]
-    before = [(draw.weight, draw.mirrors, draw.is_reached) for draw in draws]
+    before = [(draw.weight, draw.signs, draw.is_reached) for draw in draws]
     for draw in draws:
-        draw.weight = draw.mirrors = None
+        draw.weight = draw.signs = None
     try:
         yield
     finally:
         for draw, values in zip(draws, before, strict=True):
-            draw.weight, draw.mirrors, draw.is_reached = values
+            draw.weight, draw.signs, draw.is_reached = values

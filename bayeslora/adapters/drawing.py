@@ -65,17 +65,15 @@ def set_noise(
     for group in groups:
         mean = group.weights()
         deviation = noise[group.name].mT
-        mirrors: Sequence[Tensor | None] = [None] * len(group)
+        turned: Sequence[Tensor | None] = [None] * len(group)
         if signs is None:
             matrices = (mean + deviation).to(mean.dtype)
         else:
             matrices = torch.cat([mean, deviation.to(mean.dtype)], dim=-2)
-            turned = torch.diag_embed(signs[group.name])  # (adapters, examples, r, r)
-            identity = torch.eye(group.rank, device=turned.device).expand_as(turned)
-            mirrors = torch.cat([identity, turned], dim=-2).unbind()
-        for adapter, matrix, mirror in zip(group.adapters, matrices.unbind(), mirrors, strict=True):
+            turned = signs[group.name].unsqueeze(-2).unbind()
+        for adapter, matrix, own in zip(group.adapters, matrices.unbind(), turned, strict=True):
             device = adapter.lora_A.weight.device
-            adapter.lora_A.draw.set(matrix.to(device), None if mirror is None else mirror.to(device))
+            adapter.lora_A.draw.set(matrix.to(device), None if own is None else own.to(device))
 
 
 def clear_draw(groups: tuple[AdapterGroup, ...]) -> None:
@@ -83,7 +81,7 @@ def clear_draw(groups: tuple[AdapterGroup, ...]) -> None:
     for group in groups:
         for adapter in group.adapters:
             draw = adapter.lora_A.draw
-            draw.weight = draw.mirrors = None
+            draw.weight = draw.signs = None
 
 
 @contextmanager
@@ -98,12 +96,12 @@ def in_turn(groups: tuple[AdapterGroup, ...]) -> Iterator[None]:
 def keeping_draw(groups: tuple[AdapterGroup, ...]) -> Iterator[None]:
     """Whatever is set inside, the draw is afterwards what it was before."""
     draws = [adapter.lora_A.draw for group in groups for adapter in group.adapters]
-    before = [(draw.weight, draw.mirrors, draw.is_reached) for draw in draws]
+    before = [(draw.weight, draw.signs, draw.is_reached) for draw in draws]
     try:
         yield
     finally:
         for draw, values in zip(draws, before, strict=True):
-            draw.weight, draw.mirrors, draw.is_reached = values
+            draw.weight, draw.signs, draw.is_reached = values
 
 
 @contextmanager

@@ -8,20 +8,20 @@ class Draw:
     """What is drawn for one layer; empty in every copy, so a network can be deep-copied at any time.
 
     ``weight`` is the drawn A: ``(r, n_in)``, or ``(groups, r, n_in)`` for as many equal, consecutive groups of rows of
-    the input. With ``mirrors`` it is μ and below it the deviation from μ, ``(2r, n_in)``, and every example has its
-    own ``(2r, r)``: an identity, which passes μ on, and below it a diagonal of ±1, which turns rows of the deviation.
+    the input. With ``signs``, ±1 of shape ``(examples, 1, r)``, it is μ and below it the deviation from μ,
+    ``(2r, n_in)``, and every example turns rows of the deviation by its own signs.
     ``is_reached`` says whether the layer has run since it was set.
     """
 
-    __slots__ = ("is_reached", "mirrors", "weight")
+    __slots__ = ("is_reached", "signs", "weight")
 
     def __init__(self) -> None:
         self.weight: Tensor | None = None
-        self.mirrors: Tensor | None = None
+        self.signs: Tensor | None = None
         self.is_reached = False
 
-    def set(self, weight: Tensor, mirrors: Tensor | None = None) -> None:
-        self.weight, self.mirrors, self.is_reached = weight, mirrors, False
+    def set(self, weight: Tensor, signs: Tensor | None = None) -> None:
+        self.weight, self.signs, self.is_reached = weight, signs, False
 
     def __deepcopy__(self, memo: dict) -> "Draw":
         return Draw()
@@ -44,13 +44,13 @@ class SampledLinear(nn.Linear):
         return new.train(linear.training)
 
     def forward(self, input: Tensor) -> Tensor:
-        weight, mirrors = self.draw.weight, self.draw.mirrors
+        weight, signs = self.draw.weight, self.draw.signs
         if weight is None:
             return nn.functional.linear(input, self.weight)
         self.draw.is_reached = True
-        if mirrors is not None:
-            both = _in_groups(nn.functional.linear(input, weight), len(mirrors))
-            output = torch.bmm(both, mirrors.to(both.dtype))
+        if signs is not None:
+            mean, deviation = _in_groups(nn.functional.linear(input, weight), len(signs)).chunk(2, dim=-1)
+            output = torch.addcmul(mean, deviation, signs.to(mean.dtype))
         elif weight.dim() == 3:
             output = torch.bmm(_in_groups(_as_computed(input), len(weight)), weight.mT)
         else:

@@ -390,7 +390,7 @@ class TestTheMeanOfAGuide:
 
         def look(**batch):
             draws = [adapter.lora_A.draw for group in bayes.model.groups for adapter in group.adapters]
-            seen.append([(draw.weight.detach(), draw.mirrors) for draw in draws])
+            seen.append([(draw.weight.detach(), draw.signs) for draw in draws])
             return observe(**batch)
 
         monkeypatch.setattr(bayes.model, "observe", look)
@@ -399,8 +399,8 @@ class TestTheMeanOfAGuide:
         torch.manual_seed(4)
         expected = bayes.model.matrices(bayes.guide.run(pyro))
         for group in bayes.model.groups:
-            for adapter, columns, (weight, mirrors) in zip(group.adapters, expected[group.name], seen[0], strict=True):
-                drawn = weight if mirrors is None else weight[:2] + weight[2:]
+            for adapter, columns, (weight, signs) in zip(group.adapters, expected[group.name], seen[0], strict=True):
+                drawn = weight if signs is None else weight[:2] + weight[2:]
                 torch.testing.assert_close(drawn, columns.mT.detach(), rtol=1e-5, atol=1e-7)
                 assert (drawn - adapter.lora_A.weight).abs().mean() > 0.1 * adapter.lora_A.weight.abs().mean()
 
