@@ -48,6 +48,28 @@ def test_every_example_once_and_batches_of_like_length():
     assert sorted(spans)[len(spans) // 2] <= 2  # at random it is 7
 
 
+def padded(order, size):
+    """Tokens that batches of so many examples have, padding too."""
+    batches = [[LENGTHS[i] for i in order[start : start + size]] for start in range(0, len(order), size)]
+    return sum(max(batch) * len(batch) for batch in batches)
+
+
+@pytest.mark.parametrize("size", [4, 6, 7, 16, 24, 40, 96, 200])
+def test_batches_of_any_size_pad_less_than_at_random(size):
+    """transformers' own order pads no less than a random one from a quarter of the data a batch."""
+    at_random = [torch.randperm(len(LENGTHS)).tolist() for _ in range(20)]
+    usual = sum(padded(order, size) for order in at_random) / len(at_random)
+    spared = []
+    for epoch in range(5):
+        sampler = LikeLengthSampler(size, LENGTHS, 0)
+        sampler.set_epoch(epoch)
+        found = list(sampler)
+        assert sorted(found) == list(range(len(LENGTHS)))
+        assert LENGTHS[found[0]] == max(LENGTHS)  # what does not fit into memory fails at once
+        spared.append((usual - padded(found, size)) / (usual - sum(LENGTHS)))
+    assert min(spared) > 0.55 if size <= 24 else min(spared) >= 0
+
+
 @pytest.mark.parametrize("data_seed", [None, 5])
 def test_both_trainers_have_the_same_order(tmp_path, data_seed):
     arguments = TrainingArguments(
