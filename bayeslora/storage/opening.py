@@ -1,5 +1,6 @@
 """From an adapter's folder and the network that it was fitted to, the posterior."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,6 +38,11 @@ def from_pretrained(
     Raises:
         InputError: for a folder that is missing, incomplete or damaged, or that belongs to another network.
     """
+    if not isinstance(folder, str | os.PathLike) or not isinstance(network, nn.Module):
+        raise InputError(
+            f"from_pretrained takes a folder, then the base network, and got a {type(folder).__name__}, then a "
+            f"{type(network).__name__} (PEFT's own takes them the other way round)"
+        )
     folder = adapter_in(Path(folder))
     manifest = read_manifest(folder)
     if carries_adapter(network):

@@ -414,3 +414,10 @@ class TestEarlierAdapters:
         network = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
         with pytest.raises(InputError, match=r"earlier version, which did not keep 'bert\.pooler\.dense"):
             BayesLoRA.from_pretrained(self.FOLDER / "run" / "adapter", network)
+
+
+def test_arguments_in_the_order_of_peft_are_named(tmp_path):
+    network = tiny_network()
+    for swapped in [(network, tmp_path), (tmp_path, str(tmp_path))]:
+        with pytest.raises(InputError, match="takes a folder, then the base network, and got a"):
+            BayesLoRA.from_pretrained(*swapped)
