@@ -44,7 +44,6 @@ from .metrics.temperature import fit_temperature as fit_temperature
 from .metrics.uncertainty import expected_entropy as expected_entropy
 from .metrics.uncertainty import mutual_information as mutual_information
 from .metrics.uncertainty import predictive_entropy as predictive_entropy
-from .metrics.voting import vote as vote
 from .plots.calibration import plot_brier_parts as plot_brier_parts
 from .plots.calibration import plot_calibration as plot_calibration
 from .plots.inference import plot_rank_ecdf as plot_rank_ecdf
@@ -80,3 +79,7 @@ from .tables.study import best_settings as best_settings
 from .tables.study import paired_difference as paired_difference
 from .tables.study import paired_robustness as paired_robustness
 from .tables.study import robustness_table as robustness_table
+from .texts.semantic import normalized_answer as normalized_answer
+from .texts.semantic import semantic_clusters as semantic_clusters
+from .texts.semantic import semantic_entropy as semantic_entropy
+from .texts.voting import vote as vote

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from bayeslora.analysis.metrics.voting import vote
+from bayeslora.analysis.metrics.detection import detection_scores
+from bayeslora.analysis.texts.semantic import semantic_entropy
+from bayeslora.analysis.texts.voting import vote
 from bayeslora.errors import InputError
 from bayeslora.judging.code_execution import humaneval_program, mean_pass_at_k, run_program
 from bayeslora.tasks.text import TextTask, gsm8k_matches, gsm8k_number
@@ -37,7 +39,9 @@ def judge(
 
     gsm8k: ``strict`` and ``flexible``, the share of right answers, averaged over the draws; ``..._vote`` and
     ``..._weighted_vote``, with one answer a question by majority, and by votes weighted by each text's mean
-    log-probability. humaneval: ``pass@k`` for every k up to S.
+    log-probability; ``..._auroc``, the chance that answers to a question whose majority is wrong have a larger
+    :func:`~bayeslora.analysis.semantic_entropy` than those to one whose majority is right, left out where all are or
+    none. humaneval: ``pass@k`` for every k up to S.
 
     Args:
         bayes: The fitted module.
@@ -96,5 +100,9 @@ def judge_gsm8k(written: "Generation", solutions: Sequence[str]) -> dict[str, fl
         if len(by_draw) > 1:
             for name, log_weights in ((f"{rule}_vote", None), (f"{rule}_weighted_vote", weights)):
                 answers = vote(numbers, log_weights).answers
-                scores[name] = float(np.mean([a == r for a, r in zip(answers, right, strict=True)]))
+                correct = np.array([a == r for a, r in zip(answers, right, strict=True)])
+                scores[name] = float(correct.mean())
+                if log_weights is None and 0 < correct.sum() < len(correct):
+                    unsure = semantic_entropy([[of_prompt.index(one) for one in of_prompt] for of_prompt in numbers])
+                    scores[f"{rule}_auroc"] = detection_scores(unsure[correct], unsure[~correct]).auroc
     return scores

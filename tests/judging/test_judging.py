@@ -41,9 +41,18 @@ def test_gsm8k_by_draw_by_vote_and_by_weighted_vote():
             "strict_weighted_vote": 0.5,
             "flexible": 3 / 6,
             "flexible_vote": 0.5,
+            "flexible_auroc": 0.5,  # both questions have two answers of one kind and one of another
             "flexible_weighted_vote": 0.5,
         }
     )
+
+
+def test_answers_that_differ_more_are_wrong_more_often():
+    texts = [["#### 1", "#### 1", "#### 1"], ["#### 2", "#### 2", "#### 3"], ["#### 4", "none", "#### 6"]]
+    written = Generation([], texts, np.zeros((3, 3)), np.ones((3, 3)), [])
+    assert judge_gsm8k(written, ["#### 1", "#### 3", "#### 7"])["strict_auroc"] == 1
+    assert judge_gsm8k(written, ["#### 3", "#### 2", "#### 7"])["strict_auroc"] == 0.5
+    assert "strict_auroc" not in judge_gsm8k(written, ["#### 1", "#### 2", "#### 4"])
 
 
 @pytest.fixture
@@ -54,7 +63,8 @@ def model():
 def test_gsm8k_is_written_and_judged(tmp_path, model):
     write(tmp_path, "gsm8k", "test", [{"question": "where is the cat?", "answer": "up\n#### 1"}] * 2)
     scores = judge(*model[:1], load_task("gsm8k", tmp_path), model[1], num_samples=2, max_new_tokens=4, progress=False)
-    assert set(scores) == {f"{way}{kind}" for way in ("strict", "flexible") for kind in ("", "_vote", "_weighted_vote")}
+    always = {f"{way}{kind}" for way in ("strict", "flexible") for kind in ("", "_vote", "_weighted_vote")}
+    assert always <= set(scores) <= always | {"strict_auroc", "flexible_auroc"}
     assert all(0 <= score <= 1 for score in scores.values())
 
 

@@ -1,0 +1,1 @@
+"""What several texts for one prompt say: votes, and the entropy of what they mean."""
