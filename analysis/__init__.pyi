@@ -31,6 +31,9 @@ from .metrics.calibration import overconfidence as overconfidence
 from .metrics.calibration import sharpness as sharpness
 from .metrics.detection import detection_curve as detection_curve
 from .metrics.detection import detection_scores as detection_scores
+from .metrics.entities import entity_scores as entity_scores
+from .metrics.labels import best_thresholds as best_thresholds
+from .metrics.labels import mean_average_precision as mean_average_precision
 from .metrics.registry import calibration_summary as calibration_summary
 from .metrics.reliability import reliability_curve as reliability_curve
 from .metrics.selective import area_under_risk_coverage as area_under_risk_coverage
