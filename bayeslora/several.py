@@ -4,7 +4,6 @@ One :class:`~bayeslora.prediction.ClassPrediction` over the places of all exampl
 probabilities (scores, calibration, temperatures, reports) holds for them as it stands.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -16,22 +15,12 @@ from bayeslora.analysis.metrics.labels import best_thresholds, f1_macro, f1_micr
 from bayeslora.analysis.metrics.registry import calibration_summary
 from bayeslora.errors import InputError
 from bayeslora.prediction import Array, ClassPrediction
+from bayeslora.words import split_words
 
 if TYPE_CHECKING:
     import pandas
 
-_WORD = re.compile(r"\w+(?:[-.,'’]\w+)*|[^\w\s]")
 AROUND = 6  # words that are shown on either side of one
-
-
-def split_words(text: str | Sequence[str]) -> list[str]:
-    """The words of a text, marks of punctuation apart; a list of words as it is.
-
-    Example:
-        >>> split_words("Mr. O'Neill paid 1,000 francs.")
-        ['Mr', '.', "O'Neill", 'paid', '1,000', 'francs', '.']
-    """
-    return _WORD.findall(text) if isinstance(text, str) else list(text)
 
 
 @dataclass(frozen=True, repr=False)

@@ -5,6 +5,7 @@ from bayeslora.models.likelihoods import CategoricalLikelihood, GaussianLikeliho
 from bayeslora.models.low_rank_regression import LowRankRegression, low_rank_regression
 from bayeslora.models.monteclora import MonteCLoRA
 from bayeslora.models.selection import likelihood_for
+from bayeslora.models.seq2seq import TargetLikelihood
 from bayeslora.models.several import MultiLabelLikelihood, TokenLikelihood
 from bayeslora.models.tuning import Tuning
 
@@ -17,6 +18,7 @@ __all__ = [
     "MonteCLoRA",
     "MultiLabelLikelihood",
     "NextTokenLikelihood",
+    "TargetLikelihood",
     "TokenLikelihood",
     "Tuning",
     "likelihood_for",

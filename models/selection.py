@@ -9,7 +9,8 @@ from bayeslora.adapters.provenance import CLASSIFIERS
 from bayeslora.errors import InputError
 from bayeslora.models.language import ChoiceLikelihood, NextTokenLikelihood
 from bayeslora.models.likelihoods import CategoricalLikelihood, GaussianLikelihood, Likelihood
-from bayeslora.models.network import is_causal
+from bayeslora.models.network import is_causal, is_seq2seq
+from bayeslora.models.seq2seq import TargetLikelihood
 from bayeslora.models.several import MultiLabelLikelihood, TokenLikelihood
 
 #: Kind of task (:attr:`bayeslora.tasks.base.Task.kind`) to the likelihood, which says all that depends on the kind:
@@ -21,6 +22,7 @@ KINDS: dict[str, type[Likelihood]] = {
     "text": NextTokenLikelihood,
     "tokens": TokenLikelihood,
     "multi_label": MultiLabelLikelihood,
+    "target": TargetLikelihood,
 }
 _CALLED_IN_FILES = {"next_token": "text"}
 
@@ -30,11 +32,12 @@ def likelihood_for(network: nn.Module) -> PyroModule:
 
     ``problem_type="multi_label_classification"`` gets :class:`~bayeslora.models.MultiLabelLikelihood`, the mean over
     labels. A causal language model gets :class:`~bayeslora.models.NextTokenLikelihood`, the mean over tokens; a
-    classifier of tokens :class:`~bayeslora.models.TokenLikelihood`, the mean over words.
+    classifier of tokens :class:`~bayeslora.models.TokenLikelihood`, the mean over words; and a
+    network with an encoder and a decoder that writes :class:`~bayeslora.models.TargetLikelihood`.
 
     Raises:
         InputError: for a network that is neither a classifier of sequences, tokens, images or audio, nor a regressor,
-            nor a causal language model.
+            nor a language model, causal or with an encoder and a decoder.
 
     Example:
         >>> type(likelihood_for(network)).__name__  # a classifier
@@ -56,11 +59,13 @@ def likelihood_for(network: nn.Module) -> PyroModule:
         return GaussianLikelihood() if regression else CategoricalLikelihood()
     if is_causal(network):
         return NextTokenLikelihood()
+    if is_seq2seq(network):
+        return TargetLikelihood()
     raise InputError(
         f"no likelihood for {type(network).__name__} with problem_type={problem!r}: load the network with "
         "AutoModelForSequenceClassification (one label, several or a number), AutoModelForTokenClassification, "
-        "AutoModelForImageClassification, AutoModelForAudioClassification or AutoModelForCausalLM, or pass likelihood= "
-        "to BayesLoRA"
+        "AutoModelForImageClassification, AutoModelForAudioClassification, AutoModelForCausalLM or "
+        "AutoModelForSeq2SeqLM, or pass likelihood= to BayesLoRA"
     )
 
 

@@ -150,10 +150,10 @@ def load_task(
     splits, origin = arrange(_read(name, known, data_dir, columns)), dict[str, list[int]]()
     if known is None and are_words(splits, columns):
         return _with_shifts(_token_task(name, splits, columns, label_column, label_names, data_dir), shift_splits)
-    if kind is not None:
-        raise InputError(f"task {name!r} was one of kind {kind}, and the columns of its data hold none")
     if known is None and are_label_lists(splits, label_column or "label"):
         return _with_shifts(_multi_label_task(name, splits, columns, label_column, label_names, data_dir), shift_splits)
+    if kind is not None:
+        raise InputError(f"task {name!r} was one of kind {kind}, and the columns of its data hold none")
     if label_column is not None and not isinstance(label_column, str):
         raise InputError(f"task {name!r} has one label column: several are for labels of your own data")
     official = known is not None and label_column in (None, known.label_column)

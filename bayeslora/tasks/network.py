@@ -15,8 +15,7 @@ DEMO_LANGUAGE_MODEL = "demo-lm"  # the same for a causal language model
 # What transformers calls the heads of classifiers, and the output layers of language models.
 HEADS = ("classifier", "score", "pre_classifier", "pooler", "lm_head", "embed_out")
 
-# By kind of task, where it is not that of one label for a text: the network's class, its configuration, and what its
-# tokenizer needs for words that come one by one (where it takes spaces for a part of them).
+# By kind of task, where it is not that of one label for a text: the network's class, and its configuration.
 _AUTO: dict[str | None, str] = {
     None: "AutoModelForSequenceClassification",
     "tokens": "AutoModelForTokenClassification",
@@ -25,7 +24,7 @@ _HEADS_OF: dict[str | None, dict[str, Any]] = {
     "tokens": {"problem_type": None},
     "multi_label": {"problem_type": "multi_label_classification"},
 }
-_TOKENIZERS_OF: dict[str | None, dict[str, Any]] = {"tokens": {"add_prefix_space": True}}
+_OF_WORDS = ("tokens",)  # which come one by one
 
 # arguments that say where to find a checkpoint, and so concern the tokenizer too
 _WHERE = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
@@ -66,7 +65,9 @@ def load_network(
         auto = getattr(transformers, "AutoModelForCausalLM" if causal else _AUTO.get(kind, _AUTO[None]))
         head = {} if label_names is None else _head(label_names) | _HEADS_OF.get(kind, {})
         try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(place, **where, **_TOKENIZERS_OF.get(kind, {}))
+            tokenizer = transformers.AutoTokenizer.from_pretrained(place, **where)
+            if kind in _OF_WORDS and getattr(tokenizer, "add_prefix_space", None) is False:  # words come without theirs
+                tokenizer = transformers.AutoTokenizer.from_pretrained(place, **where, add_prefix_space=True)
             network, report = auto.from_pretrained(place, **head, output_loading_info=True, **kwargs)
         except Exception as error:  # missing, corrupt, unknown architecture, hub out of reach, ...
             raise InputError(_explain(place, error)) from error

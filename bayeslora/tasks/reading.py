@@ -118,7 +118,10 @@ def holds_columns(name: str, data_dir: str | Path | None) -> bool:
     """Whether what is there are words in columns."""
     if data_dir is None or not Path(data_dir).expanduser().exists():
         return False
-    files = _find_files(name, Path(data_dir).expanduser()).values()
+    try:
+        files = _find_files(name, Path(data_dir).expanduser()).values()
+    except InputError:  # nothing that can be read
+        return False
     return all(in_columns(path) for paths in files for path in paths)
 
 

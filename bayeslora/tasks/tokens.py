@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bayeslora.errors import InputError
-from bayeslora.several import split_words
 from bayeslora.tasks.base import Task, require_room
 from bayeslora.tasks.labels import UNLABELLED, class_indices, names_from_values
 from bayeslora.tasks.network import load_network
 from bayeslora.tasks.reading import list_of, require_column
+from bayeslora.words import split_words
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -53,16 +53,15 @@ def run(model, data, tmp_path_factory):
     return folder
 
 
-def test_evaluate_scores_words_and_entities_and_says_what_is_left_out(run, capsys):
+def test_evaluate_scores_words_and_entities_and_says_what_is_left_out(run, capsys, caplog):
     assert main(["evaluate", str(run), "--num-samples", "2", "--json"]) == 0
-    output = capsys.readouterr()
-    scores = json.loads(output.out)
+    scores = json.loads(capsys.readouterr().out)
     opened = open_run(run)
     found = opened.posterior.predict(opened.data("test"), num_samples=2, progress=False)
     assert scores["words"] == len(found.labels)
     assert scores["accuracy"] == pytest.approx((found.probs.argmax(1) == found.labels).mean())
     assert scores["words_left_out"] == sum(map(len, opened.task.texts("test"))) - len(found.labels) > 0
-    assert f"{scores['words_left_out']} words of" in output.err
+    assert f"{scores['words_left_out']} words of" in caplog.text
     assert 0 <= scores["entity_f1"] <= 1
 
 

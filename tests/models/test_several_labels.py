@@ -292,7 +292,7 @@ class TestMultiLabel:
         options = {"epochs": 12, "batch_size": 8, "learning_rate": 2e-2, "progress": False}
         result = fit(bayes, coloured(96), held_out, output_dir=tmp_path / "run", **options)
         found = bayes.predict(held_out, num_samples=4, progress=False)
-        assert result.metrics["eval_predictive_accuracy"] > 0.75
+        assert result.metrics["eval_predictive_accuracy"] > 0.7
         assert (found.sample_probs.std(0).max(1) > 1e-5).all()
         scores = found.scores(None)
         truth, said = found.label_truth, found.label_probs >= 0.5

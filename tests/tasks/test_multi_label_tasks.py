@@ -55,8 +55,8 @@ def test_a_column_for_each(tmp_path):
     ("labels", "options", "says"),
     [
         ([["a", "b"], None], {}, "row 1 has no labels: give an empty list"),
-        ([["a", "b", "a"]], {}, "row 0 has the label a twice"),
-        ([[1, 0, 1], [0, 0, 0]], {}, "row 0 has the label 1 twice"),
+        ([["a", "b", "a"]], {}, "row 0 has the label 'a' twice"),
+        ([[1, 0, 1], [0, 0, 0]], {}, "row 0 has the label '1' twice"),
         ([[0.5, 1.0]], {}, "lists of floats"),
         ([["a"], []], {}, "two or more different ones"),
         ([["a", "b"]], {"label_names": ["a", "c"]}, "label 1 has the label 'b'"),

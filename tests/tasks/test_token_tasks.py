@@ -4,10 +4,12 @@ import json
 
 import datasets
 import pytest
-from transformers import BertTokenizer, BertTokenizerFast
+from tokenizers import ByteLevelBPETokenizer
+from transformers import BertTokenizer, BertTokenizerFast, RobertaTokenizerFast
 
 from bayeslora import InputError, load_task
-from bayeslora.several import split_words
+from bayeslora.words import split_words
+from tests.conftest import tiny_network
 from tests.task_files import write
 
 COLUMNS = """-DOCSTART- -X- O
@@ -207,3 +209,22 @@ def test_words_of_a_text():
         "!",
     ]
     assert split_words(["New York", "waits"]) == ["New York", "waits"]
+
+
+def test_words_are_read_with_the_space_before_them(tmp_path):
+    """RoBERTa's tokenizer takes a space for a part of the word: without it, words that come one by one are others."""
+    trained = ByteLevelBPETokenizer()
+    specials = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    trained.train_from_iterator(["a film was good"] * 20, vocab_size=300, special_tokens=specials)
+    trained.save_model(str(tmp_path))
+    vocabulary = json.loads((tmp_path / "vocab.json").read_text("utf-8"))
+    merges = [tuple(line.split()) for line in (tmp_path / "merges.txt").read_text("utf-8").splitlines()[1:] if line]
+    RobertaTokenizerFast(vocab=vocabulary, merges=merges).save_pretrained(tmp_path / "base")
+    tiny_network("roberta", vocab_size=len(vocabulary)).roberta.save_pretrained(tmp_path / "base")
+    in_columns(tmp_path / "data", train_conll="a O\nfilm B-A\n\nfilm B-A\n")
+    task = load_task("ner", tmp_path / "data")
+    network, tokenizer = task.load_network(tmp_path / "base")
+    assert type(network).__name__ == "RobertaForTokenClassification"
+    assert network.config.id2label == {0: "B-A", 1: "O"}
+    film = tokenizer.convert_ids_to_tokens(task.encode(tokenizer, "train")[1]["input_ids"])
+    assert film == ["<s>", "Ġfilm", "</s>"]
