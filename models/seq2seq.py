@@ -33,8 +33,8 @@ class TargetLikelihood(NextTokenLikelihood):
 
     loss_type = None
     without_labels = (
-        "the sources have no targets, so no token is scored: give their tokens as labels, or let the network write with "
-        "bayes.generate()"
+        "the sources have no targets, so no token is scored: give their tokens as labels, or let the network write "
+        "with bayes.generate()"
     )
 
     def outputs(self, network: nn.Module, inputs: Mapping[str, Any], labels: Tensor | None = None) -> Tensor:

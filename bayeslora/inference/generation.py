@@ -98,8 +98,9 @@ def generate(
     batch_size: int = 16,
     progress: bool = True,
 ) -> Generation:
-    """Write on from prompts, or for a network with an encoder and a decoder, what follows from them. For anything else that transformers' ``generate`` can do, beams among it, use it on
-    ``bayes.network`` inside :meth:`bayeslora.BayesLoRA.as_draw`.
+    """Write on from prompts, or with an encoder and a decoder what follows from them. For anything else that
+    transformers' ``generate`` can do, beams among it, use it on ``bayes.network`` inside
+    :meth:`bayeslora.BayesLoRA.as_draw`.
 
     Args:
         bayes: The fitted module over a causal language model, or one of texts with an encoder and a decoder.

@@ -153,3 +153,36 @@ def test_sources_without_targets_are_refused():
     rows = [{"input_ids": row["input_ids"]} for row in pairs(2)]
     with pytest.raises(InputError, match="give their tokens as labels"):
         bayes_of().predict(rows, progress=False)
+
+
+def test_whisper_is_scored_by_its_own_loss_and_writes_through_a_draw():
+    torch.manual_seed(0)
+    small = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = transformers.WhisperConfig(
+        **SMALL | {"decoder_start_token_id": 2},
+        **small,
+        bos_token_id=2,
+        d_model=16,
+        encoder_ffn_dim=24,
+        decoder_ffn_dim=24,
+        num_mel_bins=4,
+        max_source_positions=8,
+        max_target_positions=16,
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
+    )
+    listener = transformers.WhisperForConditionalGeneration(config).eval()
+    bayes = BayesLoRA(listener, MonteCLoRAConfig(r=2, sample_scaler=0.3, target_modules=("q_proj", "v_proj")))
+    bayes = randomize_b(bayes).eval()
+    sounds = np.random.default_rng(0).normal(size=(3, 4, 16)).astype(np.float32)
+    rows = [{"input_features": sound, "labels": [5, 6, 7, 8][: 2 + i]} for i, sound in enumerate(sounds)]
+    found = bayes.predict(rows, num_samples=2, progress=False)
+    for draw in range(2):
+        with bayes.as_draw(draw) as drawn, torch.no_grad():
+            for index, row in enumerate(rows):
+                inputs = torch.tensor(row["input_features"])[None]
+                loss = float(drawn(input_features=inputs, labels=torch.tensor([row["labels"]])).loss)
+                theirs = -loss * len(row["labels"])
+                assert found.text_log_likelihood[draw, index] == pytest.approx(theirs, abs=1e-3)
+    with pytest.raises(InputError, match="no causal language model"):
+        bayes.generate([[5, 6]], progress=False)
