@@ -141,7 +141,7 @@ class NextTokenLikelihood(Likelihood):
         [-3.0, -1.5]
     """
 
-    loss_type = "ForCausalLM"
+    loss_type: str | None = "ForCausalLM"
     evaluates_labels = True
     without_labels = (
         "the texts have no labels, so no token of theirs is scored: encode them with labels, or let the model write "

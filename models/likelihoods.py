@@ -213,7 +213,7 @@ class CategoricalLikelihood(Likelihood):
     counted_by_trainer = True
     of_classes = True
     takes_options = False
-    label_type = "class"
+    label_type: Literal["class", "number"] | None = "class"
     metric_names = {  # noqa: RUF012
         name: metric.higher_is_better for name, metric in METRICS.items() if metric.higher_is_better is not None
     }

@@ -177,8 +177,10 @@ class _RowCheck:
                 f"{self.name} has no labels: there is no column 'labels' (it has {', '.join(first)}); "
                 "is it an unlabelled split?"
             )
-        if self.labelling.without_labels is not None:
-            raise InputError(self.labelling.without_labels)
+        unseen = "its outputs are of given labels: give every row a column 'labels'"
+        why = self.labelling.without_labels or (unseen if self.labelling.evaluates_labels else None)
+        if why is not None:
+            raise InputError(why)
 
     def _name_unread(self, first: Mapping[str, Any]) -> None:
         """Say which columns of numbers nobody reads; transformers' Trainer leaves them out too."""

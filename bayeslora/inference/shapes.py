@@ -131,7 +131,7 @@ def gradient_covariances(model: JointModel, dataset: Any, *, batch_size: int = 3
     return {name: total / len(dataset) for name, total in totals.items()}
 
 
-def _log_likelihood(model: JointModel, outputs: Tensor, labels: Tensor) -> Tensor:
+def _log_likelihood(model: JointModel, outputs: Tensor, labels: Tensor | None) -> Tensor:
     site = pyro.poutine.trace(model.likelihood.forward).get_trace(outputs, labels).nodes["labels"]
     return site["fn"].log_prob(site["value"]).sum()
 
