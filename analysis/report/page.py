@@ -5,7 +5,7 @@ numbers from run folders.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -138,7 +138,9 @@ def _columns(run: RunResults) -> Sequence[Column]:
     own = [(ENTITIES, "entity_counts"), (LABELS, "label_truth")]
     splits = [split for _, split, _ in _labelled(run)]
     first = [columns for columns, name in own if all(getattr(split, name) is not None for split in splits)]
-    return (*(first[0] if first and splits else ()), *CLASSIFICATION)
+    unit = next(iter(run.splits.values())).unit.removesuffix("s")
+    shared = [replace(column, hint=column.hint.replace("per example", f"per {unit}")) for column in CLASSIFICATION]
+    return (*(first[0] if first and splits else ()), *shared)
 
 
 def _interval(statistic: Callable[..., float], split: SplitResults, arrays: Sequence[np.ndarray]) -> Interval:

@@ -102,6 +102,7 @@ def test_the_report_has_entities_and_intervals_over_sentences(run, tmp_path):
     assert main(command) == 0
     text = page.read_text("utf-8")
     assert "entity F1" in text
+    assert "nats per word" in text
     assert "words, 12 examples" in text
     assert "test words right" in text
     assert "[film]" in text or "[plot]" in text or "[the]" in text
