@@ -31,7 +31,6 @@ from .metrics.calibration import overconfidence as overconfidence
 from .metrics.calibration import sharpness as sharpness
 from .metrics.detection import detection_curve as detection_curve
 from .metrics.detection import detection_scores as detection_scores
-from .metrics.entities import entity_scores as entity_scores
 from .metrics.labels import best_thresholds as best_thresholds
 from .metrics.labels import mean_average_precision as mean_average_precision
 from .metrics.registry import calibration_summary as calibration_summary
@@ -83,3 +82,4 @@ from .tables.study import best_settings as best_settings
 from .tables.study import paired_difference as paired_difference
 from .tables.study import paired_robustness as paired_robustness
 from .tables.study import robustness_table as robustness_table
+from .tagging.entities import entity_scores as entity_scores

@@ -62,8 +62,8 @@ class Prediction:
     classes, or options to choose from                  :class:`ClassPrediction`
     numbers                                             :class:`NumberPrediction`
     texts                                               :class:`TextPrediction`
-    a class for each word                               :class:`bayeslora.several.WordPrediction`
-    several, each of which applies or not               :class:`bayeslora.several.LabelsPrediction`
+    a class for each word                               :class:`bayeslora.models.places.WordPrediction`
+    several, each of which applies or not               :class:`bayeslora.models.places.LabelsPrediction`
     ==================================================  ===============================================================
 
     ``labels`` (n,) is ``None`` for unlabelled data, and for texts. An attribute of another kind is ``None``, and so are

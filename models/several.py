@@ -14,12 +14,12 @@ import torch
 from scipy.special import log_softmax
 from torch import Tensor, nn
 
-from bayeslora.analysis.metrics.entities import are_entity_tags
 from bayeslora.analysis.metrics.uncertainty import mutual_information, predictive_entropy
+from bayeslora.analysis.tagging.entities import are_entity_tags
 from bayeslora.errors import InputError, Where
 from bayeslora.models.language import GivenText, Reduction
 from bayeslora.models.likelihoods import NOT_SCORED, UNLABELLED, CategoricalLikelihood, example_plate
-from bayeslora.several import LABEL_CLASSES, LabelsPrediction, PlacesPrediction, WordPrediction, entities_of
+from bayeslora.models.places import LABEL_CLASSES, LabelsPrediction, PlacesPrediction, WordPrediction, entities_of
 
 
 class PlacesLikelihood(CategoricalLikelihood):

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bayeslora.analysis.metrics.entities import entity_f1
 from bayeslora.analysis.metrics.labels import f1_macro, f1_micro, mean_average_precision
 from bayeslora.analysis.metrics.registry import METRICS
+from bayeslora.analysis.tagging.entities import entity_f1
 
 
 @dataclass(frozen=True)

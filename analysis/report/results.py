@@ -17,7 +17,7 @@ class SplitResults:
 
     Where several of them belong to one example, as the words of a sentence do, ``groups`` (n,) says which, in order;
     ``unit`` is what they are, and ``entity_counts`` (examples, 3) are those of
-    :func:`bayeslora.analysis.metrics.entities.entity_counts`; ``label_probs`` and ``label_truth`` (examples, K) are of
+    :func:`bayeslora.analysis.tagging.entities.entity_counts`; ``label_probs`` and ``label_truth`` (examples, K) are of
     K labels that apply or not.
 
     Example:

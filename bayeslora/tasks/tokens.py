@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bayeslora.analysis.tagging.words import split_words
 from bayeslora.errors import InputError
 from bayeslora.tasks.base import Task, require_room
 from bayeslora.tasks.labels import UNLABELLED, class_indices, names_from_values
 from bayeslora.tasks.network import load_network
 from bayeslora.tasks.reading import list_of, require_column
-from bayeslora.words import split_words
 
 if TYPE_CHECKING:
     from datasets import Dataset

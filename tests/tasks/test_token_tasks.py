@@ -8,7 +8,7 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import BertTokenizer, BertTokenizerFast, RobertaTokenizerFast
 
 from bayeslora import InputError, load_task
-from bayeslora.words import split_words
+from bayeslora.analysis.tagging.words import split_words
 from tests.conftest import tiny_network
 from tests.task_files import write
 

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from bayeslora.analysis.metrics.entities import are_entity_tags, entity_counts, entity_scores, entity_spans
 from bayeslora.analysis.metrics.labels import best_thresholds, f1_macro, f1_micro, mean_average_precision
 from bayeslora.analysis.metrics.registry import calibration_summary
+from bayeslora.analysis.tagging.entities import are_entity_tags, entity_counts, entity_scores, entity_spans
+from bayeslora.analysis.tagging.words import split_words
 from bayeslora.errors import InputError
 from bayeslora.prediction import Array, ClassPrediction
-from bayeslora.words import split_words
 
 if TYPE_CHECKING:
     import pandas

@@ -5,7 +5,7 @@ import pytest
 
 from bayeslora import InputError
 from bayeslora.analysis import bootstrap_interval
-from bayeslora.analysis.metrics.entities import are_entity_tags, entity_counts, entity_f1, entity_scores, entity_spans
+from bayeslora.analysis.tagging.entities import are_entity_tags, entity_counts, entity_f1, entity_scores, entity_spans
 
 # seqeval.metrics.sequence_labeling.get_entities of tags with and without mistakes
 SPANS = [
