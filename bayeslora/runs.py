@@ -67,7 +67,7 @@ class FittedRun:
 
         Args:
             texts: One text for each example, or one pair of texts. Of a task that tags words also lists of words; a
-                text is split into words and marks of punctuation by :func:`~bayeslora.analysis.tagging.words.split_words`.
+                text is split by :func:`~bayeslora.analysis.tagging.words.split_words`.
             pairs: The second text of each, for a task on pairs.
             num_samples: Draws of the posterior; 0 is its mean, ``"auto"`` as many as it takes.
             options: Further options of :meth:`bayeslora.BayesLoRA.predict`.
