@@ -97,7 +97,7 @@ class PlacesLikelihood(CategoricalLikelihood):
     def places(
         self, outputs: np.ndarray, labels: np.ndarray, network: nn.Module, *, keep: bool
     ) -> tuple[dict[str, Any], np.ndarray]:
-        """The fields of a :class:`~bayeslora.prediction.PlacesPrediction`, and log-probabilities of draws."""
+        """The fields of a :class:`~bayeslora.models.places.PlacesPrediction`, and log-probabilities of draws."""
         labels = labels.astype(int)
         rows, numbers = np.nonzero(labels != NOT_SCORED)
         known = labels[rows, numbers]
