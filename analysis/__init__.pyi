@@ -31,6 +31,8 @@ from .metrics.calibration import overconfidence as overconfidence
 from .metrics.calibration import sharpness as sharpness
 from .metrics.detection import detection_curve as detection_curve
 from .metrics.detection import detection_scores as detection_scores
+from .metrics.labels import best_thresholds as best_thresholds
+from .metrics.labels import mean_average_precision as mean_average_precision
 from .metrics.registry import calibration_summary as calibration_summary
 from .metrics.reliability import reliability_curve as reliability_curve
 from .metrics.selective import area_under_risk_coverage as area_under_risk_coverage
@@ -79,6 +81,7 @@ from .tables.study import best_settings as best_settings
 from .tables.study import paired_difference as paired_difference
 from .tables.study import paired_robustness as paired_robustness
 from .tables.study import robustness_table as robustness_table
+from .tagging.entities import entity_scores as entity_scores
 from .texts.semantic import normalized_answer as normalized_answer
 from .texts.semantic import semantic_clusters as semantic_clusters
 from .texts.semantic import semantic_entropy as semantic_entropy

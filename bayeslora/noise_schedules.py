@@ -119,7 +119,7 @@ class EntropySchedule(NoiseSchedule):
 
     def see_logits(self, logits: Tensor) -> None:
         log_probs = logits.detach().float().log_softmax(-1)
-        entropy = -(log_probs.exp() * log_probs).sum(-1).mean()
+        entropy = -(log_probs.exp() * log_probs).sum(-1).nanmean()  # NaN where nothing is said
         certainty = 1 - entropy / math.log(logits.shape[-1])
         self.set(torch.lerp(self.get(), certainty.clamp(min=LEAST), RATE))
 

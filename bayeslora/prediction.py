@@ -4,6 +4,7 @@ A likelihood's :meth:`~bayeslora.models.Likelihood.summarize` makes the result. 
 dataclass on :class:`Prediction` with fields of its own, and what it says about them.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,6 +20,9 @@ Array = Any  # a numpy array, or None where there is no such thing
 _OF_SOME_KINDS = frozenset(
     {
         "label_names",
+        "entity_counts",
+        "label_probs",
+        "label_truth",
         "predicted_labels",
         "probs",
         "entropy",
@@ -58,6 +62,8 @@ class Prediction:
     classes, or options to choose from                  :class:`ClassPrediction`
     numbers                                             :class:`NumberPrediction`
     texts                                               :class:`TextPrediction`
+    a class for each word                               :class:`bayeslora.models.places.WordPrediction`
+    several, each of which applies or not               :class:`bayeslora.models.places.LabelsPrediction`
     ==================================================  ===============================================================
 
     ``labels`` (n,) is ``None`` for unlabelled data, and for texts. An attribute of another kind is ``None``, and so are
@@ -130,18 +136,41 @@ class Prediction:
             >>> prediction.to_pandas().columns.tolist()[:4]
             ['label', 'P(LABEL_0)', 'P(LABEL_1)', 'entropy']
         """
-        import pandas  # 100 MiB that a process that trains does without
-
-        table = pandas.DataFrame([_flat(self.row(index)) for index in range(len(self))])
+        table = self._table()
         if self.monte_carlo_error is not None:
             table["monte_carlo_error"] = self.monte_carlo_error
         if self.labels is not None and self.labels.ndim == 1:
             table["truth"] = self._named(self.labels)
         return table
 
+    def _table(self) -> "pandas.DataFrame":
+        """The rows of :meth:`to_pandas`."""
+        return self._as_table(self.row(index) for index in range(len(self)))
+
+    @staticmethod
+    def _as_table(rows: Iterable[dict[str, Any]]) -> "pandas.DataFrame":
+        import pandas  # 100 MiB that a process that trains does without
+
+        return pandas.DataFrame([_flat(row) for row in rows])
+
     def _named(self, labels: np.ndarray) -> Any:
         """Labels in words, where they have any."""
         return labels
+
+    unit: ClassVar[str] = "examples"  # of what is scored
+
+    @property
+    def groups(self) -> Array:
+        """Which of what is scored belongs to one example; None where an example is scored as one."""
+        return None
+
+    def of_texts(self, texts: Sequence[Any]) -> "Prediction":
+        """With what can be said of it when its texts are known."""
+        return self
+
+    def shown(self, texts: Sequence[Any]) -> list[str]:
+        """A text for whatever is scored, from that of each example."""
+        return list(texts)
 
     def scores(self, task: Any) -> dict[str, float]:
         """How well it agrees with the labels: general measures, and those of a :class:`bayeslora.tasks.base.Task`."""

@@ -12,9 +12,9 @@ from bayeslora.files.records import read_run
 from bayeslora.module import BayesLoRA
 from bayeslora.prediction import Prediction
 from bayeslora.storage.run_folder import ADAPTER_FOLDER, RUN_FILE
-from bayeslora.tasks.base import Task, require_room
+from bayeslora.tasks.base import Task
 from bayeslora.tasks.choice import CHOICE_TASKS
-from bayeslora.tasks.load import LOADERS, load_task
+from bayeslora.tasks.load import LOADERS, load_task, task_class
 from bayeslora.tasks.network import load_network, loading
 
 
@@ -66,7 +66,8 @@ class FittedRun:
         """The posterior predictive of texts, as ``bayeslora predict --text`` has it. The data is not needed.
 
         Args:
-            texts: One text for each example, or one pair of texts.
+            texts: One text for each example, or one pair of texts. Of a task that tags words also lists of words; a
+                text is split by :func:`~bayeslora.analysis.tagging.words.split_words`.
             pairs: The second text of each, for a task on pairs.
             num_samples: Draws of the posterior; 0 is its mean, ``"auto"`` as many as it takes.
             options: Further options of :meth:`bayeslora.BayesLoRA.predict`.
@@ -74,7 +75,8 @@ class FittedRun:
         Raises:
             InputError: as :meth:`encode` and :meth:`bayeslora.BayesLoRA.predict`.
         """
-        return self.posterior.predict(self.encode(texts, pairs), num_samples=num_samples, **options)
+        found = self.posterior.predict(self.encode(texts, pairs), num_samples=num_samples, **options)
+        return found.of_texts(texts)
 
     def encode(
         self, texts: Sequence[str] | Sequence[tuple[str, str]], pairs: Sequence[str] | None = None
@@ -88,7 +90,7 @@ class FittedRun:
             raise InputError("texts come as a list, one text for each example: give [text] for a single one")
         if not len(texts):
             raise InputError("there are no texts to predict: give at least one")
-        first, second = _unpaired(texts, pairs)
+        first, second = task_class(self.record["task"]).unpaired(texts, pairs)
         self._check_takes(second is not None)
         if second is not None and len(second) != len(first):
             raise InputError(f"{len(first)} texts but {len(second)} in --text-pair (pairs): give as many of each")
@@ -96,11 +98,9 @@ class FittedRun:
 
     def tokens(self, first: list[str], second: list[str] | None = None) -> list[dict[str, Any]]:
         """Tokens of texts, or of pairs, as the network has read them in the fit; several threads may ask at once."""
-        length = self.record["max_length"]
-        require_room(self.tokenizer, length, pair=second is not None)
+        kind = task_class(self.record["task"])
         with self._tokenizing:  # a fast tokenizer keeps its truncation, and fails where another thread sets it
-            tokens = self.tokenizer(first, second, truncation=True, max_length=length)
-        return [{name: values[i] for name, values in tokens.items()} for i in range(len(first))]
+            return kind.tokens(self.tokenizer, first, second, self.record["max_length"])
 
     @property
     def text_columns(self) -> tuple[str, ...]:
@@ -183,19 +183,8 @@ def _load_network(record: dict[str, Any], model: str | Path, data_dir: str | Non
     if recipe["name"] in LOADERS:
         return load_network(model, None, **options)
     if "label_names" in recipe:
-        return load_network(model, recipe["label_names"] or (), **options)
+        return load_network(model, recipe["label_names"] or (), kind=recipe.get("kind"), **options)
     return _task(record, data_dir).load_network(model, **options)
-
-
-def _unpaired(texts: Sequence[Any], pairs: Sequence[str] | None) -> tuple[list[str], list[str] | None]:
-    """First and second texts; of ``texts`` that are pairs themselves too."""
-    both = [isinstance(text, tuple | list) and len(text) == 2 for text in texts]
-    if pairs is None and all(both):
-        return [text[0] for text in texts], [text[1] for text in texts]
-    wrong = next((text for text in [*texts, *(pairs or ())] if not isinstance(text, str)), None)
-    if wrong is not None:
-        raise InputError(f"a text is a string, or all of them are pairs of two, got {wrong!r:.100}")
-    return list(texts), list(pairs) if pairs else None
 
 
 def check_is_run(folder: Path) -> None:

@@ -5,6 +5,8 @@ from bayeslora.models.likelihoods import CategoricalLikelihood, GaussianLikeliho
 from bayeslora.models.low_rank_regression import LowRankRegression, low_rank_regression
 from bayeslora.models.monteclora import MonteCLoRA
 from bayeslora.models.selection import likelihood_for
+from bayeslora.models.seq2seq import TargetLikelihood
+from bayeslora.models.several import MultiLabelLikelihood, TokenLikelihood
 from bayeslora.models.tuning import Tuning
 
 __all__ = [
@@ -14,7 +16,10 @@ __all__ = [
     "Likelihood",
     "LowRankRegression",
     "MonteCLoRA",
+    "MultiLabelLikelihood",
     "NextTokenLikelihood",
+    "TargetLikelihood",
+    "TokenLikelihood",
     "Tuning",
     "likelihood_for",
     "low_rank_regression",

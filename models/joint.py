@@ -111,9 +111,9 @@ class JointModel(Prior):
         :class:`~bayeslora.models.Likelihood` that says otherwise."""
         return self.labelling.outputs(self.network, inputs, labels)
 
-    def example_weights(self, outputs: Tensor) -> Tensor:
+    def example_weights(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """How much each example counts in an average over several batches, ``(batch,)``."""
-        return self.labelling.weights(outputs)
+        return self.labelling.weights(outputs, labels)
 
     def count(self, labels: Tensor) -> Tensor:
         """What the mean over a batch is over: its examples, or the scored tokens of its texts."""

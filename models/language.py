@@ -17,12 +17,11 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from bayeslora.errors import InputError, Where
-from bayeslora.models.likelihoods import CategoricalLikelihood, Likelihood, example_plate
+from bayeslora.models.likelihoods import NOT_SCORED, CategoricalLikelihood, Likelihood, example_plate
 from bayeslora.models.network import vocabulary_size
 from bayeslora.models.shared_prompts import SharedPrompt, can_share, log_likelihoods, pack
 from bayeslora.prediction import TextPrediction
 
-NOT_SCORED = -100  # the label of a token that is read but not scored, as in transformers
 ABSENT = -1e4  # the score of an option that is not there: its probability is exactly 0, and all stays finite
 Reduction = Literal["mean", "sum"]
 Normalization = Literal["tokens", "characters", "none"]
@@ -142,8 +141,12 @@ class NextTokenLikelihood(Likelihood):
         [-3.0, -1.5]
     """
 
-    loss_type = "ForCausalLM"
+    loss_type: str | None = "ForCausalLM"
     evaluates_labels = True
+    without_labels = (
+        "the texts have no labels, so no token of theirs is scored: encode them with labels, or let the model write "
+        "with bayes.generate()"
+    )
     takes_options = False
     learnt_in_few_passes = True
 
@@ -169,14 +172,14 @@ class NextTokenLikelihood(Likelihood):
             raise InputError("a text is not simulated from one pass of the network: bayes.generate() writes texts")
         log_likelihood = outputs[:, 0]
         if self.reduction == "mean":
-            log_likelihood = log_likelihood / self.weights(outputs)
+            log_likelihood = log_likelihood / self.weights(outputs, labels)
         with example_plate(len(labels), num_examples):
             return pyro.sample("labels", GivenText(log_likelihood, labels), obs=labels)
 
-    def weights(self, outputs: Tensor) -> Tensor:
+    def weights(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """By its scored tokens where they are averaged over: ``(batch,)``, the batch's mean number for each text."""
         if self.reduction == "sum":
-            return super().weights(outputs)
+            return super().weights(outputs, labels)
         return outputs[:, 1].mean().clamp(min=1 / len(outputs)).expand(len(outputs))
 
     def unlearned(self, outputs: Tensor, labels: Tensor, loss: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from bayeslora.errors import InputError, Where
 from bayeslora.prediction import ClassPrediction, NumberPrediction, Prediction
 
 UNLABELLED = -1  # how official test splits say that they have no labels
+NOT_SCORED = -100  # the label of a token that is read but not scored, as in transformers
 
 
 @contextmanager
@@ -66,6 +67,12 @@ class Likelihood(PyroModule):
     evaluates_labels = False
     """Whether the outputs are of given labels, and do not exist without."""
 
+    without_labels: str | None = None
+    """Why examples without a column of labels cannot be predicted, and what to do; None where they can be."""
+
+    several_labels = False
+    """Whether an example has several labels, each with probabilities of its own."""
+
     takes_options = True
     """Whether an example can be several texts to choose from, its columns lists of lists."""
 
@@ -95,7 +102,7 @@ class Likelihood(PyroModule):
     def prepare(self, network: nn.Module) -> None:
         """Find out what :meth:`outputs` has to know of a network, before anything watches it run: nothing."""
 
-    def weights(self, outputs: Tensor) -> Tensor:
+    def weights(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """How much each example counts in an average over several batches, ``(batch,)``."""
         return outputs.new_ones(len(outputs), dtype=torch.float32)
 
@@ -108,6 +115,14 @@ class Likelihood(PyroModule):
         log-likelihood of an example: the probability that its label lacks, by the geometric mean. A likelihood whose
         density can be above 1 has to say otherwise."""
         return -torch.expm1(-loss)
+
+    def simulate(self, outputs: Tensor, labels: Tensor | None, generator: torch.Generator) -> Tensor | None:
+        """Labels as the outputs have them, where they can be drawn one by one; else those that are given."""
+        return labels
+
+    def permute(self, labels: Tensor, generator: torch.Generator) -> Tensor:
+        """The labels of all examples, each with that of another one."""
+        return labels[torch.randperm(len(labels), generator=generator)]
 
     def label_names(self, network: nn.Module) -> tuple[str, ...] | None:
         """Names of the classes in order, or None where there are none."""
@@ -198,7 +213,7 @@ class CategoricalLikelihood(Likelihood):
     counted_by_trainer = True
     of_classes = True
     takes_options = False
-    label_type = "class"
+    label_type: Literal["class", "number"] | None = "class"
     metric_names = {  # noqa: RUF012
         name: metric.higher_is_better for name, metric in METRICS.items() if metric.higher_is_better is not None
     }
@@ -206,6 +221,10 @@ class CategoricalLikelihood(Likelihood):
     def forward(self, logits: Tensor, labels: Tensor | None, num_examples: int | None = None) -> Tensor:
         with example_plate(logits.shape[0], num_examples):
             return pyro.sample("labels", dist.Categorical(logits=logits.float()), obs=_classes(labels, logits))
+
+    def simulate(self, outputs: Tensor, labels: Tensor | None, generator: torch.Generator) -> Tensor:
+        probs = outputs.softmax(-1, torch.float64).cpu()
+        return torch.multinomial(probs, 1, generator=generator)[:, 0].to(outputs.device)
 
     def num_classes(self, network: nn.Module) -> int | None:
         """How many classes there are, where the network's configuration says it."""

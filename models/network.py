@@ -15,6 +15,12 @@ def is_causal(network: nn.Module) -> bool:
     return type(network).__name__.endswith(("ForCausalLM", "LMHeadModel"))
 
 
+def is_seq2seq(network: nn.Module) -> bool:
+    """Whether the network reads a sequence with an encoder and writes another one with a decoder."""
+    reads_and_writes = type(network).__name__.endswith(("ForConditionalGeneration", "MTModel"))
+    return reads_and_writes and bool(getattr(network.config, "is_encoder_decoder", False))
+
+
 def vocabulary_size(network: Any) -> int | None:
     """Rows of the embedding of tokens; None where there is no such table."""
     try:

@@ -9,7 +9,9 @@ from bayeslora.adapters.provenance import CLASSIFIERS
 from bayeslora.errors import InputError
 from bayeslora.models.language import ChoiceLikelihood, NextTokenLikelihood
 from bayeslora.models.likelihoods import CategoricalLikelihood, GaussianLikelihood, Likelihood
-from bayeslora.models.network import is_causal
+from bayeslora.models.network import is_causal, is_seq2seq
+from bayeslora.models.seq2seq import TargetLikelihood
+from bayeslora.models.several import MultiLabelLikelihood, TokenLikelihood
 
 #: Kind of task (:attr:`bayeslora.tasks.base.Task.kind`) to the likelihood, which says all that depends on the kind:
 #: what is predicted (a :class:`bayeslora.prediction.Prediction`), which labels there can be, and how they are scored.
@@ -18,6 +20,9 @@ KINDS: dict[str, type[Likelihood]] = {
     "regression": GaussianLikelihood,
     "choice": ChoiceLikelihood,
     "text": NextTokenLikelihood,
+    "tokens": TokenLikelihood,
+    "multi_label": MultiLabelLikelihood,
+    "target": TargetLikelihood,
 }
 _CALLED_IN_FILES = {"next_token": "text"}
 
@@ -25,11 +30,14 @@ _CALLED_IN_FILES = {"next_token": "text"}
 def likelihood_for(network: nn.Module) -> PyroModule:
     """The likelihood that fits a network's task, read off its class and configuration.
 
-    A causal language model gets :class:`~bayeslora.models.NextTokenLikelihood`, the mean over tokens.
+    ``problem_type="multi_label_classification"`` gets :class:`~bayeslora.models.MultiLabelLikelihood`, the mean over
+    labels. A causal language model gets :class:`~bayeslora.models.NextTokenLikelihood`, the mean over tokens; a
+    classifier of tokens :class:`~bayeslora.models.TokenLikelihood`, the mean over words; and a
+    network with an encoder and a decoder that writes :class:`~bayeslora.models.TargetLikelihood`.
 
     Raises:
-        InputError: for a network that is neither a classifier of sequences, images or audio, nor a regressor, nor a
-            causal language model.
+        InputError: for a network that is neither a classifier of sequences, tokens, images or audio, nor a regressor,
+            nor a language model, causal or with an encoder and a decoder.
 
     Example:
         >>> type(likelihood_for(network)).__name__  # a classifier
@@ -37,7 +45,11 @@ def likelihood_for(network: nn.Module) -> PyroModule:
     """
     config: Any = network.config
     problem = getattr(config, "problem_type", None)
-    if type(network).__name__.endswith(CLASSIFIERS) and problem != "multi_label_classification":
+    if type(network).__name__.endswith("ForTokenClassification"):
+        return TokenLikelihood()
+    if type(network).__name__.endswith(CLASSIFIERS) and problem == "multi_label_classification":
+        return MultiLabelLikelihood()
+    if type(network).__name__.endswith(CLASSIFIERS):
         regression = problem == "regression" or (problem is None and config.num_labels == 1)
         if regression and config.num_labels != 1:
             raise InputError(
@@ -47,10 +59,13 @@ def likelihood_for(network: nn.Module) -> PyroModule:
         return GaussianLikelihood() if regression else CategoricalLikelihood()
     if is_causal(network):
         return NextTokenLikelihood()
+    if is_seq2seq(network):
+        return TargetLikelihood()
     raise InputError(
         f"no likelihood for {type(network).__name__} with problem_type={problem!r}: load the network with "
-        "AutoModelForSequenceClassification (single-label or regression), AutoModelForImageClassification, "
-        "AutoModelForAudioClassification or AutoModelForCausalLM, or pass likelihood= to BayesLoRA"
+        "AutoModelForSequenceClassification (one label, several or a number), AutoModelForTokenClassification, "
+        "AutoModelForImageClassification, AutoModelForAudioClassification, AutoModelForCausalLM or "
+        "AutoModelForSeq2SeqLM, or pass likelihood= to BayesLoRA"
     )
 
 

@@ -30,6 +30,7 @@ def bootstrap_interval(
     num_resamples: int = 1000,
     level: float = 0.95,
     seed: int = 0,
+    groups: ArrayLike | None = None,
 ) -> Interval:
     """Bias-corrected percentile interval of a statistic over examples drawn with replacement, all arrays together.
 
@@ -43,6 +44,8 @@ def bootstrap_interval(
         num_resamples: Sets to draw.
         level: Coverage aimed at.
         seed: Decides them; two methods with one seed see the same examples.
+        groups: Which rows belong together, one number a row: whole groups are drawn then, as the words of a sentence
+            are, which tell less than as many words of different sentences.
 
     Returns:
         The statistic of the examples themselves, and the ends, between which it lies. Sets where it is NaN are left
@@ -69,7 +72,10 @@ def bootstrap_interval(
     (size,) = lengths
     check_resamples(num_resamples)
     rng = np.random.default_rng(seed)
-    rows = (rng.integers(size, size=size) for _ in range(num_resamples))
+    members = None if groups is None else _members(np.asarray(groups), size)
+    count = size if members is None else len(members)
+    chosen_each = (rng.integers(count, size=count) for _ in range(num_resamples))
+    rows = (c if members is None else np.concatenate([members[i] for i in c]) for c in chosen_each)
     resampled = np.array([statistic(*(array[chosen] for array in values)) for chosen in rows], dtype=np.float64)
     kept = resampled[~np.isnan(resampled)]
     estimate = float(statistic(*values))
@@ -79,6 +85,14 @@ def bootstrap_interval(
     tails = norm.ppf([(1 - level) / 2, (1 + level) / 2])
     ends = np.quantile(kept, norm.cdf(2 * norm.ppf(below) + tails)) if 0 < below < 1 else [kept.min(), kept.max()]
     return Interval(estimate, min(float(ends[0]), estimate), max(float(ends[1]), estimate))
+
+
+def _members(groups: np.ndarray, size: int) -> list[np.ndarray]:
+    """The rows of each group."""
+    if groups.shape != (size,):
+        raise InputError(f"groups have one number for each of the {size} rows; their shape is {groups.shape}")
+    order = np.argsort(groups, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(groups[order])) + 1)
 
 
 def resample_counts(size: int, num_resamples: int, seed: int) -> Callable[[], Iterator[np.ndarray]]:

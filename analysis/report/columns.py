@@ -5,7 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from bayeslora.analysis.metrics.labels import f1_macro, f1_micro, mean_average_precision
 from bayeslora.analysis.metrics.registry import METRICS
+from bayeslora.analysis.tagging.entities import entity_f1
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,22 @@ class Column:
 
 CLASSIFICATION = tuple(
     Column(m.title, m.hint, m.function, factor=m.factor, decimals=m.decimals) for m in METRICS.values()
+)
+ENTITIES = (
+    Column(
+        "entity F1",
+        "% of whole entities, their words and type right, higher is better",
+        entity_f1,
+        ("entity_counts",),
+        factor=100.0,
+        decimals=1,
+    ),
+)
+_OF_LABELS = ("label_probs", "label_truth")
+LABELS = (
+    Column("mAP", "%, mean over labels, higher is better", mean_average_precision, _OF_LABELS, 100.0, 1),
+    Column("F1 micro", "% of all decisions, at 1/2, higher is better", f1_micro, _OF_LABELS, 100.0, 1),
+    Column("F1 macro", "%, mean over labels, at 1/2, higher is better", f1_macro, _OF_LABELS, 100.0, 1),
 )
 REGRESSION = (
     Column(

@@ -24,10 +24,10 @@ def _of_classes(run: str, name: str, split: SplitResults) -> str:
     right, confidence = split.probs.argmax(1) == split.labels, split.probs.max(1)
     kept = np.argsort(-confidence, kind="stable")[: max(round((1 - SET_ASIDE) * len(right)), 1)]
     return (
-        f"{run} answers {_percent(right.mean())} of {len(right)} {name} examples right, and is "
-        f"{_percent(confidence.mean())} sure on average: {direction(right, confidence)}. If a person takes the "
-        f"{_percent(SET_ASIDE)} of the answers that it is least sure of, {_percent(right[kept].mean())} of the "
-        "rest are right."
+        f"{run} answers {_percent(right.mean())} of {len(right)} {name} {split.unit} right, and is "
+        f"{_percent(confidence.mean())} sure on average: {direction(right, confidence, split.groups)}. If a person "
+        f"takes the {_percent(SET_ASIDE)} of the answers that it is least sure of, {_percent(right[kept].mean())} of "
+        "the rest are right."
     )
 
 
@@ -41,10 +41,14 @@ def _of_numbers(run: str, name: str, split: SplitResults) -> str:
     )
 
 
-def direction(right: np.ndarray, confidence: np.ndarray) -> str:
-    """Whether confidence is above or below accuracy, beyond what as many examples leave to chance."""
+def direction(right: np.ndarray, confidence: np.ndarray, groups: np.ndarray | None = None) -> str:
+    """Whether confidence is above or below accuracy, beyond what as many examples leave to chance: as many ``groups``,
+    where several answers belong to one example."""
     gap = confidence.mean() - right.mean()
-    if abs(gap) <= 2 * np.std(confidence - right) / np.sqrt(len(right)):
+    apart = confidence - right - gap
+    if groups is not None:
+        apart = np.bincount(np.unique(groups, return_inverse=True)[1], apart)
+    if abs(gap) <= 2 * np.sqrt(np.sum(apart**2)) / len(right):
         return "as sure as it should be, as far as so many examples can tell"
     return "surer than it should be (overconfident)" if gap > 0 else "less sure than it could be (underconfident)"
 

@@ -4,15 +4,15 @@ The page loads nothing, runs no script, and shows every text of the data as text
 numbers from run folders.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from bayeslora.analysis.metrics.bootstrap import Interval, bootstrap_interval
 from bayeslora.analysis.metrics.detection import detection_scores
-from bayeslora.analysis.report.columns import CLASSIFICATION, REGRESSION, Column
+from bayeslora.analysis.report.columns import CLASSIFICATION, ENTITIES, LABELS, REGRESSION, Column
 from bayeslora.analysis.report.figures import Figure, draw_figures
 from bayeslora.analysis.report.opening import opening
 from bayeslora.analysis.report.results import ComparedMethods, RunResults, SplitResults
@@ -73,7 +73,7 @@ def report_html(
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     _check(runs)
-    columns = CLASSIFICATION if runs[0].label_names else REGRESSION
+    columns = _columns(runs[0])
     page = Page(
         title,
         [{"name": run.name, "facts": run.facts, "command": run.command} for run in runs],
@@ -132,13 +132,31 @@ def _arrays(split: SplitResults, column: Column) -> list[np.ndarray]:
     return [np.asarray(getattr(split, name)) for name in column.of]
 
 
+def _columns(run: RunResults) -> Sequence[Column]:
+    if not run.label_names:
+        return REGRESSION
+    own = [(ENTITIES, "entity_counts"), (LABELS, "label_truth")]
+    splits = [split for _, split, _ in _labelled(run)]
+    first = [columns for columns, name in own if all(getattr(split, name) is not None for split in splits)]
+    unit = next(iter(run.splits.values())).unit.removesuffix("s")
+    shared = [replace(column, hint=column.hint.replace("per example", f"per {unit}")) for column in CLASSIFICATION]
+    return (*(first[0] if first and splits else ()), *shared)
+
+
+def _interval(statistic: Callable[..., float], split: SplitResults, arrays: Sequence[np.ndarray]) -> Interval:
+    """Over examples drawn anew, with all that is scored of each."""
+    groups = split.groups if split.groups is not None and len(split.groups) == len(arrays[0]) else None
+    return bootstrap_interval(statistic, *arrays, num_resamples=RESAMPLES, groups=groups)
+
+
 def _scores(run: RunResults, columns: Sequence[Column]) -> Iterator[dict[str, Any]]:
     for name, split, labels in _labelled(run):
-        cells = [
-            _cell(column, bootstrap_interval(column.function, *_arrays(split, column), num_resamples=RESAMPLES))
-            for column in columns
-        ]
-        yield {"split": name, "run": run.name, "examples": len(labels), "cells": cells}
+        cells = [_cell(column, _interval(column.function, split, _arrays(split, column))) for column in columns]
+        yield {"split": name, "run": run.name, "examples": _size(split, len(labels)), "cells": cells}
+
+
+def _size(split: SplitResults, count: int) -> str:
+    return str(count) if split.groups is None else f"{count} {split.unit}, {len(np.unique(split.groups))} examples"
 
 
 def _differences(first: RunResults, run: RunResults, columns: Sequence[Column]) -> Iterator[dict[str, Any]]:
@@ -155,7 +173,7 @@ def _differences(first: RunResults, run: RunResults, columns: Sequence[Column]) 
                 half = len(column.of)
                 return column.function(*arrays[:half]) - column.function(*arrays[half:])
 
-            interval = bootstrap_interval(difference, *mine, *theirs, num_resamples=RESAMPLES)
+            interval = _interval(difference, split, [*mine, *theirs])
             cells.append(_cell(column, interval, signed=True))
         yield {"split": name, "run": run.name, "against": first.name, "cells": cells}
 

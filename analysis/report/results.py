@@ -15,6 +15,11 @@ class SplitResults:
     Classification (C classes): ``probs`` (n, C), ``entropy`` and ``mutual_information`` (n,) in nats. Regression:
     ``mean`` and ``std`` (n,). ``labels`` (n,), or None for a split without; ``texts``, n of them, or none to show.
 
+    Where several of them belong to one example, as the words of a sentence do, ``groups`` (n,) says which, in order;
+    ``unit`` is what they are, and ``entity_counts`` (examples, 3) are those of
+    :func:`bayeslora.analysis.tagging.entities.entity_counts`; ``label_probs`` and ``label_truth`` (examples, K) are of
+    K labels that apply or not.
+
     Example:
         >>> probs = np.array([[0.9, 0.1], [0.4, 0.6]])
         >>> split = SplitResults(np.array([0, 1]), ["fine", "poor"], probs, predictive_entropy(probs), np.zeros(2))
@@ -29,6 +34,11 @@ class SplitResults:
     mutual_information: np.ndarray | None = None
     mean: np.ndarray | None = None
     std: np.ndarray | None = None
+    groups: np.ndarray | None = None
+    unit: str = "examples"
+    entity_counts: np.ndarray | None = None
+    label_probs: np.ndarray | None = None
+    label_truth: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

@@ -139,7 +139,7 @@ def check_targets(network: nn.Module, config: MonteCLoRAConfig) -> None:
 def _saved_modules(network: nn.Module, config: MonteCLoRAConfig, task_type: TaskType | None) -> list[str]:
     """Names of the modules to train whole: those asked for, a classifier's head, and whatever is new."""
     from_peft = ("classifier", "score") if task_type == TaskType.SEQ_CLS else ()  # it adds these itself
-    asked, new = [*(config.modules_to_save or ()), *from_peft], new_modules(network)
+    asked, new = [*(config.modules_to_save or ()), *from_peft, *_head_of_tokens(network)], new_modules(network)
     backbone = [name for name in new if "." in name and "pooler" not in name]
     if backbone:
         logger.warning(
@@ -151,6 +151,12 @@ def _saved_modules(network: nn.Module, config: MonteCLoRAConfig, task_type: Task
     ending = [name for name, _ in network.named_modules() if any(name.endswith(saved) for saved in asked)]
     outermost = [name for name in ending if not any(name.startswith(f"{other}.") for other in [*ending, *new])]
     return [name for name in dict.fromkeys([*asked, *outermost, *new]) if name not in from_peft]
+
+
+def _head_of_tokens(network: nn.Module) -> list[str]:
+    """A classifier of tokens has no task type here: PEFT's own puts LoRA into its head before it trains that whole."""
+    of_tokens = type(network).__name__.endswith("ForTokenClassification")
+    return [name for name, _ in network.named_children() if of_tokens and name in ("classifier", "score")]
 
 
 def check_heads(network: nn.Module, lora: LoraConfig) -> None:

@@ -136,7 +136,12 @@ def _missing_keys(base: Any) -> set[str] | None:
     return set(report["missing_keys"])
 
 
-CLASSIFIERS = ("ForSequenceClassification", "ForImageClassification", "ForAudioClassification")
+CLASSIFIERS = (
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForImageClassification",
+    "ForAudioClassification",
+)
 
 
 def _is_head(base: nn.Module, name: str) -> bool:

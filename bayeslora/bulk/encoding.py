@@ -47,6 +47,11 @@ def encoder_of(run: FittedRun, text_columns: Sequence[str] | None) -> Encoder:
             f"task {name!r} is one of kind text: it writes, and nothing is predicted of a row; evaluate --generate "
             "has answers judged, and bayes.generate writes them"
         )
+    if run.posterior.model.labelling.several_labels:
+        raise InputError(
+            f"a file's rows get one label each, and an example of task {name!r} has several: predict with --text, with "
+            "--split, or in Python with open_run(folder).predict(texts)"
+        )
     known = run.text_columns
     if text_columns and len(text_columns) != len(known):
         raise InputError(f"--text-columns: the run reads {len(known)} ({', '.join(known)}), got {len(text_columns)}")

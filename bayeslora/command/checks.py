@@ -96,10 +96,14 @@ def _read_task(arguments: argparse.Namespace, name: str) -> Task:
         name,
         arguments.data_dir,
         text_columns=arguments.text_columns,
-        label_column=arguments.label_column,
+        label_column=_one_or_several(arguments.label_column),
         shift_splits=arguments.shift_splits,
         prompting=_prompting(arguments.prompting),
     )
+
+
+def _one_or_several(columns: Sequence[str] | None) -> str | Sequence[str] | None:
+    return columns[0] if columns and len(columns) == 1 else columns
 
 
 def configuration(arguments: argparse.Namespace, kind: str, **changes: Any) -> MonteCLoRAConfig:

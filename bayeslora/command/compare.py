@@ -7,6 +7,7 @@ from bayeslora.analysis import to_markdown
 from bayeslora.config import MonteCLoRAConfig
 from bayeslora.errors import InputError
 from bayeslora.study.compare import training_by_default, two_methods
+from bayeslora.study.experiment import check_comparable
 from bayeslora.study.methods.base import without_tuning
 from bayeslora.study.runner import run_study
 from bayeslora.study.spec import TRAINING_OPTIONS, Study
@@ -48,6 +49,8 @@ def _without_tuning(study: Study) -> Study:
 
 
 def _study_from_flags(arguments: argparse.Namespace, config: MonteCLoRAConfig, tasks: list[Task]) -> Study:
+    for task in tasks:
+        check_comparable(task)
     values = two_methods(config, tasks[0], arguments.test_split)
     if arguments.methods:
         ours = {name: value for name, value in values["methods"][-1].items() if name != "predictions"}

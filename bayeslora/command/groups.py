@@ -66,7 +66,13 @@ def add_data_options(parser: argparse.ArgumentParser, *, several: bool = False) 
         metavar="NAME=VALUE",
         help="how a language model is asked: style=letters, chat=true, ...",
     )
-    group.add_argument("--label-column", type=word, metavar="COLUMN")
+    group.add_argument(
+        "--label-column",
+        type=word,
+        nargs="+",
+        metavar="COLUMN",
+        help="of labels, or lists of them; several of 0 and 1, where each label applies or not",
+    )
     group.add_argument(
         "--shift-splits", type=word, nargs="+", metavar="SPLIT", help="labelled splits from elsewhere, to score too"
     )

@@ -29,7 +29,8 @@ def run_predict(arguments: argparse.Namespace) -> None:
     else:
         data = run.data(arguments.split, limit=arguments.max_examples)
         named = [{"index": row} for row in run.task.rows(arguments.split, limit=arguments.max_examples)]
-    prediction = _predict(run, data, arguments)
+    texts = arguments.text or run.task.texts(arguments.split, limit=arguments.max_examples)
+    prediction = _predict(run, data, arguments).of_texts(texts)
     if prediction.monte_carlo_error is not None:
         draws = f"{len(prediction.sample_outputs)} draws"
         print(f"{draws}: Monte Carlo error {prediction.monte_carlo_error.mean():.3f} on average", file=sys.stderr)
@@ -63,6 +64,8 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     tuning = run.posterior.tuning
     scores |= {} if tuning is None else {"tuned_width": tuning.width, "tuned_temperature": tuning.temperature}
     scores |= prediction.scores(run.task)
+    asked = {"max_length": run.record["max_length"], "limit": arguments.max_examples}
+    scores |= run.task.left_out(run.tokenizer, split, **asked)
     if prediction.monte_carlo_error is not None:
         scores["monte_carlo_error"] = float(prediction.monte_carlo_error.mean())
     if arguments.generate:
@@ -74,7 +77,7 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
         print(f"{name:24} {value:.4f}" if isinstance(value, float) else f"{name:24} {value}")
     if prediction.probs is not None:
         right, confidence = prediction.probs.argmax(1) == prediction.labels, prediction.probs.max(1)
-        print(f"{'confidence':24} {confidence.mean():.4f}, {direction(right, confidence)}")
+        print(f"{'confidence':24} {confidence.mean():.4f}, {direction(right, confidence, prediction.groups)}")
     _say_what_is_too_small(prediction)
 
 

@@ -199,7 +199,7 @@ def _collect(
         prediction = posterior.predict(
             data, num_samples=count, batch_size=batch_size, seed=seed, keep_draws=False, progress=progress
         )
-        texts = _texts(task, part, max_examples, seed, labelled) if part == chosen else ()
+        texts = prediction.shown(task.texts(part, limit=max_examples, seed=seed)) if part == chosen else ()
         splits[part] = _split_results(prediction, texts)
     diagnosed: list = []
     if diagnostics and bayesian:
@@ -216,7 +216,7 @@ def _collect(
         name,
         _facts(run, count),
         splits,
-        task.label_names,
+        prediction.label_names or (),
         run.history,
         posterior.adapter_names,
         None if draws is None else draws.noise_scale / draws.mean_scale,
@@ -239,13 +239,12 @@ def _split_results(prediction: Prediction, texts: Sequence[str]) -> SplitResults
         prediction.mutual_information,
         prediction.mean,
         prediction.std,
+        groups=prediction.groups,
+        unit=prediction.unit,
+        entity_counts=prediction.entity_counts,
+        label_probs=prediction.label_probs,
+        label_truth=prediction.label_truth,
     )
-
-
-def _texts(task: Task, split: str, limit: int | None, seed: int, labelled: bool) -> list[str]:
-    data = task.split(split, labelled=labelled, limit=limit, seed=seed)
-    columns = [data[column][:] for column in task.text_columns]
-    return ["\n".join(str(part) for part in row) for row in zip(*columns, strict=True)]
 
 
 def _facts(run: FittedRun, num_samples: int) -> dict[str, str]:

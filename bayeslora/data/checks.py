@@ -30,6 +30,7 @@ from bayeslora.data.padding import Placed, find_padding, run_alone
 from bayeslora.data.rows import check_kind, rows_of
 from bayeslora.errors import InputError, Where
 from bayeslora.models.joint import JointModel
+from bayeslora.models.likelihoods import NOT_SCORED, UNLABELLED
 from bayeslora.models.network import plain, vocabulary_size
 
 logger = logging.getLogger(__name__)
@@ -176,11 +177,10 @@ class _RowCheck:
                 f"{self.name} has no labels: there is no column 'labels' (it has {', '.join(first)}); "
                 "is it an unlabelled split?"
             )
-        if self.labelling.evaluates_labels:
-            raise InputError(
-                "the texts have no labels, so no token of theirs is scored: encode them with labels, or "
-                "let the model write with bayes.generate()"
-            )
+        unseen = "its outputs are of given labels: give every row a column 'labels'"
+        why = self.labelling.without_labels or (unseen if self.labelling.evaluates_labels else None)
+        if why is not None:
+            raise InputError(why)
 
     def _name_unread(self, first: Mapping[str, Any]) -> None:
         """Say which columns of numbers nobody reads; transformers' Trainer leaves them out too."""
@@ -306,7 +306,7 @@ class _RowCheck:
                 )
 
     def label(self, number: int, used: Mapping[str, Any]) -> float:
-        """The label of a row; NaN where it is not one number.
+        """The label of a row; -1 where it is several, none of them known, and NaN where it is not one number.
 
         Raises:
             InputError: where it is no label for this likelihood.
@@ -319,4 +319,6 @@ class _RowCheck:
         if not np.isfinite(values).all():
             raise self._refused(number, f"every label must be a finite number, got {str(label)[:40]}")
         self.labelling.check_label(values, used, Where(self.name, number), self.network)
-        return values.item() if values.size == 1 else np.nan
+        if values.size == 1:
+            return values.item()
+        return UNLABELLED if np.isin(values, (UNLABELLED, NOT_SCORED)).all() else np.nan

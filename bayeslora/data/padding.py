@@ -84,7 +84,7 @@ def _run(model: JointModel, examples: Sequence[Mapping[str, Any]], padding: Padd
     eager = torch.compiler.set_stance("force_eager") if is_compiled(network) else nullcontext()
     with one_at_a_time, eager, evaluation_mode(model), evaluation_mode(network), torch.no_grad():
         clear_draw(model.groups)
-        return model.outputs(inputs, labels).float()
+        return model.outputs(inputs, labels).float().nan_to_num()  # NaN is where nothing is said
 
 
 def _agree(model: JointModel, pair: list, alone: list[Tensor], padding: Padding) -> bool:

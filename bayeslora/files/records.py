@@ -74,9 +74,10 @@ _RECIPE_FIELDS: dict[str, Callable[[Any], bool]] = {
     "name": lambda v: isinstance(v, str),
     "data_dir": lambda v: v is None or is_path(v),
     "text_columns": lambda v: v is None or isinstance(v, str) or is_names(v),
-    "label_column": lambda v: v is None or isinstance(v, str),
+    "label_column": lambda v: v is None or isinstance(v, str) or is_names(v),
     "label_names": lambda v: v is None or is_names(v),
     "shift_splits": lambda v: v is None or is_names(v),
+    "kind": lambda v: v is None or isinstance(v, str),
     "prompting": lambda v: v is None or is_object_of(v, lambda entry: isinstance(entry, str | bool)),
 }
 

@@ -149,7 +149,7 @@ def _are_labelled(bayes: Posterior, dataset: Any) -> bool:
     if bayes.model.labelling.evaluates_labels:
         return True
     labels = [dataset[index].get("labels", UNLABELLED) for index in range(len(dataset))]
-    return not any(np.isscalar(label) and label == UNLABELLED for label in labels)
+    return not any((np.asarray(label) == UNLABELLED).any() for label in labels)
 
 
 @torch.no_grad()

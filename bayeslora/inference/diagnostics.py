@@ -104,8 +104,8 @@ def diagnose(
         if restarts:
             chosen = np.sort(np.random.default_rng(seed).permutation(len(dataset))[:RESTART_EXAMPLES])
             few = [dataset[int(index)] for index in chosen]
-            others = [predict(restart, few, **options).sample_outputs for restart in restarts]
-            answers.append(verdicts.restart_agreement([prediction.sample_outputs[:, chosen], *others]))
+            said = [predict(one, few, **options).sample_outputs for one in (bayes, *restarts)]
+            answers.append(verdicts.restart_agreement(said))
         answers += verdicts.convergence(history)
         data = _Batches(bayes, dataset, collate, steps, batch_size, seed)
         answers.append(verdicts.data_drivenness(*_response_to_labels(bayes, data, seed)))
@@ -159,17 +159,16 @@ class _Batches:
         full = max(len(dataset) // size, 1)
         orders = [torch.randperm(len(dataset), generator=generator).split(size) for _ in range(-(-count // full))]
         self.indices = [batch for order in orders for batch in order[:full]][:count]
-        self.permutation = torch.randperm(len(dataset), generator=generator)
         self.examples = collate([dataset[i] for i in range(len(dataset))])
+        self.permuted = bayes.model.labelling.permute(self.examples["labels"], generator)
         self.size = len(dataset)
         self._device = bayes.device
 
     def __iter__(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
         """Arguments of the module, and the permuted labels."""
-        labels = self.examples["labels"]
         for batch in self.indices:
             arguments = {name: value[batch].to(self._device) for name, value in self.examples.items()}
-            yield arguments, labels[self.permutation[batch]].to(self._device)
+            yield arguments, self.permuted[batch].to(self._device)
 
 
 def _response_to_labels(bayes: Posterior, data: _Batches, seed: int) -> tuple[np.ndarray, np.ndarray]:

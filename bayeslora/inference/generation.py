@@ -23,14 +23,15 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from bayeslora.data.batches import main_input
 from bayeslora.data.checks import read_examples
 from bayeslora.data.limits import position_limit
 from bayeslora.errors import InputError
 from bayeslora.inference.draws import Draws, evaluating, run_as
 from bayeslora.inference.prompts import read_options, read_prompts
-from bayeslora.inference.writing import Rule, Text, entropy_of, write
+from bayeslora.inference.writing import EncodedRuns, Rule, Runs, Text, entropy_of, write
 from bayeslora.models.language import NOT_SCORED, logits_at
-from bayeslora.models.network import is_causal, vocabulary_size
+from bayeslora.models.network import is_causal, is_seq2seq, vocabulary_size
 from bayeslora.posterior import Posterior
 from bayeslora.tasks.encoding import encode_text
 
@@ -97,11 +98,12 @@ def generate(
     batch_size: int = 16,
     progress: bool = True,
 ) -> Generation:
-    """Write on from prompts. For anything else that transformers' ``generate`` can do, beams among it, use it on
-    ``bayes.network`` inside :meth:`bayeslora.BayesLoRA.as_draw`.
+    """Write on from prompts, or with an encoder and a decoder what follows from them. For anything else that
+    transformers' ``generate`` can do, beams among it, use it on ``bayes.network`` inside
+    :meth:`bayeslora.BayesLoRA.as_draw`.
 
     Args:
-        bayes: The fitted module over a causal language model.
+        bayes: The fitted module over a causal language model, or one of texts with an encoder and a decoder.
         prompts: A text or a list of them; a conversation, which is a list of messages, each with ``role`` and
             ``content``, or a list of conversations; tokens of one prompt or of several; or what a tokenizer returned.
         tokenizer: For texts, conversations and ``stops``; ``bayes.tokenizer`` where it is None.
@@ -123,9 +125,9 @@ def generate(
         progress: Show a progress bar.
 
     Raises:
-        InputError: for a network that is no causal language model, or arguments out of range or that are not honoured.
+        InputError: for a network that is no language model, or arguments out of range or that are not honoured.
     """
-    _check_causal(bayes)
+    writer = _writer(bayes)
     tokenizer = bayes.tokenizer if tokenizer is None else tokenizer
     said = {"max_new_tokens": max_new_tokens, "do_sample": do_sample, "temperature": temperature, "top_p": top_p}
     options = read_options(generation_config, num_beams, stops=stops, **said)
@@ -134,8 +136,8 @@ def generate(
     read = read_prompts(prompts, input_ids, attention_mask, tokenizer, bayes.network)
     if tokenizer is None and any(isinstance(prompt, str) for prompt in read):
         raise InputError("prompts as texts need tokenizer=")
-    tokens = [_prompt_tokens(prompt, tokenizer) for prompt in read]
-    _check_prompts(bayes, tokens, options["max_new_tokens"])
+    tokens = [_prompt_tokens(prompt, tokenizer, reads=writer is EncodedRuns) for prompt in read]
+    _check_prompts(bayes, tokens, options["max_new_tokens"], apart=writer is EncodedRuns)
     if not bayes.model.has_noise:  # every draw is the mean
         num_samples = 0
     order = np.argsort([-len(prompt) for prompt in tokens], kind="stable")
@@ -154,7 +156,7 @@ def generate(
         draws = Draws(bayes, num_samples, seed)
         for start in tqdm(range(0, len(tokens), size), "generate", disable=None if progress else True, leave=False):
             chosen = order[start : start + size]
-            texts = write(bayes, [tokens[i] for i in chosen], draws, rule, batch_size, seed, chosen)
+            texts = write(bayes, [tokens[i] for i in chosen], draws, rule, batch_size, seed, chosen, writer)
             written |= dict(zip(chosen.tolist(), texts, strict=True))
     return _generation([written[index] for index in range(len(tokens))], rule)
 
@@ -225,7 +227,8 @@ def _ends(bayes: Posterior, tokenizer: Any) -> frozenset[int]:
     return frozenset(end for end in [*known, getattr(tokenizer, "eos_token_id", None)] if end is not None)
 
 
-def _check_prompts(bayes: Posterior, prompts: list[list[int]], max_new_tokens: int) -> None:
+def _check_prompts(bayes: Posterior, prompts: list[list[int]], max_new_tokens: int, *, apart: bool) -> None:
+    """``apart``: prompt and text have positions of their own."""
     size, positions = vocabulary_size(bayes.network), position_limit(bayes.network)
     for number, prompt in enumerate(prompts):
         if not all(isinstance(token, int) and 0 <= token < (size or token + 1) for token in prompt):
@@ -233,23 +236,39 @@ def _check_prompts(bayes: Posterior, prompts: list[list[int]], max_new_tokens: i
                 f"prompt {number} is not a list of tokens of the network, whole numbers below {size}: "
                 "encode it with the network's own tokenizer"
             )
-        if positions is not None and len(prompt) + max_new_tokens - 1 > positions:
+        needed = max(len(prompt), max_new_tokens) if apart else len(prompt) + max_new_tokens - 1
+        if positions is not None and needed > positions:
             raise InputError(
                 f"prompt {number} has {len(prompt)} tokens, and the network has {positions} positions: "
                 f"shorten it, or write less than max_new_tokens={max_new_tokens}"
             )
 
 
-def _prompt_tokens(prompt: str | list[int], tokenizer: Any) -> list[int]:
+def _prompt_tokens(prompt: str | list[int], tokenizer: Any, *, reads: bool) -> list[int]:
+    """``reads``: an encoder's, with the tokens that the tokenizer puts around a text."""
     if not isinstance(prompt, str):
         return prompt
+    if reads:
+        return tokenizer(prompt)["input_ids"]
     return encode_text(tokenizer, prompt, "", max_length=2**30, end=False)["input_ids"]
+
+
+def _writer(bayes: Posterior) -> type[Runs]:
+    """What runs the network token by token."""
+    base = bayes.network.get_base_model()
+    if is_seq2seq(base) and main_input(base) == "input_ids":
+        return EncodedRuns
+    _check_causal(bayes)
+    return Runs
 
 
 def _check_causal(bayes: Posterior) -> None:
     base = bayes.network.get_base_model()
     if not is_causal(base):
-        raise InputError(f"{type(base).__name__} is no causal language model: load it with AutoModelForCausalLM")
+        raise InputError(
+            f"{type(base).__name__} is no causal language model: load it with AutoModelForCausalLM (or, to write with "
+            "an encoder and a decoder, AutoModelForSeq2SeqLM)"
+        )
 
 
 def _check_arguments(

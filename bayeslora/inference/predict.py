@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from numbers import Integral, Real
 from typing import Any
@@ -221,7 +221,7 @@ def run_batches(
     """Logits of each batch under every draw, ``(draws, n, C)`` (the mean's, if there is no draw), and its labels."""
     bayes.model.labelling.prepare(bayes.network)
     drawn = tuple(group for group, _ in bayes.model.drawn_groups())
-    prefix = Prefix(bayes.network, drawn, bayes.model.outputs)
+    prefix = Prefix(bayes.network, drawn, lambda batch: bayes.model.outputs(*_apart(batch)))
     with _progress(len(batches) * max(draws.count, 1), progress) as bar:
         for batch in batches:
             inputs = collate(batch).to(bayes.network.device)
@@ -233,6 +233,11 @@ def run_batches(
             yield torch.cat(parts), labels
 
 
+def _apart(batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor | None]:
+    """The network's arguments, and the labels, which a decoder reads."""
+    return {name: value for name, value in batch.items() if name != "labels"}, batch.get("labels")
+
+
 def _outputs(
     bayes: Posterior, inputs: Batch, labels: Tensor | None, draws: Networks, prefix: Prefix, batch_size: int
 ) -> Iterator[Tensor]:
@@ -241,7 +246,7 @@ def _outputs(
         yield bayes.model.outputs(inputs, labels).unsqueeze(0)
         return
     together = _draws_together(bayes, inputs, draws, batch_size)
-    prefix.run(inputs, repeat=together > 1)
+    prefix.run(inputs if labels is None else {**inputs, "labels": labels}, repeat=together > 1)
     for start in range(0, draws.count, together):
         count = min(together, draws.count - start)
         repeated = {name: torch.cat([value] * count) for name, value in inputs.items()}

@@ -114,7 +114,7 @@ def gradient_covariances(model: JointModel, dataset: Any, *, batch_size: int = 3
     Returns:
         Group name to ``(adapters, r, r)``, in float64.
     """
-    network, drawn = model.network, model.labelling.of_classes
+    network = model.network
     clear_draw(model.groups)
     examples, device = read_examples(model, dataset), model.groups[0].device
     totals = {g.name: torch.zeros(len(g), g.rank, g.rank, dtype=torch.float64, device=device) for g in model.groups}
@@ -125,15 +125,13 @@ def gradient_covariances(model: JointModel, dataset: Any, *, batch_size: int = 3
             labels = inputs.pop("labels", None)
             with _probing(model.groups) as probes:
                 outputs = model.outputs(inputs, labels)
-                if drawn:
-                    probs = outputs.detach().softmax(-1, torch.float64).cpu()
-                    labels = torch.multinomial(probs, 1, generator=generator)[:, 0].to(device)
+                labels = model.labelling.simulate(outputs.detach(), labels, generator)
                 loss = _log_likelihood(model, outputs, labels)
                 _add_squares(totals, model.groups, probes, loss)
     return {name: total / len(dataset) for name, total in totals.items()}
 
 
-def _log_likelihood(model: JointModel, outputs: Tensor, labels: Tensor) -> Tensor:
+def _log_likelihood(model: JointModel, outputs: Tensor, labels: Tensor | None) -> Tensor:
     site = pyro.poutine.trace(model.likelihood.forward).get_trace(outputs, labels).nodes["labels"]
     return site["fn"].log_prob(site["value"]).sum()
 

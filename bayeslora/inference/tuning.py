@@ -224,7 +224,9 @@ class Widths:
         probs = prediction.probs
         tempered = None if nll is None or not self.temperatures else best_temperature(prediction)
         label_probs: dict[float, np.ndarray] = {}
-        if nll is not None and math.isfinite(nll) and self.bayes.model.labelling.of_classes:
+        labelling = self.bayes.model.labelling
+        one_label = labelling.of_classes and not labelling.several_labels  # what a conformal set promises, it is for
+        if nll is not None and math.isfinite(nll) and one_label:
             temperatures = {1.0} if tempered is None else {1.0, tempered[1]}
             label_probs = {t: np.exp(_log_predictive(prediction, t)) for t in temperatures}
         return Tried(None if probs is None else probs.argmax(-1), nll, tempered, label_probs)

@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from bayeslora.adapters.modes import is_compiled
 from bayeslora.data.batches import filling
 from bayeslora.inference.draws import Draws, run_as
+from bayeslora.models.seq2seq import start_token
 from bayeslora.posterior import Posterior
 
 _AS_WRITTEN: dict[str, Any] = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
@@ -76,15 +78,22 @@ class Text:
 
 
 def write(
-    bayes: Posterior, prompts: list[list[int]], draws: Draws, rule: Rule, batch_size: int, seed: int, numbers: Any
+    bayes: Posterior,
+    prompts: list[list[int]],
+    draws: Draws,
+    rule: Rule,
+    batch_size: int,
+    seed: int,
+    numbers: Any,
+    writer: "type[Runs]",
 ) -> list[list[Text]]:
     """Texts of each prompt, token by token, all draws side by side."""
-    tokens, mask = _left_padded(prompts, bayes)
+    tokens, mask = _padded(prompts, bayes, writer.left)
     count, examples = max(draws.count, 1), len(prompts)
     samples = 1 if rule.mixture else count
     texts = [[Text(np.random.default_rng([seed, number, sample])) for sample in range(samples)] for number in numbers]
     flat = [texts[example][sample] for sample in range(samples) for example in range(examples)]
-    runs = _Runs(bayes, draws, _together(bayes, draws, tokens, mask, batch_size))
+    runs = writer(bayes, draws, _together(bayes, draws, tokens, mask, batch_size))
     current, random = tokens.expand(count, -1, -1), [text.random for text in flat]
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     for _ in range(rule.max_new_tokens):
@@ -109,8 +118,10 @@ def write(
     return texts
 
 
-class _Runs:
+class Runs:
     """The language models that write, ``together`` draws to a forward pass, each pass with its own cache."""
+
+    left = True  # where prompts are padded
 
     def __init__(self, bayes: Posterior, draws: Draws, together: int):
         self.bayes, self.draws = bayes, draws
@@ -120,25 +131,56 @@ class _Runs:
         forward = inspect.signature(bayes.network.get_base_model().forward).parameters
         self.options = {"logits_to_keep": 1} if "logits_to_keep" in forward else {}
 
+    def inputs(self, run: int, tokens: Tensor, mask: Tensor, positions: Tensor) -> dict[str, Any]:
+        """The network's arguments for new tokens, ``(rows, T)``; the mask is of the old ones too."""
+        return {
+            "input_ids": tokens,
+            "attention_mask": mask,
+            "position_ids": positions,
+            "past_key_values": self.caches[run],
+            "use_cache": True,
+            **self.options,
+        }
+
+    def keep(self, run: int, output: Any) -> None:
+        """What the next step of this run needs."""
+        self.caches[run] = output.past_key_values
+
     def step(self, tokens: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         """Logits after the last token, ``(draws, prompts, vocabulary)``, of ``(draws, prompts, T)`` new tokens."""
         logits = []
         for run, start in enumerate(self.starts):
             part = tokens[start : start + self.together]
             count = len(part)
-            inputs = {
-                "input_ids": part.flatten(0, 1),
-                "attention_mask": mask.repeat(count, 1),
-                "position_ids": positions.repeat(count, 1),
-                "past_key_values": self.caches[run],
-                "use_cache": True,
-                **self.options,
-            }
+            inputs = self.inputs(run, part.flatten(0, 1), mask.repeat(count, 1), positions.repeat(count, 1))
             matrices = self.draws.matrices(start, count) if self.draws.count else None
             output = run_as(self.bayes, matrices, lambda: self.bayes.network(**inputs))  # noqa: B023
-            self.caches[run] = output.past_key_values
+            self.keep(run, output)
             logits.append(output.logits[:, -1].float().unflatten(0, (count, -1)))
         return torch.cat(logits)
+
+
+class EncodedRuns(Runs):
+    """Networks with an encoder and a decoder: all of a text is run again for each token, without a cache, in which
+    layers that read the prompt would see a draw at the first token only."""
+
+    left = False
+
+    def __init__(self, bayes: Posterior, draws: Draws, together: int):
+        super().__init__(bayes, draws, together)
+        self.asked: list[dict[str, Tensor]] = [{} for _ in self.starts]
+
+    def inputs(self, run: int, tokens: Tensor, mask: Tensor, positions: Tensor) -> dict[str, Any]:
+        asked = self.asked[run]
+        if not asked:  # the first tokens are the prompt's
+            begin = tokens.new_full((len(tokens), 1), start_token(self.bayes.network))
+            asked |= {"input_ids": tokens, "attention_mask": mask, "decoder_input_ids": begin}
+        else:
+            asked["decoder_input_ids"] = torch.cat([asked["decoder_input_ids"], tokens], 1)
+        return {**asked, "use_cache": False}
+
+    def keep(self, run: int, output: Any) -> None:
+        pass
 
 
 def _together(bayes: Posterior, draws: Draws, tokens: Tensor, mask: Tensor, batch_size: int) -> int:
@@ -149,11 +191,11 @@ def _together(bayes: Posterior, draws: Draws, tokens: Tensor, mask: Tensor, batc
     return fitting if bayes.rows_are_examples({"input_ids": tokens, "attention_mask": mask}) else 1
 
 
-def _left_padded(prompts: list[list[int]], bayes: Posterior) -> tuple[Tensor, Tensor]:
-    length = max(map(len, prompts))
-    pad = filling(bayes.network)
-    tokens = torch.tensor([[pad] * (length - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+def _padded(prompts: list[list[int]], bayes: Posterior, left: bool) -> tuple[Tensor, Tensor]:
+    pad, side = filling(bayes.network), "left" if left else "right"
+    rows = [torch.tensor(prompt) for prompt in prompts]
+    tokens = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side=side)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)
     return tokens.to(bayes.device), mask.to(bayes.device)
 
 

@@ -61,6 +61,9 @@ def card_of(bayes: Posterior) -> str:
     return body + _seal(body)
 
 
+_OF_TOKENS = "ForTokenClassification"
+
+
 def _base_name(bayes: Posterior, about: Mapping[str, Any]) -> str | None:
     """The base model as the hub calls it; None for a folder, whose path is nobody's business."""
     asked = (about.get("model"), getattr(bayes.config, "name_or_path", None))
@@ -91,7 +94,7 @@ def _results(about: Mapping[str, Any]) -> list[EvalResult]:
         if isinstance(measured.get(name), int | float):
             found.append(
                 EvalResult(
-                    task_type="text-classification" if "eval_accuracy" in measured else "text-generation",
+                    task_type=_task_type(task, measured),
                     dataset_type=(_dataset(about) or ["local"])[0],
                     dataset_name=str(task.get("name", "unnamed")),
                     dataset_split="validation",
@@ -103,10 +106,20 @@ def _results(about: Mapping[str, Any]) -> list[EvalResult]:
     return found
 
 
+def _task_type(task: Mapping[str, Any], measured: Mapping[str, Any]) -> str:
+    """As model hubs call it."""
+    if task.get("kind") == "tokens":
+        return "token-classification"
+    return "text-classification" if "eval_accuracy" in measured else "text-generation"
+
+
 def _text(bayes: Posterior, about: Mapping[str, Any], base: str | None) -> list[str]:
-    causal = is_causal(bayes.network.get_base_model())
-    auto = "AutoModelForCausalLM" if causal else "AutoModelForSequenceClassification"
+    network = bayes.network.get_base_model()
+    causal, kind = is_causal(network), "Token" if type(network).__name__.endswith(_OF_TOKENS) else "Sequence"
+    auto = "AutoModelForCausalLM" if causal else f"AutoModelFor{kind}Classification"
     outputs = "" if causal else f", num_labels={bayes.config.num_labels}"
+    if getattr(bayes.config, "problem_type", None) == "multi_label_classification":
+        outputs += ', problem_type="multi_label_classification"'
     named = f'"{base}"' if base else '"THE_BASE_MODEL"'
     lines = [
         "# A LoRA adapter with a posterior",
@@ -145,6 +158,8 @@ def _text(bayes: Posterior, about: Mapping[str, Any], base: str | None) -> list[
 def _call(bayes: Posterior, causal: bool) -> str:
     if bayes.model.labelling.evaluates_labels:
         return 'print(bayes.generate("Once", num_samples=8).texts)'
+    if bayes.model.labelling.without_labels is not None:
+        return 'prediction = open_run("ITS_RUN").predict(["A text."])  # open_run from bayeslora, where its run is too'
     if causal:
         return "prediction = bayes.predict(questions, num_samples=16)  # as encode_options makes them"
     return 'prediction = bayes.predict([dict(bayes.tokenizer("A text."))], num_samples=16)'

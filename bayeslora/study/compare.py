@@ -14,6 +14,7 @@ from bayeslora.analysis import to_markdown
 from bayeslora.analysis.metrics.registry import METRICS
 from bayeslora.config import MonteCLoRAConfig, default_preset
 from bayeslora.errors import InputError
+from bayeslora.study.experiment import check_comparable
 from bayeslora.study.predictions import read_predictions
 from bayeslora.study.runner import run_study
 from bayeslora.study.spec import LORA_FIELDS, Cell, Study
@@ -97,8 +98,7 @@ def compare(
     config = config or MonteCLoRAConfig.preset(default_preset(task.kind))
     if config.mode == "post_hoc":
         raise InputError("compare starts both methods from scratch, but mode='post_hoc' needs a trained LoRA")
-    if not task.scores_probabilities:
-        raise InputError(f"a comparison scores class probabilities; task {task.name!r} is of kind {task.kind}")
+    check_comparable(task)
     study = Study.from_dict(
         {
             "model": str(model),

@@ -309,6 +309,16 @@ def check_budget(study: Study) -> None:
         ) from error
 
 
+def check_comparable(task: Task) -> None:
+    """Refuse a task whose examples have no probabilities of one label each.
+
+    Raises:
+        InputError: saying which it is.
+    """
+    if not task.scores_probabilities:
+        raise InputError(f"a comparison scores class probabilities; task {task.name!r} is of kind {task.kind}")
+
+
 def prepare_task(task: Task, study: Study) -> tuple[Task, str]:
     """The task and the split to score: ``study.test_split``, or validation where that is unlabelled.
 
@@ -318,8 +328,7 @@ def prepare_task(task: Task, study: Study) -> tuple[Task, str]:
     Raises:
         InputError: for a regression, a task without a labelled split to score, or too few examples to hold out.
     """
-    if not task.scores_probabilities:
-        raise InputError(f"a comparison scores class probabilities; task {task.name!r} is of kind {task.kind}")
+    check_comparable(task)
     scored = next((split for split in (study.test_split, "validation") if _is_labelled(task, split)), None)
     if scored is None:
         raise InputError(f"task {task.name!r} has no labelled {study.test_split!r} or 'validation' split to score on")

@@ -77,8 +77,8 @@ class Task:
 
     @property
     def kind(self) -> str:
-        """``"classification"``, ``"regression"``, ``"choice"`` or ``"text"``: its name in
-        :data:`bayeslora.models.selection.KINDS`."""
+        """``"classification"``, ``"regression"``, ``"tokens"``, ``"multi_label"``, ``"choice"`` or ``"text"``: its name
+        in :data:`bayeslora.models.selection.KINDS`."""
         return "classification" if self.label_names else "regression"
 
     @property
@@ -234,6 +234,38 @@ class Task:
             InputError: the shapes do not fit the task, or a prediction is not finite.
         """
         return score(self.metrics, np.asarray(predictions), np.asarray(labels), len(self.label_names))
+
+    def texts(self, split: str, *, limit: int | None = None, seed: int = 0) -> list[Any]:
+        """What a person reads of each example of :meth:`split` with these arguments."""
+        data = self.split(split, limit=limit, seed=seed)
+        columns = [data[column][:] for column in self.text_columns]
+        return ["\n".join(str(part) for part in row) for row in zip(*columns, strict=True)]
+
+    def left_out(
+        self, tokenizer: Any, split: str, *, max_length: int, limit: int | None = None, seed: int = 0
+    ) -> dict[str, int]:
+        """How much of what has a label :meth:`encode` with these arguments leaves out; empty where that cannot be."""
+        return {}
+
+    @classmethod
+    def tokens(
+        cls, tokenizer: Any, first: Sequence[Any], second: Sequence[str] | None, max_length: int
+    ) -> list[dict[str, Any]]:
+        """Examples of texts of one's own, or of pairs."""
+        require_room(tokenizer, max_length, pair=second is not None)
+        tokens = tokenizer(first, second, truncation=True, max_length=max_length)
+        return [{name: values[i] for name, values in tokens.items()} for i in range(len(first))]
+
+    @classmethod
+    def unpaired(cls, texts: Sequence[Any], pairs: Sequence[str] | None) -> tuple[list[Any], list[str] | None]:
+        """First and second texts; of ``texts`` that are pairs themselves too."""
+        both = [isinstance(text, tuple | list) and len(text) == 2 for text in texts]
+        if pairs is None and all(both):
+            return [text[0] for text in texts], [text[1] for text in texts]
+        wrong = next((text for text in [*texts, *(pairs or ())] if not isinstance(text, str)), None)
+        if wrong is not None:
+            raise InputError(f"a text is a string, or all of them are pairs of two, got {wrong!r:.100}")
+        return list(texts), list(pairs) if pairs else None
 
     def load_network(self, path: str | Path, **kwargs: Any) -> tuple[Any, Any]:
         """A pretrained network with a head for this task, and its tokenizer.

@@ -77,13 +77,18 @@ def _class_names(where: str, data: "Dataset", column: str, label_names: Sequence
     elif feature.dtype.startswith("float"):
         return ()
     else:
-        names = _names_from_values(where, data[column][:])
+        names = names_from_values(where, data[column][:])
     if len(names) < 2 or len(set(names)) < len(names):
         raise InputError(f"{where}: the classes are {_show(names)}; expected two or more different ones")
     return names
 
 
-def _names_from_values(where: str, values: Sequence[Any]) -> tuple[str, ...]:
+def names_from_values(where: str, values: Sequence[Any]) -> tuple[str, ...]:
+    """Names of the classes that a data set's labels show.
+
+    Raises:
+        InputError: for numbers that are not 0..C-1.
+    """
     seen = {value for value in values if not _is_missing(value)}
     if any(isinstance(value, str) for value in seen):
         return tuple(sorted(seen))
@@ -113,12 +118,26 @@ def _prepare_split(where: str, data: "Dataset", column: str, names: tuple[str, .
 
 
 def _convert(where: str, values: Sequence[Any], names: tuple[str, ...]) -> list[Any]:
+    if names:
+        return class_indices(where, values, names)
+    return _checked(where, values, [_finite_float(value) for value in values], names, "row")
+
+
+def class_indices(where: str, values: Sequence[Any], names: tuple[str, ...], each: str = "row") -> list[int]:
+    """The place of each value, a name or a number, among the names of the classes.
+
+    Raises:
+        InputError: for one that is no class; ``each`` is what it is the label of.
+    """
     positions = {class_name: index for index, class_name in enumerate(names)}
-    labels = [_class_index(value, positions) if names else _finite_float(value) for value in values]
+    return _checked(where, values, [_class_index(value, positions) for value in values], names, each)
+
+
+def _checked(where: str, values: Sequence[Any], labels: list[Any], names: tuple[str, ...], each: str) -> list[Any]:
     if None in labels:
         row = labels.index(None)
         problem = "has no label" if _is_missing(values[row]) else f"has the label {values[row]!r}"
-        raise InputError(f"{where}: row {row} {problem}, expected {_expected(names)}")
+        raise InputError(f"{where}: {each} {row} {problem}, expected {_expected(names)}")
     return labels
 
 

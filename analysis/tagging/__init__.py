@@ -1,0 +1,1 @@
+"""Words, their tags, and the entities that tags say."""
