@@ -32,13 +32,19 @@ from .metrics.calibration import sharpness as sharpness
 from .metrics.detection import detection_curve as detection_curve
 from .metrics.detection import detection_scores as detection_scores
 from .metrics.registry import calibration_summary as calibration_summary
+from .metrics.regression import continuous_ranked_probability_score as continuous_ranked_probability_score
+from .metrics.regression import interval_coverage as interval_coverage
+from .metrics.regression import interval_score as interval_score
+from .metrics.regression import regression_summary as regression_summary
 from .metrics.reliability import reliability_curve as reliability_curve
+from .metrics.selective import area_under_generalized_risk_coverage as area_under_generalized_risk_coverage
 from .metrics.selective import area_under_risk_coverage as area_under_risk_coverage
 from .metrics.selective import excess_area_under_risk_coverage as excess_area_under_risk_coverage
 from .metrics.selective import risk_coverage as risk_coverage
 from .metrics.simulation_based_calibration import chi_square_test as chi_square_test
 from .metrics.simulation_based_calibration import ecdf_test as ecdf_test
 from .metrics.simulation_based_calibration import rank_ecdf as rank_ecdf
+from .metrics.smooth_calibration import smooth_calibration_error as smooth_calibration_error
 from .metrics.temperature import apply_temperature as apply_temperature
 from .metrics.temperature import fit_temperature as fit_temperature
 from .metrics.uncertainty import expected_entropy as expected_entropy
@@ -47,6 +53,7 @@ from .metrics.uncertainty import predictive_entropy as predictive_entropy
 from .metrics.voting import vote as vote
 from .plots.calibration import plot_brier_parts as plot_brier_parts
 from .plots.calibration import plot_calibration as plot_calibration
+from .plots.calibration import plot_interval_coverage as plot_interval_coverage
 from .plots.inference import plot_rank_ecdf as plot_rank_ecdf
 from .plots.posterior import plot_adapters as plot_adapters
 from .plots.posterior import plot_contraction as plot_contraction

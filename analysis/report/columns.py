@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bayeslora.analysis.metrics.registry import METRICS
+from bayeslora.analysis.metrics.regression import LEVEL, regression_summary
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,12 @@ class Column:
 CLASSIFICATION = tuple(
     Column(m.title, m.hint, m.function, factor=m.factor, decimals=m.decimals) for m in METRICS.values()
 )
+
+
+def _of_numbers(name: str) -> Callable[..., float]:
+    return lambda mean, std, labels: regression_summary(labels, mean, std)[name]
+
+
 REGRESSION = (
     Column(
         "RMSE",
@@ -37,9 +44,21 @@ REGRESSION = (
         ("mean", "std", "labels"),
     ),
     Column(
+        "CRPS",
+        "in the labels' unit, normal predictive, lower is better",
+        _of_numbers("crps"),
+        ("mean", "std", "labels"),
+    ),
+    Column(
+        "interval score",
+        f"of {100 * LEVEL:g} % intervals, in the labels' unit, lower is better",
+        _of_numbers("interval_score"),
+        ("mean", "std", "labels"),
+    ),
+    Column(
         "coverage",
-        "% of labels within the central 90 % interval; 90 is right",
-        lambda m, s, y: float(np.mean(np.abs(y - m) <= 1.6448536 * s)),
+        f"% of labels within the central {100 * LEVEL:g} % interval; {100 * LEVEL:g} is right",
+        _of_numbers("coverage"),
         ("mean", "std", "labels"),
         factor=100.0,
         decimals=1,
