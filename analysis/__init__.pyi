@@ -2,6 +2,8 @@ from .decisions.batchbald import BatchSelection as BatchSelection
 from .decisions.batchbald import select_batchbald as select_batchbald
 from .decisions.conformal import conformal_sets as conformal_sets
 from .decisions.conformal import conformal_threshold as conformal_threshold
+from .decisions.costs import decide as decide
+from .decisions.costs import deferral_curve as deferral_curve
 from .draws.elpd import held_out_elpd as held_out_elpd
 from .draws.elpd import leave_one_out as leave_one_out
 from .draws.inference_data import build_inference_data as build_inference_data
@@ -68,6 +70,7 @@ from .plots.study import plot_learning_rates as plot_learning_rates
 from .plots.study import plot_pareto as plot_pareto
 from .plots.training import plot_history as plot_history
 from .plots.uncertainty import plot_agreement as plot_agreement
+from .plots.uncertainty import plot_deferral as plot_deferral
 from .plots.uncertainty import plot_detection as plot_detection
 from .plots.uncertainty import plot_entropy_parts as plot_entropy_parts
 from .plots.uncertainty import plot_risk_coverage as plot_risk_coverage

@@ -11,7 +11,7 @@ import numpy as np
 from bayeslora.analysis.plots.calibration import plot_calibration, plot_interval_coverage
 from bayeslora.analysis.plots.posterior import plot_adapters, plot_layer_map
 from bayeslora.analysis.plots.training import plot_history
-from bayeslora.analysis.plots.uncertainty import plot_detection, plot_entropy_parts, plot_risk_coverage
+from bayeslora.analysis.plots.uncertainty import plot_deferral, plot_detection, plot_entropy_parts, plot_risk_coverage
 from bayeslora.analysis.report.results import RunResults, SplitResults
 
 LONGEST_LABEL = 32
@@ -26,14 +26,17 @@ class Figure:
     caption: str
 
 
-def draw_figures(runs: Sequence[RunResults]) -> dict[str, list[Figure]]:
-    """Section to its pictures; sections without any are left out."""
+def draw_figures(
+    runs: Sequence[RunResults], costs: tuple[np.ndarray, float | None] | None = None
+) -> dict[str, list[Figure]]:
+    """Section to its pictures; sections without any are left out. ``costs`` are those of answers, and of a person."""
     drawn = {
         "training": _training_figures(runs),
         "posterior": _posterior_figures(runs),
         "calibration": _calibration_figures(runs),
         "shift": _shift_figures(runs),
         "selective": _selective_figures(runs),
+        "deferral": _deferral_figures(runs, *costs) if costs is not None else [],
     }
     return {section: figures for section, figures in drawn.items() if figures}
 
@@ -140,6 +143,22 @@ def _selective_figures(runs: Sequence[RunResults]) -> list[Figure]:
             plot_risk_coverage(chosen),
             f"Error rate on {split} against the share of examples answered.",
             f"{split}: errors among the examples that are answered, the surest first",
+        )
+        for chosen in _in_sixes(pairs)
+    ]
+
+
+def _deferral_figures(runs: Sequence[RunResults], costs: np.ndarray, person: float | None) -> list[Figure]:
+    split = _main_split(runs)
+    pairs = {
+        _plain(run.name): (run.splits[split].probs, run.splits[split].labels) for run in runs if _judged(run, split)
+    }
+    marked = "" if person is None else f"; marked: what is expected to cost more than {person:g} is handed over"
+    return [
+        _picture(
+            plot_deferral(chosen, costs, person=person),
+            f"Mean cost of a {split} example against the share that is handed to a person.",
+            f"{split}: cost against the share that a person takes, the dearest first{marked}",
         )
         for chosen in _in_sixes(pairs)
     ]

@@ -17,6 +17,7 @@ from bayeslora.analysis.report.results import ComparedMethods, RunResults, Split
 from bayeslora.analysis.tables.comparison import table_cells
 from bayeslora.config import MonteCLoRAConfig
 from bayeslora.errors import InputError, StorageError
+from bayeslora.files.costs import read_costs
 from bayeslora.files.records import read_json
 from bayeslora.inference.diagnostics import diagnose
 from bayeslora.options import flags
@@ -49,6 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
         untuned=arguments.untuned,
         model=arguments.model,
         data_dir=arguments.data_dir,
+        costs=arguments.costs,
         command=arguments.command_line,
     )
     print(f"open {page} in a browser")
@@ -67,6 +69,7 @@ def report(
     untuned: bool = False,
     model: str | None = None,
     data_dir: str | Path | None = None,
+    costs: str | Path | None = None,
     command: str = "",
     progress: bool = True,
 ) -> Path:
@@ -85,6 +88,8 @@ def report(
             kept in the run's folder, in ``diagnostics.json``, for the next report of the same run.
         untuned: Draws as they were fitted, where a width was tuned; the diagnostics always are.
         model, data_dir: Where base model and data are now, if they moved.
+        costs: Of classes, a CSV file of what each answer costs under each truth: a header ``truth`` and the classes,
+            perhaps with ``person``, and a row for each class. The page then says what to hand to a person.
         command: The command line to print on the page.
         progress: Show progress bars.
 
@@ -107,6 +112,7 @@ def report(
     if not folders:
         raise InputError("nothing to report on: give at least one run folder")
     results = []
+    priced = None
     names = _names(folders)
     for folder in folders:
         check_is_run(folder)
@@ -117,6 +123,7 @@ def report(
         run = open_run(folder, model=model, data_dir=data_dir)
         if untuned:
             run.posterior.tuning = None
+        priced = read_costs(costs, run.task.label_names) if costs else None
         results.append(
             _collect(
                 name,
@@ -133,7 +140,7 @@ def report(
         )
     title = f"bayeslora report: {names[0]}" if len(names) == 1 else f"bayeslora report: {len(names)} runs"
     compared = [rows for folder in runs for rows in _compared(Path(folder))]
-    return _write(output, report_html(results, title=title, command=command, compared=compared))
+    return _write(output, report_html(results, title=title, command=command, compared=compared, costs=priced))
 
 
 def _expand(folder: Path) -> list[Path]:
