@@ -1,5 +1,7 @@
 from .decisions.batchbald import BatchSelection as BatchSelection
 from .decisions.batchbald import select_batchbald as select_batchbald
+from .decisions.conformal import adaptive_scores as adaptive_scores
+from .decisions.conformal import conformal_quantile as conformal_quantile
 from .decisions.conformal import conformal_sets as conformal_sets
 from .decisions.conformal import conformal_threshold as conformal_threshold
 from .decisions.costs import decide as decide

@@ -17,6 +17,7 @@ from bayeslora.analysis.report.deferral import cost_columns, thresholds
 from bayeslora.analysis.report.figures import Figure, draw_figures
 from bayeslora.analysis.report.opening import opening
 from bayeslora.analysis.report.results import ComparedMethods, RunResults, SplitResults
+from bayeslora.analysis.report.sets import set_measures
 from bayeslora.analysis.tables.diagnostics import Diagnostic
 from bayeslora.errors import InputError
 
@@ -43,6 +44,7 @@ class Page:
     opening: str = ""
     compared: Sequence[ComparedMethods] = ()
     deferral: dict[str, Any] = field(default_factory=dict)
+    sets: list[dict[str, Any]] = field(default_factory=list)
 
 
 def report_html(
@@ -94,6 +96,7 @@ def report_html(
         opening=opening(runs),
         compared=compared,
         deferral=_deferral(runs, *costs) if costs is not None else {},
+        sets=_by_split(row for run in runs for row in _sets(run)),
     )
     environment = Environment(
         loader=PackageLoader("bayeslora.analysis.report", "templates"),
@@ -115,6 +118,17 @@ def _deferral(runs: Sequence[RunResults], costs: np.ndarray, person: float | Non
         "differences": _by_split(row for run in runs[1:] for row in _differences(runs[0], run, columns)),
         "thresholds": list(thresholds(runs, costs, person)),
     }
+
+
+def _sets(run: RunResults) -> Iterator[dict[str, Any]]:
+    """Coverage and size of conformal sets or intervals on every labelled split, by what a run has to calibrate on."""
+    if run.calibration is None or len(run.calibration.labels) < 9:  # of fewer, everything would be inside at 90 %
+        return
+    for name, split, labels in _labelled(run):
+        measures = set_measures(run.calibration, split)
+        cells = [_cell(of, bootstrap_interval(of.function, values, num_resamples=RESAMPLES)) for of, values in measures]
+        columns = [column for column, _ in measures]
+        yield {"split": name, "run": run.name, "examples": len(labels), "columns": columns, "cells": cells}
 
 
 def _most_telling_first(diagnostics: Sequence[Diagnostic]) -> list[Diagnostic]:

@@ -33,6 +33,7 @@ from bayeslora.training.budget import RECORDED
 from bayeslora.training.monitor import relative_noise_by_adapter
 
 SPREAD_DRAWS = 32
+CALIBRATION = "validation"  # thresholds of conformal sets are found on it
 METHOD_FACTS = tuple(field.name for field in flags(MonteCLoRAConfig))
 TRAINING_FACTS = (*(name for name in RECORDED if name != "eval_steps"), "train_examples", "processes")
 
@@ -198,7 +199,7 @@ def _collect(
     bayesian = posterior.monteclora_config.sample_scaler > 0
     count = num_samples if bayesian else 0
     splits = {}
-    for part in (chosen, *(s for s in (*task.shift_splits, *task.out_of_scope_splits) if s != chosen)):
+    for part in _parts(task, chosen):
         labelled = part not in task.out_of_scope_splits
         data = run.data(part, limit=max_examples, seed=seed, labelled=labelled)
         if progress:
@@ -229,7 +230,15 @@ def _collect(
         None if draws is None else draws.noise_scale / draws.mean_scale,
         diagnosed,
         str(run.record.get("command", "")),
+        splits.pop(CALIBRATION) if chosen != CALIBRATION and CALIBRATION in splits else None,
     )
+
+
+def _parts(task: Task, chosen: str) -> list[str]:
+    """The split to judge by, other inputs, and what conformal sets are calibrated on, where it is labelled."""
+    parts = [chosen, *(name for name in (*task.shift_splits, *task.out_of_scope_splits) if name != chosen)]
+    calibrates = CALIBRATION in task.splits and CALIBRATION not in parts and task.is_labelled(CALIBRATION)
+    return [*parts, CALIBRATION] if calibrates else parts
 
 
 def _check_reportable(task: Task) -> None:

@@ -6,8 +6,16 @@ import numpy as np
 import pytest
 from scipy.stats import entropy
 
-from bayeslora.analysis import conformal_sets, conformal_threshold, select_batchbald
+from bayeslora.analysis import (
+    adaptive_scores,
+    conformal_quantile,
+    conformal_sets,
+    conformal_threshold,
+    select_batchbald,
+)
 from bayeslora.analysis.decisions import batchbald
+from bayeslora.analysis.report.page import RunResults, SplitResults, report_html
+from bayeslora.analysis.report.sets import set_measures
 from bayeslora.errors import InputError
 
 
@@ -84,3 +92,86 @@ def test_copies_are_not_taken_twice():
 def test_counts_out_of_range():
     with pytest.raises(InputError, match="between 1 and the number of examples, 7, but is 8"):
         select_batchbald(pool(), 8)
+
+
+# --- APS, RAPS, intervals ---------------------------------------------------------------------------
+
+
+def test_adaptive_scores_by_adding_up():
+    random = np.random.default_rng(3)
+    probs, uniform = random.dirichlet([1, 1, 1, 1], 20), random.random(20)
+    for penalty in (0.0, 0.2):
+        found = adaptive_scores(probs, penalty=penalty, free=2, uniform=uniform)
+        for row, u, scores in zip(probs, uniform, found, strict=True):
+            for label, p in enumerate(row):
+                rank = 1 + (row > p).sum()
+                expected = row[row > p].sum() + u * p + penalty * max(rank - 2, 0)
+                assert scores[label] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.3])
+def test_adaptive_sets_cover_exactly_k_of_n_plus_one(penalty):
+    """As LAC's do: with drawn scores there are no ties, and each rank of the new example's is as likely."""
+    random, calibration, hits = np.random.default_rng(4), 39, []
+    for _ in range(4000):
+        probs = random.dirichlet([2, 1, 1], calibration + 1)
+        labels = (probs.cumsum(1) < random.random((calibration + 1, 1))).sum(1)
+        scores = adaptive_scores(probs, penalty=penalty, uniform=random.random(calibration + 1))
+        of_truth = scores[np.arange(calibration + 1), labels]
+        hits.append(of_truth[-1] <= conformal_quantile(of_truth[:-1], 0.9))
+    assert abs(np.mean(hits) - 0.9) < 4 * np.sqrt(0.09 / len(hits))
+
+
+def test_intervals_cover_whatever_the_predicted_spread():
+    """Standard deviations that are a third of what they should be: the quantile makes up for it."""
+    random, hits = np.random.default_rng(5), []
+    for _ in range(4000):
+        spread = random.uniform(0.5, 2, size=40)
+        scores = np.abs(random.normal(size=40) * spread) / (spread / 3)
+        hits.append(scores[-1] <= conformal_quantile(scores[:-1], 0.9))
+    assert abs(np.mean(hits) - 0.9) < 4 * np.sqrt(0.09 / len(hits))
+
+
+def test_too_few_scores_for_a_coverage_leave_everything_in():
+    assert conformal_quantile(np.arange(8), 0.9) == np.inf
+    assert conformal_quantile(np.arange(9), 0.9) == 8
+
+
+@pytest.mark.parametrize("kind", ["classes", "numbers"])
+def test_the_page_has_coverage_and_size_of_every_split(kind):
+    random = np.random.default_rng(6)
+
+    def split(size, wrong=1.0):
+        if kind == "numbers":
+            return SplitResults(wrong * random.normal(size=size), mean=np.zeros(size), std=np.ones(size))
+        probs = random.dirichlet([0.5, 0.5, 0.5], size)
+        labels = (probs.cumsum(1) < random.random((size, 1))).sum(1)
+        return SplitResults(labels, (), probs, np.zeros(size), np.zeros(size))
+
+    splits = {"test": split(400), "tweets": split(400, wrong=3.0)}
+    names = ("a", "b", "c") if kind == "classes" else ()
+    page = report_html([RunResults("run", {}, splits, names, calibration=split(400))])
+    assert f"Conformal {'sets' if kind == 'classes' else 'intervals'}" in page
+    assert "only as often as the table says" in page
+    assert 'id="sets"' not in report_html([RunResults("run", {}, splits, names)])
+    measures = {column.title: values.mean() for column, values in set_measures(split(4000), splits["test"])}
+    coverages = [value for title, value in measures.items() if "coverage" in title]
+    assert len(coverages) == (3 if kind == "classes" else 1)
+    assert np.abs(np.array(coverages) - 0.9).max() < 4 * np.sqrt(0.09 / 400 + 0.09 / 4000)
+    if kind == "numbers":
+        shifted = set_measures(split(4000), splits["tweets"])[0][1].mean()
+        assert shifted < 0.6  # of intervals for a third of the spread, 0.42
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: adaptive_scores([[0.5, 0.5]], penalty=-1.0),
+        lambda: adaptive_scores([[0.5, 0.5]], uniform=[2.0]),
+        lambda: conformal_quantile([np.nan]),
+        lambda: conformal_quantile([1.0], 1.5),
+    ],
+)
+def test_scores_that_do_not_fit_are_refused(wrong):
+    with pytest.raises(InputError):
+        wrong()
