@@ -96,7 +96,7 @@ def deferral_curve(probs: ArrayLike, labels: ArrayLike, costs: ArrayLike, *, per
     Example:
         >>> curve = deferral_curve([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8]], [0, 1, 1], [[0, 1], [1, 0]], person=0.3)
         >>> curve.cost.round(2), curve.threshold.round(2)  # without anybody's help one of three is wrong
-        (array([0.33, 0.1 , 0.2 , 0.3 ]), array([ inf, 0.4, 0.2, 0.1]))
+        (array([0.33, 0.1 , 0.2 , 0.3 ]), array([inf, 0.4, 0.2, 0.1]))
     """
     return curve_of_costs(*realized_costs(probs, labels, costs), person)
 

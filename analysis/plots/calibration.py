@@ -155,7 +155,7 @@ def plot_interval_coverage(predictions: Mapping[str, tuple[ArrayLike, ArrayLike,
     Example:
         >>> ax = plot_interval_coverage({"LoRA": (np.linspace(-2, 2, 40), np.zeros(40), np.ones(40))})
         >>> ax.get_legend().get_texts()[1].get_text()
-        'LoRA (CRPS 0.704)'
+        'LoRA (CRPS 0.703)'
 
     References:
         Kuleshov, Fenner and Ermon (2018), *Accurate Uncertainties for Deep Learning Using Calibrated Regression*,
