@@ -26,7 +26,8 @@ def set_measures(calibration: SplitResults, split: SplitResults) -> list[tuple[C
     probs, labels = np.asarray(split.probs), np.asarray(split.labels)
     least = conformal_threshold(known[np.arange(len(known)), known_labels], COVERAGE)
     sets = {"LAC": conformal_sets(probs, least)}
-    for name, penalty in (("APS", 0.0), ("RAPS", PENALTY)):
+    kinds = {"APS": 0.0, "RAPS": PENALTY} if probs.shape[1] > 2 else {"APS": 0.0}  # of two classes both are the same
+    for name, penalty in kinds.items():
         scores = _scores(known, penalty, seed=0)[np.arange(len(known)), known_labels]
         sets[name] = _scores(probs, penalty, seed=1) <= conformal_quantile(scores, COVERAGE)
     measures = []
