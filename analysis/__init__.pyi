@@ -33,6 +33,7 @@ from .metrics.calibration import maximum_calibration_error as maximum_calibratio
 from .metrics.calibration import negative_log_likelihood as negative_log_likelihood
 from .metrics.calibration import overconfidence as overconfidence
 from .metrics.calibration import sharpness as sharpness
+from .metrics.calibration import smooth_calibration_error as smooth_calibration_error
 from .metrics.detection import detection_curve as detection_curve
 from .metrics.detection import detection_scores as detection_scores
 from .metrics.registry import calibration_summary as calibration_summary
@@ -48,7 +49,6 @@ from .metrics.selective import risk_coverage as risk_coverage
 from .metrics.simulation_based_calibration import chi_square_test as chi_square_test
 from .metrics.simulation_based_calibration import ecdf_test as ecdf_test
 from .metrics.simulation_based_calibration import rank_ecdf as rank_ecdf
-from .metrics.smooth_calibration import smooth_calibration_error as smooth_calibration_error
 from .metrics.temperature import apply_temperature as apply_temperature
 from .metrics.temperature import fit_temperature as fit_temperature
 from .metrics.uncertainty import expected_entropy as expected_entropy

@@ -14,6 +14,8 @@ from bayeslora.analysis.metrics.calibration import (
     expected_calibration_error,
     negative_log_likelihood,
     overconfidence,
+    reweighted_smooth_error,
+    smooth_calibration_error,
 )
 from bayeslora.analysis.metrics.checks import check_probs_and_labels
 from bayeslora.analysis.metrics.selective import (
@@ -22,7 +24,6 @@ from bayeslora.analysis.metrics.selective import (
     reweighted_area,
     reweighted_generalized_area,
 )
-from bayeslora.analysis.metrics.smooth_calibration import reweighted_smooth_error, smooth_calibration_error
 from bayeslora.analysis.metrics.uncertainty import predictive_entropy
 
 Reweighted = Callable[[np.ndarray], np.ndarray]  # from weights (R, n), each row summing to n, to the metric (R,)
