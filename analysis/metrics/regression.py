@@ -171,7 +171,7 @@ def regression_summary(
     drawn = sample_means is not None and noise_scale is not None
     mixture = (sample_means, noise_scale) if drawn else (middle, deviation)
     return {
-        "crps": continuous_ranked_probability_score(labels, *mixture),  # type: ignore[arg-type]
+        "crps": continuous_ranked_probability_score(labels, *mixture),
         "interval_score": interval_score(labels, middle - half * deviation, middle + half * deviation),
         "coverage": float((np.abs(standard) <= half).mean()),
     }

@@ -122,10 +122,11 @@ def _deferral(runs: Sequence[RunResults], costs: np.ndarray, person: float | Non
 
 def _sets(run: RunResults) -> Iterator[dict[str, Any]]:
     """Coverage and size of conformal sets or intervals on every labelled split, by what a run has to calibrate on."""
-    if run.calibration is None or len(run.calibration.labels) < 9:  # of fewer, everything would be inside at 90 %
+    known = run.calibration
+    if known is None or known.labels is None or len(known.labels) < 9:  # of fewer, everything would be inside at 90 %
         return
     for name, split, labels in _labelled(run):
-        measures = set_measures(run.calibration, split)
+        measures = set_measures(known, split)
         cells = [_cell(of, bootstrap_interval(of.function, values, num_resamples=RESAMPLES)) for of, values in measures]
         columns = [column for column, _ in measures]
         yield {"split": name, "run": run.name, "examples": len(labels), "columns": columns, "cells": cells}
