@@ -1,7 +1,11 @@
 from .decisions.batchbald import BatchSelection as BatchSelection
 from .decisions.batchbald import select_batchbald as select_batchbald
+from .decisions.conformal import adaptive_scores as adaptive_scores
+from .decisions.conformal import conformal_quantile as conformal_quantile
 from .decisions.conformal import conformal_sets as conformal_sets
 from .decisions.conformal import conformal_threshold as conformal_threshold
+from .decisions.costs import decide as decide
+from .decisions.costs import deferral_curve as deferral_curve
 from .draws.elpd import held_out_elpd as held_out_elpd
 from .draws.elpd import leave_one_out as leave_one_out
 from .draws.inference_data import build_inference_data as build_inference_data
@@ -29,12 +33,18 @@ from .metrics.calibration import maximum_calibration_error as maximum_calibratio
 from .metrics.calibration import negative_log_likelihood as negative_log_likelihood
 from .metrics.calibration import overconfidence as overconfidence
 from .metrics.calibration import sharpness as sharpness
+from .metrics.calibration import smooth_calibration_error as smooth_calibration_error
 from .metrics.detection import detection_curve as detection_curve
 from .metrics.detection import detection_scores as detection_scores
 from .metrics.labels import best_thresholds as best_thresholds
 from .metrics.labels import mean_average_precision as mean_average_precision
 from .metrics.registry import calibration_summary as calibration_summary
+from .metrics.regression import continuous_ranked_probability_score as continuous_ranked_probability_score
+from .metrics.regression import interval_coverage as interval_coverage
+from .metrics.regression import interval_score as interval_score
+from .metrics.regression import regression_summary as regression_summary
 from .metrics.reliability import reliability_curve as reliability_curve
+from .metrics.selective import area_under_generalized_risk_coverage as area_under_generalized_risk_coverage
 from .metrics.selective import area_under_risk_coverage as area_under_risk_coverage
 from .metrics.selective import excess_area_under_risk_coverage as excess_area_under_risk_coverage
 from .metrics.selective import risk_coverage as risk_coverage
@@ -48,6 +58,7 @@ from .metrics.uncertainty import mutual_information as mutual_information
 from .metrics.uncertainty import predictive_entropy as predictive_entropy
 from .plots.calibration import plot_brier_parts as plot_brier_parts
 from .plots.calibration import plot_calibration as plot_calibration
+from .plots.calibration import plot_interval_coverage as plot_interval_coverage
 from .plots.inference import plot_rank_ecdf as plot_rank_ecdf
 from .plots.posterior import plot_adapters as plot_adapters
 from .plots.posterior import plot_contraction as plot_contraction
@@ -62,6 +73,7 @@ from .plots.study import plot_learning_rates as plot_learning_rates
 from .plots.study import plot_pareto as plot_pareto
 from .plots.training import plot_history as plot_history
 from .plots.uncertainty import plot_agreement as plot_agreement
+from .plots.uncertainty import plot_deferral as plot_deferral
 from .plots.uncertainty import plot_detection as plot_detection
 from .plots.uncertainty import plot_entropy_parts as plot_entropy_parts
 from .plots.uncertainty import plot_risk_coverage as plot_risk_coverage

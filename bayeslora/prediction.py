@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from bayeslora.analysis.metrics.registry import calibration_summary
+from bayeslora.analysis.metrics.regression import regression_summary
 
 if TYPE_CHECKING:
     import pandas
@@ -281,8 +282,10 @@ class NumberPrediction(Prediction):
         return {"mean": float(self.mean[index]), "std": float(self.std[index])}
 
     def scores(self, task: Any) -> dict[str, float]:
-        """The task's metrics."""
-        return task.score(self.mean, self.labels)
+        """The task's metrics, and how honest the predictive is: NLL and CRPS are of the mixture of draws."""
+        drawn = {"sample_means": self.sample_means, "noise_scale": self.noise_scale}
+        nll = {} if self.nll is None else {"nll": self.nll}
+        return task.score(self.mean, self.labels) | nll | regression_summary(self.labels, self.mean, self.std, **drawn)
 
 
 @dataclass(frozen=True, repr=False)

@@ -28,6 +28,7 @@ NAMES = [
     for kind in ("attention.self.query", "attention.self.value", "attention.output.dense", "intermediate.dense")
 ]
 DRAWS, RANK, COMPONENTS = 64, 8, 4
+DEFERRAL_COSTS = [[0, 1, 1], [1, 0, 1], [4, 4, 0]]  # to miss the third class costs four times as much
 
 
 Picture = tuple[str, str, Callable[[], Any]]  # its name, its caption, and how it is drawn
@@ -40,6 +41,13 @@ def forecasts(temperature: float, *, seed: int = 0) -> tuple[np.ndarray, np.ndar
     labels = (logits + rng.gumbel(size=logits.shape)).argmax(axis=1)
     powers = np.exp(logits / temperature)
     return powers / powers.sum(axis=1, keepdims=True), labels
+
+
+def numbers(scale: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """400 labels, and predictions of their mean and standard deviation, right at scale 1."""
+    rng = np.random.default_rng(7)
+    mean, std = rng.normal(size=400), rng.uniform(0.5, 1.5, size=400)
+    return mean + std * rng.normal(size=400), mean, scale * std
 
 
 def draws_of_forecasts(spread: float, *, seed: int = 0) -> np.ndarray:
@@ -232,11 +240,21 @@ def of_predictions() -> list[Picture]:
             "The same in bins of equally many examples, with bootstrap intervals.",
             lambda: analysis.plot_calibration(methods, binning="mass", interval="bootstrap"),
         ),
+        (
+            "interval_coverage",
+            "Predicted numbers: how often intervals hold the label, against how often they should.",
+            lambda: analysis.plot_interval_coverage({"LoRA": numbers(0.5), "posterior predictive": numbers(1.0)}),
+        ),
         ("brier_parts", "What a Brier score is made of.", lambda: analysis.plot_brier_parts(methods)),
         (
             "risk_coverage",
             "Answer only where sure: how many errors are left?",
             lambda: analysis.plot_risk_coverage(uncertain),
+        ),
+        (
+            "deferral",
+            "Hand the dearest to a person: what do errors cost then? A marker is where the person's price is.",
+            lambda: analysis.plot_deferral(methods, DEFERRAL_COSTS, person=0.5),
         ),
         (
             "detection",

@@ -10,12 +10,20 @@ from bayeslora.analysis.metrics.bins import bin_scores
 from bayeslora.analysis.metrics.calibration import (
     accuracy,
     brier_score,
+    classwise_calibration_error,
     expected_calibration_error,
     negative_log_likelihood,
     overconfidence,
+    reweighted_smooth_error,
+    smooth_calibration_error,
 )
 from bayeslora.analysis.metrics.checks import check_probs_and_labels
-from bayeslora.analysis.metrics.selective import area_under_risk_coverage, reweighted_area
+from bayeslora.analysis.metrics.selective import (
+    area_under_generalized_risk_coverage,
+    area_under_risk_coverage,
+    reweighted_area,
+    reweighted_generalized_area,
+)
 from bayeslora.analysis.metrics.uncertainty import predictive_entropy
 
 Reweighted = Callable[[np.ndarray], np.ndarray]  # from weights (R, n), each row summing to n, to the metric (R,)
@@ -33,6 +41,8 @@ class Metric:
         unit: What one is to know of the number, for readers.
         percent: Shown in percent, with one decimal; else with three.
         over_grid: Whether the summary of a study shows it over the settings of the grid too.
+        in_summary: Whether the summary shows it at all: its tables have no room for what is near to another metric.
+            Scores, results in files and reports have every one.
         reweighted: From checked probabilities and labels to the metric of reweighted examples, for the bootstrap; by
             default ``function`` of the repeated examples, which takes longer.
     """
@@ -44,6 +54,7 @@ class Metric:
     unit: str = ""
     percent: bool = False
     over_grid: bool = True
+    in_summary: bool = True
     reweighted: Callable[[np.ndarray, np.ndarray], Reweighted] | None = None
 
     @property
@@ -112,6 +123,17 @@ def _reweighted_calibration_error(probs: np.ndarray, labels: np.ndarray) -> Rewe
     return lambda weights: np.abs(weights @ gaps).sum(1) / len(labels)
 
 
+def _classwise(probs: ArrayLike, labels: ArrayLike) -> float:
+    return float(classwise_calibration_error(probs, labels).mean())
+
+
+def _reweighted_classwise(probs: np.ndarray, labels: np.ndarray) -> Reweighted:
+    gaps = np.zeros((probs.shape[1], len(labels), 15))
+    for index, column in enumerate(probs.T):
+        gaps[index, np.arange(len(labels)), bin_scores(column, 15).members] = (labels == index) - column
+    return lambda weights: np.mean([np.abs(weights @ of).sum(1) for of in gaps], axis=0) / len(labels)
+
+
 def _area(probs: ArrayLike, labels: ArrayLike) -> float:
     """AURC of examples in order of the entropy of their probabilities."""
     checked, known = check_probs_and_labels(probs, labels)
@@ -120,6 +142,16 @@ def _area(probs: ArrayLike, labels: ArrayLike) -> float:
 
 def _reweighted_area(probs: np.ndarray, labels: np.ndarray) -> Reweighted:
     return reweighted_area(predictive_entropy(probs), probs.argmax(1) != labels)
+
+
+def _generalized_area(probs: ArrayLike, labels: ArrayLike) -> float:
+    """AUGRC of examples in order of the entropy of their probabilities."""
+    checked, known = check_probs_and_labels(probs, labels)
+    return area_under_generalized_risk_coverage(predictive_entropy(checked), checked.argmax(1) != known)
+
+
+def _reweighted_generalized_area(probs: np.ndarray, labels: np.ndarray) -> Reweighted:
+    return reweighted_generalized_area(predictive_entropy(probs), probs.argmax(1) != labels)
 
 
 _RIGHT = _mean_of(lambda probs, labels: (probs.argmax(1) == labels).astype(np.float64))
@@ -149,6 +181,36 @@ METRICS = {
             over_grid=False,
             reweighted=_mean_of(lambda probs, labels: probs.max(1) - (probs.argmax(1) == labels)),
         ),
+        Metric(
+            "smooth_ece",
+            "smooth ECE",
+            smooth_calibration_error,
+            unit="no bins",
+            percent=True,
+            over_grid=False,
+            in_summary=False,
+            reweighted=reweighted_smooth_error,
+        ),
+        Metric(
+            "classwise_ece",
+            "class-wise ECE",
+            _classwise,
+            unit="mean over classes, 15 bins each",
+            percent=True,
+            over_grid=False,
+            in_summary=False,
+            reweighted=_reweighted_classwise,
+        ),
+        Metric(
+            "augrc",
+            "AUGRC",
+            _generalized_area,
+            unit="by entropy",
+            percent=True,
+            over_grid=False,
+            in_summary=False,
+            reweighted=_reweighted_generalized_area,
+        ),
     )
 }
 
@@ -161,15 +223,17 @@ def calibration_summary(probs: ArrayLike, labels: ArrayLike) -> dict[str, float]
         labels: Class indices, shape ``(examples,)``.
 
     Returns:
-        ``accuracy``, ``ece`` (15 bins) and ``aurc`` (in order of entropy) as shares in ``[0, 1]``, ``nll`` in nats per
-        example, ``brier`` in ``[0, 2]``, and ``overconfidence`` in ``[-1, 1]``.
+        ``accuracy``, ``ece`` (15 bins), ``smooth_ece``, ``classwise_ece``, ``aurc`` and ``augrc`` (in order of entropy)
+        as shares in ``[0, 1]``, ``nll`` in nats per example, ``brier`` in ``[0, 2]``, and ``overconfidence`` in
+        ``[-1, 1]``.
 
     Raises:
         InputError: The arrays do not fit that description.
 
     Example:
         >>> probs, labels = [[0.9, 0.1], [0.4, 0.6], [0.7, 0.3], [0.2, 0.8]], [0, 1, 1, 1]
-        >>> {name: round(value, 3) for name, value in calibration_summary(probs, labels).items()}
-        {'accuracy': 0.75, 'nll': 0.511, 'ece': 0.35, 'brier': 0.35, 'aurc': 0.146, 'overconfidence': 0.0}
+        >>> scores = calibration_summary(probs, labels)
+        >>> {name: round(scores[name], 3) for name in ("accuracy", "nll", "ece", "brier", "aurc", "augrc")}
+        {'accuracy': 0.75, 'nll': 0.511, 'ece': 0.35, 'brier': 0.35, 'aurc': 0.146, 'augrc': 0.094}
     """
     return {name: metric.function(probs, labels) for name, metric in METRICS.items()}

@@ -103,6 +103,51 @@ def reweighted_area(uncertainty: np.ndarray, wrong: np.ndarray) -> Callable[[np.
     )
 
 
+def area_under_generalized_risk_coverage(uncertainty: ArrayLike, wrong: ArrayLike) -> float:
+    r"""AUGRC: how probable it is that an example is answered and wrong, averaged over coverages; lower is better.
+
+    .. math:: \int_0^1 P(\text{answered at coverage } c,\ \text{wrong})\, dc
+        = \mathrm{acc}\,(1 - \mathrm{acc})\,(1 - \mathrm{AUROC}) + \tfrac12 (1 - \mathrm{acc})^2
+
+    by the trapezoidal rule, with the accuracy and the AUROC of finding the wrong answers; the second form is for a
+    ``wrong`` of booleans. AURC divides by the coverage, so that its value hangs on the few surest examples; this one
+    counts every wrong answer by the share of coverages at which it is given.
+
+    Args:
+        uncertainty, wrong: As for `risk_coverage`.
+
+    Returns:
+        A float in ``[0, 1/2]``.
+
+    Raises:
+        InputError: The arrays do not fit that description.
+
+    Example:
+        >>> area_under_generalized_risk_coverage([0.1, 0.2, 0.3, 0.4], [0, 0, 1, 1])  # wrong ones last: (1/2)² / 2
+        0.125
+
+    References:
+        Traub et al. (2024), *Overcoming Common Flaws in the Evaluation of Selective Classification Systems*, Eq. 4-6.
+    """
+    scores, losses = _check(uncertainty, wrong)
+    return float(reweighted_generalized_area(scores, losses)(np.ones((1, len(scores))))[0])
+
+
+def reweighted_generalized_area(uncertainty: np.ndarray, wrong: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """`area_under_generalized_risk_coverage` of examples that are repeated: ``(R, n)`` to ``(R,)``."""
+    order = np.argsort(uncertainty, kind="stable")
+    _, first = np.unique(uncertainty[order], return_index=True)
+    losses = np.asarray(wrong, dtype=np.float64)[order]
+
+    def areas(weights: np.ndarray) -> np.ndarray:
+        counts = weights[:, order]
+        sizes, errors = (np.add.reduceat(of, first, axis=1) for of in (counts, counts * losses))
+        upto = np.cumsum(sizes, axis=1)
+        return (errors * (upto[:, -1:] - upto + sizes / 2)).sum(axis=1) / upto[:, -1] ** 2
+
+    return areas
+
+
 def excess_area_under_risk_coverage(uncertainty: ArrayLike, wrong: ArrayLike) -> float:
     """AURC above that of the best order, which puts every wrong answer last; 0 is perfect.
 

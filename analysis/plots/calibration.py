@@ -10,8 +10,9 @@ from bayeslora.analysis.metrics.bootstrap import check_resamples
 from bayeslora.analysis.metrics.brier import BrierParts, brier_decomposition
 from bayeslora.analysis.metrics.calibration import expected_calibration_error
 from bayeslora.analysis.metrics.checks import check_probs_and_labels
+from bayeslora.analysis.metrics.regression import interval_coverage, regression_summary
 from bayeslora.analysis.metrics.reliability import ReliabilityCurve, reliability_curve
-from bayeslora.analysis.plots.style import SMALL_TEXT_SIZE, frame, legend_above, name_rows, new_axes, style
+from bayeslora.analysis.plots.style import BAND, SMALL_TEXT_SIZE, frame, legend_above, name_rows, new_axes, style
 from bayeslora.errors import InputError
 
 FEW_EXAMPLES = 10  # a bin with fewer says little: its 95 % interval spans at least 0.3
@@ -130,6 +131,51 @@ def plot_brier_parts(
     name_rows(ax, list(PARTS.values()))
     ax.set_xlim(left=min(0.0, ax.get_xlim()[0]))
     ax.set_xlabel("part of the Brier score (± 1.96 standard errors)", fontsize=SMALL_TEXT_SIZE)
+    legend_above(ax)
+    return ax
+
+
+def plot_interval_coverage(predictions: Mapping[str, tuple[ArrayLike, ArrayLike, ArrayLike]], ax: Any = None) -> Any:
+    """Calibration of predicted numbers: how often central intervals hold the label, against how often they should.
+
+    Above the diagonal the intervals are wider than they need to be, below it too narrow. Bands are 95 % intervals
+    (Clopper and Pearson's) of the coverage at each level, over as many examples. The CRPS in the legend is that of
+    normal predictions.
+
+    Args:
+        predictions: Name of a method to ``(labels, mean, std)``, each of shape ``(examples,)``.
+        ax: Where to draw; a new figure by default.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        InputError: No predictions, or arrays that do not fit the description.
+
+    Example:
+        >>> ax = plot_interval_coverage({"LoRA": (np.linspace(-2, 2, 40), np.zeros(40), np.ones(40))})
+        >>> ax.get_legend().get_texts()[1].get_text()
+        'LoRA (CRPS 0.703)'
+
+    References:
+        Kuleshov, Fenner and Ermon (2018), *Accurate Uncertainties for Deep Learning Using Calibrated Regression*,
+        Figure 1.
+    """
+    if not predictions:
+        raise InputError("predictions is empty: give at least one method as {name: (labels, mean, std)}")
+    ax = new_axes(ax, height=3.3)
+    ax.plot((0, 100), (0, 100), "--", color="0.45", linewidth=0.9, label="perfect calibration", zorder=1)
+    for number, (name, arrays) in enumerate(predictions.items()):
+        curve = interval_coverage(*arrays, levels=np.linspace(0.01, 0.99, 99))
+        colour, _ = style(number)
+        label = f"{name} (CRPS {regression_summary(*arrays)['crps']:.3f})"
+        ax.plot(100 * curve.level, 100 * curve.coverage, color=colour, linewidth=1.2, label=label)
+        ends = 100 * curve.lower, 100 * curve.upper
+        ax.fill_between(100 * curve.level, *ends, color=colour, alpha=BAND, linewidth=0)
+    ax.set_xlim(0, 100)
+    ax.set_ylim(0, 100)
+    ax.set_aspect("equal")
+    frame(ax, x="level of the interval  (%)", y="labels inside  (%, 95 % band)")
     legend_above(ax)
     return ax
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from bayeslora.analysis.decisions.costs import curve_of_costs, realized_costs
 from bayeslora.analysis.metrics.agreement import rank_correlation
 from bayeslora.analysis.metrics.bins import bin_scores
 from bayeslora.analysis.metrics.bootstrap import bootstrap_interval, check_resamples
@@ -66,6 +67,65 @@ def plot_risk_coverage(
     ax.set_xlim(100 * min(left, 0.9), 100)
     ax.set_ylim(bottom=0)
     frame(ax, x="coverage  (% of examples answered)", y=f"wrong answers  (%, {100 * level:g} % band)")
+    legend_above(ax)
+    return ax
+
+
+def plot_deferral(
+    methods: Mapping[str, tuple[ArrayLike, ArrayLike]],
+    costs: ArrayLike,
+    ax: Any = None,
+    *,
+    person: float | None = None,
+    level: float = 0.95,
+    num_resamples: int = 200,
+    seed: int = 0,
+) -> Any:
+    """Mean cost against the share of examples that a person takes, the dearest first, with bootstrap bands.
+
+    Args:
+        methods: Name to ``(probs, labels)``: shapes ``(examples, classes)``, ``(examples,)``.
+        costs: Of each truth (row) and answer (column), ``(classes, classes)``, see `decide`.
+        ax: Where to draw; a new figure by default.
+        person: What a person costs; a marker is where a method hands over whatever is expected to cost more. If None,
+            the cost of the answers alone is drawn.
+        level: Coverage of the bands, at each share.
+        num_resamples: Sets the bootstrap draws.
+        seed: Decides them.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        InputError: No methods, or arrays that do not fit the description.
+
+    Example:
+        >>> ax = plot_deferral({"LoRA": ([[0.9, 0.1]] * 20, [0] * 15 + [1] * 5)}, [[0, 1], [1, 0]], person=0.2)
+        >>> ax.get_xlabel()
+        'handed to a person  (% of examples)'
+    """
+    _check_methods(methods, "(probs, labels)")
+    check_level(level)
+    ax = new_axes(ax)
+    price = 0.0 if person is None else person
+    for number, (name, (probs, labels)) in enumerate(methods.items()):
+        expected, realized = realized_costs(probs, labels, costs)
+        curve = curve_of_costs(expected, realized, price)
+        colour, marker = style(number)
+        ax.plot(100 * curve.share, curve.cost, color=colour, linewidth=1.2, label=name)
+
+        def cost(rows: np.ndarray, expected: np.ndarray = expected, realized: np.ndarray = realized) -> np.ndarray:
+            drawn = curve_of_costs(expected[rows], realized[rows], price)
+            return np.interp(GRID, drawn.share, drawn.cost)
+
+        lower, upper = _band(cost, len(expected), level, num_resamples, seed)
+        ax.fill_between(100 * GRID, lower, upper, color=colour, alpha=BAND, linewidth=0)
+        if person is not None:
+            over = int((expected > price).sum())
+            ax.plot(100 * curve.share[over], curve.cost[over], marker=marker, color=colour, markersize=6)
+    ax.set_xlim(0, 100)
+    ax.set_ylim(bottom=0)
+    frame(ax, x="handed to a person  (% of examples)", y=f"mean cost of an example  ({100 * level:g} % band)")
     legend_above(ax)
     return ax
 

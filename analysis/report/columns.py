@@ -7,6 +7,7 @@ import numpy as np
 
 from bayeslora.analysis.metrics.labels import f1_macro, f1_micro, mean_average_precision
 from bayeslora.analysis.metrics.registry import METRICS
+from bayeslora.analysis.metrics.regression import LEVEL, regression_summary
 from bayeslora.analysis.tagging.entities import entity_f1
 
 
@@ -41,6 +42,12 @@ LABELS = (
     Column("F1 micro", "% of all decisions, at 1/2, higher is better", f1_micro, _OF_LABELS, 100.0, 1),
     Column("F1 macro", "%, mean over labels, at 1/2, higher is better", f1_macro, _OF_LABELS, 100.0, 1),
 )
+
+
+def _of_numbers(name: str) -> Callable[..., float]:
+    return lambda mean, std, labels: regression_summary(labels, mean, std)[name]
+
+
 REGRESSION = (
     Column(
         "RMSE",
@@ -55,9 +62,21 @@ REGRESSION = (
         ("mean", "std", "labels"),
     ),
     Column(
+        "CRPS",
+        "in the labels' unit, normal predictive, lower is better",
+        _of_numbers("crps"),
+        ("mean", "std", "labels"),
+    ),
+    Column(
+        "interval score",
+        f"of {100 * LEVEL:g} % intervals, in the labels' unit, lower is better",
+        _of_numbers("interval_score"),
+        ("mean", "std", "labels"),
+    ),
+    Column(
         "coverage",
-        "% of labels within the central 90 % interval; 90 is right",
-        lambda m, s, y: float(np.mean(np.abs(y - m) <= 1.6448536 * s)),
+        f"% of labels within the central {100 * LEVEL:g} % interval; {100 * LEVEL:g} is right",
+        _of_numbers("coverage"),
         ("mean", "std", "labels"),
         factor=100.0,
         decimals=1,

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from bayeslora.analysis.plots.calibration import plot_calibration
+from bayeslora.analysis.plots.calibration import plot_calibration, plot_interval_coverage
 from bayeslora.analysis.plots.posterior import plot_adapters, plot_layer_map
 from bayeslora.analysis.plots.training import plot_history
-from bayeslora.analysis.plots.uncertainty import plot_detection, plot_entropy_parts, plot_risk_coverage
-from bayeslora.analysis.report.results import RunResults
+from bayeslora.analysis.plots.uncertainty import plot_deferral, plot_detection, plot_entropy_parts, plot_risk_coverage
+from bayeslora.analysis.report.results import RunResults, SplitResults
 
 LONGEST_LABEL = 32
 
@@ -26,14 +26,17 @@ class Figure:
     caption: str
 
 
-def draw_figures(runs: Sequence[RunResults]) -> dict[str, list[Figure]]:
-    """Section to its pictures; sections without any are left out."""
+def draw_figures(
+    runs: Sequence[RunResults], costs: tuple[np.ndarray, float | None] | None = None
+) -> dict[str, list[Figure]]:
+    """Section to its pictures; sections without any are left out. ``costs`` are those of answers, and of a person."""
     drawn = {
         "training": _training_figures(runs),
         "posterior": _posterior_figures(runs),
         "calibration": _calibration_figures(runs),
         "shift": _shift_figures(runs),
         "selective": _selective_figures(runs),
+        "deferral": _deferral_figures(runs, *costs) if costs is not None else [],
     }
     return {section: figures for section, figures in drawn.items() if figures}
 
@@ -77,13 +80,22 @@ def _calibration_figures(runs: Sequence[RunResults]) -> list[Figure]:
     pairs = {
         _plain(run.name): (run.splits[split].probs, run.splits[split].labels) for run in runs if _judged(run, split)
     }
-    return [
+    figures = [
         _picture(
             plot_calibration(chosen),
             f"Accuracy against confidence on {split}; on the diagonal both agree.",
             f"{split}: accuracy against confidence; below the diagonal is overconfident",
         )
         for chosen in _in_sixes(pairs)
+    ]
+    numbers = {_plain(run.name): _of_numbers(run.splits[split]) for run in runs if _has_numbers(run, split)}
+    return figures + [
+        _picture(
+            plot_interval_coverage(chosen),
+            f"Share of the {split} labels within central intervals against the intervals' level.",
+            f"{split}: labels within intervals of each level; below the diagonal is overconfident",
+        )
+        for chosen in _in_sixes(numbers)
     ]
 
 
@@ -136,6 +148,22 @@ def _selective_figures(runs: Sequence[RunResults]) -> list[Figure]:
     ]
 
 
+def _deferral_figures(runs: Sequence[RunResults], costs: np.ndarray, person: float | None) -> list[Figure]:
+    split = _main_split(runs)
+    pairs = {
+        _plain(run.name): (run.splits[split].probs, run.splits[split].labels) for run in runs if _judged(run, split)
+    }
+    marked = "" if person is None else f"; marked: what is expected to cost more than {person:g} is handed over"
+    return [
+        _picture(
+            plot_deferral(chosen, costs, person=person),
+            f"Mean cost of a {split} example against the share that is handed to a person.",
+            f"{split}: cost against the share that a person takes, the dearest first{marked}",
+        )
+        for chosen in _in_sixes(pairs)
+    ]
+
+
 def _main_split(runs: Sequence[RunResults]) -> str:
     return next(iter(runs[0].splits))
 
@@ -143,6 +171,15 @@ def _main_split(runs: Sequence[RunResults]) -> str:
 def _judged(run: RunResults, split: str) -> bool:
     found = run.splits.get(split)
     return found is not None and found.probs is not None and found.labels is not None
+
+
+def _has_numbers(run: RunResults, split: str) -> bool:
+    found = run.splits.get(split)
+    return found is not None and found.mean is not None and found.labels is not None
+
+
+def _of_numbers(split: SplitResults) -> tuple[Any, Any, Any]:
+    return split.labels, split.mean, split.std
 
 
 def _in_sixes(pairs: dict[str, Any]) -> Iterator[dict[str, Any]]:

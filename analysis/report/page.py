@@ -13,9 +13,11 @@ import numpy as np
 from bayeslora.analysis.metrics.bootstrap import Interval, bootstrap_interval
 from bayeslora.analysis.metrics.detection import detection_scores
 from bayeslora.analysis.report.columns import CLASSIFICATION, ENTITIES, LABELS, REGRESSION, Column
+from bayeslora.analysis.report.deferral import cost_columns, thresholds
 from bayeslora.analysis.report.figures import Figure, draw_figures
 from bayeslora.analysis.report.opening import opening
 from bayeslora.analysis.report.results import ComparedMethods, RunResults, SplitResults
+from bayeslora.analysis.report.sets import set_measures
 from bayeslora.analysis.tables.diagnostics import Diagnostic
 from bayeslora.errors import InputError
 
@@ -41,6 +43,8 @@ class Page:
     command: str = ""
     opening: str = ""
     compared: Sequence[ComparedMethods] = ()
+    deferral: dict[str, Any] = field(default_factory=dict)
+    sets: list[dict[str, Any]] = field(default_factory=list)
 
 
 def report_html(
@@ -49,6 +53,7 @@ def report_html(
     title: str = "bayeslora report",
     command: str = "",
     compared: Sequence[ComparedMethods] = (),
+    costs: tuple[np.ndarray, float | None] | None = None,
 ) -> str:
     """The page.
 
@@ -57,6 +62,8 @@ def report_html(
         title: Of the page.
         command: The command line that makes the page again.
         compared: Tables of comparisons that the runs are from.
+        costs: Of classes, what each answer (column) costs under each truth (row), ``(classes, classes)``, and what a
+            person costs to whom an example is handed, or None: the page then has a section on deferral.
 
     Returns:
         HTML; it needs no network and no script.
@@ -82,12 +89,14 @@ def report_html(
         scores=_by_split(row for run in runs for row in _scores(run, columns)),
         differences=_by_split(row for run in runs[1:] for row in _differences(runs[0], run, columns)),
         detection=[row for run in runs for row in _detection(run)],
-        figures=draw_figures(runs),
+        figures=draw_figures(runs, costs),
         diagnostics=[(run.name, _most_telling_first(run.diagnostics)) for run in runs if run.diagnostics],
         uncertain=[(run.name, _least_certain(run)) for run in runs],
         command=command,
         opening=opening(runs),
         compared=compared,
+        deferral=_deferral(runs, *costs) if costs is not None else {},
+        sets=_by_split(row for run in runs for row in _sets(run)),
     )
     environment = Environment(
         loader=PackageLoader("bayeslora.analysis.report", "templates"),
@@ -97,6 +106,32 @@ def report_html(
         lstrip_blocks=True,
     )
     return environment.get_template("report.html").render(page=page)
+
+
+def _deferral(runs: Sequence[RunResults], costs: np.ndarray, person: float | None) -> dict[str, Any]:
+    """The tables of costs, and the thresholds to use."""
+    columns = cost_columns(costs, person)
+    return {
+        "person": person,
+        "columns": columns,
+        "scores": _by_split(row for run in runs for row in _scores(run, columns)),
+        "differences": _by_split(row for run in runs[1:] for row in _differences(runs[0], run, columns)),
+        "thresholds": list(thresholds(runs, costs, person)),
+    }
+
+
+def _sets(run: RunResults) -> Iterator[dict[str, Any]]:
+    """Coverage and size of conformal sets or intervals on every labelled split, by what a run has to calibrate on."""
+    known = run.calibration
+    if known is None or known.labels is None or len(known.labels) < 9:  # of fewer, everything would be inside at 90 %
+        return
+    if known.groups is not None:  # words of a sentence are not exchangeable: no coverage can be promised
+        return
+    for name, split, labels in _labelled(run):
+        measures = set_measures(known, split)
+        cells = [_cell(of, bootstrap_interval(of.function, values, num_resamples=RESAMPLES)) for of, values in measures]
+        columns = [column for column, _ in measures]
+        yield {"split": name, "run": run.name, "examples": len(labels), "columns": columns, "cells": cells}
 
 
 def _most_telling_first(diagnostics: Sequence[Diagnostic]) -> list[Diagnostic]:

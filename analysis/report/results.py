@@ -72,6 +72,8 @@ class RunResults:
         noise_to_signal: Noise over mean of each, over draws: ``(draws, adapters)``; None for a point estimate.
         diagnostics: Answers of :func:`bayeslora.diagnose`.
         command: The command line that makes this run again, where it is known.
+        calibration: Labelled predictions, none of them in ``splits``, to find the thresholds of conformal sets by,
+            nine at least; None where there are no others.
 
     Example:
         >>> split = SplitResults(np.array([0.1, 0.2]), mean=np.array([0.0, 0.2]), std=np.array([0.1, 0.1]))
@@ -88,3 +90,4 @@ class RunResults:
     noise_to_signal: np.ndarray | None = None
     diagnostics: Sequence[Diagnostic] = ()
     command: str = ""
+    calibration: SplitResults | None = None

@@ -339,12 +339,11 @@ def _add_report(commands: Any) -> None:
     )
     parser.add_argument("run_dirs", type=path, nargs="+", metavar="RUN", help="what fit or compare wrote")
     parser.add_argument("--output", type=path, default=Path("report.html"), metavar="FILE")
-    parser.add_argument(
-        "--split", type=word, help="what to judge by; default: test where it is labelled, else validation"
-    )
+    parser.add_argument("--split", type=word, help="what to judge by; default: test where labelled, else validation")
     parser.add_argument(
         "--max-examples", type=number("max_examples"), default=500, help="a random subset of this size of every split"
     )
     parser.add_argument("--no-diagnostics", action="store_true", help="leave out what takes longest")
+    parser.add_argument("--costs", type=path, metavar="FILE", help="CSV of what answers cost: what to hand to a person")
     add_untuned(parser)
     add_prediction_options(parser)

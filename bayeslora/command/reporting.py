@@ -17,6 +17,7 @@ from bayeslora.analysis.report.results import ComparedMethods, RunResults, Split
 from bayeslora.analysis.tables.comparison import table_cells
 from bayeslora.config import MonteCLoRAConfig
 from bayeslora.errors import InputError, StorageError
+from bayeslora.files.costs import read_costs
 from bayeslora.files.records import read_json
 from bayeslora.inference.diagnostics import diagnose
 from bayeslora.options import flags
@@ -32,6 +33,7 @@ from bayeslora.training.budget import RECORDED
 from bayeslora.training.monitor import relative_noise_by_adapter
 
 SPREAD_DRAWS = 32
+CALIBRATION = "validation"  # thresholds of conformal sets are found on it
 METHOD_FACTS = tuple(field.name for field in flags(MonteCLoRAConfig))
 TRAINING_FACTS = (*(name for name in RECORDED if name != "eval_steps"), "train_examples", "processes")
 
@@ -49,6 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
         untuned=arguments.untuned,
         model=arguments.model,
         data_dir=arguments.data_dir,
+        costs=arguments.costs,
         command=arguments.command_line,
     )
     print(f"open {page} in a browser")
@@ -67,6 +70,7 @@ def report(
     untuned: bool = False,
     model: str | None = None,
     data_dir: str | Path | None = None,
+    costs: str | Path | None = None,
     command: str = "",
     progress: bool = True,
 ) -> Path:
@@ -85,6 +89,8 @@ def report(
             kept in the run's folder, in ``diagnostics.json``, for the next report of the same run.
         untuned: Draws as they were fitted, where a width was tuned; the diagnostics always are.
         model, data_dir: Where base model and data are now, if they moved.
+        costs: Of classes, a CSV file of what each answer costs under each truth: a header ``truth`` and the classes,
+            perhaps with ``person``, and a row for each class. The page then says what to hand to a person.
         command: The command line to print on the page.
         progress: Show progress bars.
 
@@ -107,6 +113,7 @@ def report(
     if not folders:
         raise InputError("nothing to report on: give at least one run folder")
     results = []
+    priced = None
     names = _names(folders)
     for folder in folders:
         check_is_run(folder)
@@ -117,6 +124,9 @@ def report(
         run = open_run(folder, model=model, data_dir=data_dir)
         if untuned:
             run.posterior.tuning = None
+        if costs:
+            single = run.task.scores_probabilities  # one label an example
+            priced = read_costs(costs, run.task.label_names if single else ())
         results.append(
             _collect(
                 name,
@@ -133,7 +143,7 @@ def report(
         )
     title = f"bayeslora report: {names[0]}" if len(names) == 1 else f"bayeslora report: {len(names)} runs"
     compared = [rows for folder in runs for rows in _compared(Path(folder))]
-    return _write(output, report_html(results, title=title, command=command, compared=compared))
+    return _write(output, report_html(results, title=title, command=command, compared=compared, costs=priced))
 
 
 def _expand(folder: Path) -> list[Path]:
@@ -191,7 +201,7 @@ def _collect(
     bayesian = posterior.monteclora_config.sample_scaler > 0
     count = num_samples if bayesian else 0
     splits = {}
-    for part in (chosen, *(s for s in (*task.shift_splits, *task.out_of_scope_splits) if s != chosen)):
+    for part in _parts(task, chosen):
         labelled = part not in task.out_of_scope_splits
         data = run.data(part, limit=max_examples, seed=seed, labelled=labelled)
         if progress:
@@ -222,7 +232,15 @@ def _collect(
         None if draws is None else draws.noise_scale / draws.mean_scale,
         diagnosed,
         str(run.record.get("command", "")),
+        splits.pop(CALIBRATION) if chosen != CALIBRATION and CALIBRATION in splits else None,
     )
+
+
+def _parts(task: Task, chosen: str) -> list[str]:
+    """The split to judge by, other inputs, and what conformal sets are calibrated on, where it is labelled."""
+    parts = [chosen, *(name for name in (*task.shift_splits, *task.out_of_scope_splits) if name != chosen)]
+    calibrates = CALIBRATION in task.splits and CALIBRATION not in parts and task.is_labelled(CALIBRATION)
+    return [*parts, CALIBRATION] if calibrates else parts
 
 
 def _check_reportable(task: Task) -> None:

@@ -56,10 +56,15 @@ def differences(
     for name, arrays in others.items():
         ours, theirs, seeds = _paired(arrays, against)
         row = {"method": name, "seeds": seeds, "examples": len(labels)}
-        for metric in METRICS:
+        for metric in shown_metrics():
             row |= _columns(metric, paired_difference(ours, theirs, labels, metric=metric))
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def shown_metrics() -> list[str]:
+    """The metrics that tables of a summary have."""
+    return [name for name, metric in METRICS.items() if metric.in_summary]
 
 
 def grid_differences(
@@ -87,7 +92,7 @@ def grid_differences(
         ours, theirs = (np.stack([pair[i] for pair in pairs]) for i in range(2))
         labels = next(iter(against[complete[0]].values()))[1]
         row = {"method": name, "settings": len(pairs), "seeds": pairs[0][2], "examples": len(labels)}
-        for metric in METRICS:
+        for metric in shown_metrics():
             row |= _columns(metric, paired_robustness(ours, theirs, labels, metric=metric, statistic=statistic))
         rows.append(row)
     return pd.DataFrame(rows)

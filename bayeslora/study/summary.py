@@ -16,11 +16,11 @@ from bayeslora.analysis.tables.comparison import layout
 from bayeslora.analysis.tables.cost import cost_table, steps_to_reach
 from bayeslora.analysis.tables.rates import spread_around_best
 from bayeslora.analysis.tables.study import SETTING, known_metrics, robustness_table
-from bayeslora.study.differences import at_best, differences, grid_differences, references
+from bayeslora.study.differences import at_best, differences, grid_differences, references, shown_metrics
 from bayeslora.study.spec import Study, slug
 
 FIGURES = "figures"
-GRID_METRICS = [name for name, metric in METRICS.items() if metric.over_grid]
+GRID_METRICS = [name for name, metric in METRICS.items() if metric.over_grid and metric.in_summary]
 
 
 def write_summary(
@@ -49,7 +49,8 @@ def headline(results: pd.DataFrame) -> pd.DataFrame:
     tested = at_best(results)
     if (tested["split"] != "validation").any():
         tested = tested[tested["split"] != "validation"]
-    return comparison_table(tested[["method", "split", "seed", *known_metrics(tested)]].to_dict("records"))
+    metrics = [name for name in known_metrics(tested) if name in shown_metrics()]
+    return comparison_table(tested[["method", "split", "seed", *metrics]].to_dict("records"))
 
 
 def _task_parts(
@@ -106,19 +107,19 @@ def _difference_table(table: pd.DataFrame) -> str:
     rows = []
     for record in table.to_dict("records"):
         cells = [record["method"]]
-        for metric in METRICS:
+        for metric in shown_metrics():
             factor, decimals = METRICS[metric].factor, METRICS[metric].decimals
             low, middle, high = (factor * record[f"{metric}{end}"] for end in ("_lower", "", "_upper"))
             cells.append(
                 f"{middle:+.{decimals}f} [{low:+.{decimals}f}, {high:+.{decimals}f}] {record[f'{metric}_verdict']}"
             )
         rows.append(cells)
-    return _markdown(["method", *(METRICS[metric].header for metric in METRICS)], rows)
+    return _markdown(["method", *(METRICS[metric].header for metric in shown_metrics())], rows)
 
 
 def _robustness_markdown(table: pd.DataFrame) -> str:
     columns = [(metric, part) for metric in GRID_METRICS for part in ("best", "median", "worst", "spread")]
-    columns += [(metric, "median") for metric in METRICS if metric not in GRID_METRICS and metric in table]
+    columns += [(metric, "median") for metric in shown_metrics() if metric not in GRID_METRICS and metric in table]
     header = ["method", "settings", *(f"{METRICS[metric].header} {part}" for metric, part in columns)]
     rows = []
     for (_, method), row in table.iterrows():

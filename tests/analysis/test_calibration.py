@@ -7,14 +7,17 @@ from sklearn.metrics import brier_score_loss, log_loss
 
 from bayeslora.analysis import (
     accuracy,
+    area_under_generalized_risk_coverage,
     area_under_risk_coverage,
     brier_score,
     calibration_summary,
+    classwise_calibration_error,
     expected_calibration_error,
     negative_log_likelihood,
     overconfidence,
     predictive_entropy,
     reliability_curve,
+    smooth_calibration_error,
 )
 from bayeslora.errors import InputError
 
@@ -51,10 +54,12 @@ def test_perfect_and_hopeless_forecasts_reach_the_ends_of_the_ranges():
     certain = np.eye(3)[[0, 1, 2]]
     right, wrong = np.array([0, 1, 2]), np.array([1, 2, 0])
     perfect = {"accuracy": 1.0, "nll": 0.0, "ece": 0.0, "brier": 0.0, "aurc": 0.0, "overconfidence": 0.0}
+    perfect |= {"smooth_ece": 0.0, "classwise_ece": 0.0, "augrc": 0.0}
     assert calibration_summary(certain, right) == perfect
     hopeless = calibration_summary(certain, wrong)
     assert (hopeless["accuracy"], hopeless["ece"], hopeless["brier"]) == (0.0, 1.0, 2.0)
-    assert (hopeless["aurc"], hopeless["overconfidence"]) == (1.0, 1.0)
+    assert (hopeless["aurc"], hopeless["overconfidence"], hopeless["augrc"]) == (1.0, 1.0, 0.5)
+    assert hopeless["smooth_ece"] == pytest.approx(1.0, abs=2e-4)
 
 
 def test_likelihood_is_clipped_only_at_the_smallest_float():
@@ -77,6 +82,9 @@ def test_summary_holds_every_metric():
         "brier": brier_score(probs, labels),
         "aurc": area_under_risk_coverage(predictive_entropy(probs), probs.argmax(1) != labels),
         "overconfidence": overconfidence(probs, labels),
+        "smooth_ece": smooth_calibration_error(probs, labels),
+        "classwise_ece": classwise_calibration_error(probs, labels).mean(),
+        "augrc": area_under_generalized_risk_coverage(predictive_entropy(probs), probs.argmax(1) != labels),
     }
 
 

@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from scipy.stats import binom
+from scipy.optimize import brentq
+from scipy.stats import binom, norm
 
 from bayeslora.analysis import (
     bootstrap_interval,
@@ -13,6 +14,7 @@ from bayeslora.analysis import (
     maximum_calibration_error,
     reliability_curve,
     sharpness,
+    smooth_calibration_error,
 )
 from bayeslora.analysis.metrics.bins import bin_scores
 from bayeslora.analysis.metrics.bootstrap import resample_counts
@@ -236,3 +238,45 @@ def test_resample_counts_add_up():
 def test_wrong_input_is_named(arrays, options, message):
     with pytest.raises(InputError, match=message):
         bootstrap_interval(np.mean, *arrays, **options)
+
+
+# --- smooth calibration error ---------------------------------------------------------------------
+
+
+def smoothed_by_quadrature(probs, labels, width):
+    """The definition, written out: images of the kernel beyond both ends, integrated over 20001 points."""
+    confidence, right = probs.max(1), probs.argmax(1) == labels
+    t = np.linspace(0, 1, 20_001)[:, None]
+    images = [sign * confidence + 2 * k for sign in (1, -1) for k in range(-3, 4)]
+    kernel = sum(norm.pdf(t, image, width) for image in images)
+    return np.trapezoid(np.abs((kernel * (right - confidence)).mean(1)), t[:, 0])
+
+
+@pytest.mark.parametrize(("power", "classes"), [(1.0, 2), (2.5, 2), (0.4, 4)])
+def test_smooth_error_is_the_width_that_it_has_at_that_width(power, classes):
+    rng = np.random.default_rng(classes)
+    odds = rng.dirichlet(np.ones(classes), size=60)
+    labels = (odds.cumsum(1) < rng.random((60, 1))).sum(1)
+    probs = odds**power / (odds**power).sum(1, keepdims=True)
+    found = smooth_calibration_error(probs, labels)
+    expected = brentq(lambda width: smoothed_by_quadrature(probs, labels, width) - width, 1e-3, 1, xtol=1e-6)
+    assert found == pytest.approx(expected, abs=4e-4)  # of the halvings, and of cells of 1e-3
+
+
+def test_smooth_error_moves_little_where_bins_jump():
+    """At an edge of the bins, right answers to its left and wrong ones to its right, or all on one side."""
+    labels = np.repeat([0, 1], 50)
+    apart, together = (
+        np.stack([confidence, 1 - confidence], 1)
+        for confidence in (np.repeat([0.6 - 1e-6, 0.6 + 1e-6], 50), np.full(100, 0.6 + 1e-6))
+    )
+    jump = expected_calibration_error(apart, labels) - expected_calibration_error(together, labels)
+    assert jump == pytest.approx(0.4, abs=1e-5)
+    assert smooth_calibration_error(apart, labels) == pytest.approx(
+        smooth_calibration_error(together, labels), abs=1e-5
+    )
+
+
+def test_smooth_error_of_one_gap_is_the_gap():
+    probs = np.repeat([[1.0, 0.0]], 10, axis=0)  # at the end of the grid
+    assert smooth_calibration_error(probs, np.repeat([0, 1], [7, 3])) == pytest.approx(0.3, abs=3e-4)

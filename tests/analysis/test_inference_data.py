@@ -602,3 +602,24 @@ def test_public_names_resolve_and_others_do_not():
         assert callable(getattr(bayeslora.analysis, name))
     with pytest.raises(AttributeError, match=r"bayeslora\.analysis attribute wrong"):
         _ = bayeslora.analysis.wrong
+
+
+def test_arvizs_own_calibration_plot_takes_the_predictions():
+    """PAVA of two classes: never falling, and near the diagonal, as the labels are drawn from the probabilities."""
+    import arviz
+    from matplotlib import pyplot as plt
+
+    if not hasattr(arviz, "plot_ppc_pava"):
+        pytest.skip("ArviZ 0.23 has no plot_ppc_pava")
+    random = np.random.default_rng(0)
+    probs = random.random(400)
+    draws, labels = (random.random((1, 200, 400)) < probs).astype(int), (random.random(400) < probs).astype(int)
+    groups = {"posterior_predictive": {"labels": draws}, "observed_data": {"labels": labels}}
+    data = build_inference_data(groups, {"example": np.arange(400)}, {"labels": ["example"]}, {})
+    arviz.plot_ppc_pava(data, data_type="binary")
+    figure = plt.gcf()
+    curve = next(line for axes in figure.axes for line in axes.lines if line.get_linestyle() == "-")
+    x, y = (np.asarray(values, dtype=float) for values in curve.get_data())
+    plt.close(figure)
+    assert (np.diff(y) >= 0).all()
+    assert np.abs(y - x).mean() < 0.1

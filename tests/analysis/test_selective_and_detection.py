@@ -7,6 +7,7 @@ import pytest
 from scipy.stats import mannwhitneyu, spearmanr
 
 from bayeslora.analysis import (
+    area_under_generalized_risk_coverage,
     area_under_risk_coverage,
     detection_curve,
     detection_scores,
@@ -168,3 +169,26 @@ def test_nothing_correlates_with_a_constant():
     assert np.isnan(rank_correlation(np.ones(20), np.arange(20))).all()
     with pytest.raises(InputError, match=r"uncertainty must have shape \(2,\), but has shape \(3,\)"):
         rank_correlation([1, 2, 3], [1, 2])
+
+
+# --- generalized risk -----------------------------------------------------------------------------
+
+
+def test_augrc_is_accuracy_and_auroc():
+    """The closed form with the ranks of other people's code, ties included."""
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        wrong = rng.random(50) < 0.3
+        uncertainty = np.round(rng.normal(size=50) + wrong, seed % 3)
+        auroc = mannwhitneyu(uncertainty[wrong], uncertainty[~wrong]).statistic / (wrong.sum() * (~wrong).sum())
+        acc = 1 - wrong.mean()
+        expected = acc * (1 - acc) * (1 - auroc) + (1 - acc) ** 2 / 2
+        assert area_under_generalized_risk_coverage(uncertainty, wrong) == pytest.approx(expected)
+
+
+def test_augrc_is_the_area_under_risk_times_coverage():
+    rng = np.random.default_rng(0)
+    uncertainty, losses = rng.normal(size=40), rng.random(40)
+    curve = risk_coverage(uncertainty, losses)
+    area = np.trapezoid(np.append(0, curve.risk * curve.coverage), np.append(0, curve.coverage))
+    assert area_under_generalized_risk_coverage(uncertainty, losses) == pytest.approx(area)

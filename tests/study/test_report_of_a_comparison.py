@@ -20,6 +20,15 @@ def test_every_method_and_the_command_are_on_the_page(study, tmp_path):
     assert "<pre>bayeslora compare a study</pre>" in table
     one = report([tmp_path / "out" / "reviews-lr0.01-batch8-rank2" / "lora-seed0"], tmp_path / "one.html", **options)
     assert "compared, on the examples" not in one.read_text(encoding="utf-8")
+    costs = tmp_path / "costs.csv"
+    costs.write_text("truth,1,0,person\n1,0,1,0.2\n0,5,0,0.2\n", encoding="utf-8")
+    priced = report([tmp_path / "out"], tmp_path / "priced.html", costs=costs, **options).read_text(encoding="utf-8")
+    assert "Less the cost of" in priced[priced.index('id="deferral"') :]
+    assert "Conformal sets" in priced  # validation is labelled, and is not judged by
+    costs.write_text("truth,1\n1,0\n", encoding="utf-8")
+    with pytest.raises(InputError, match="must have a header 'truth,0,1'"):
+        report([tmp_path / "out"], tmp_path / "none.html", costs=costs, **options)
+    assert not (tmp_path / "none.html").exists()
 
 
 def test_a_comparison_that_kept_nothing_says_where_its_tables_are(study, tmp_path):

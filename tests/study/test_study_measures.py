@@ -7,12 +7,15 @@ import pytest
 
 from bayeslora.analysis import (
     accuracy,
+    area_under_generalized_risk_coverage,
     area_under_risk_coverage,
     brier_score,
+    classwise_calibration_error,
     expected_calibration_error,
     negative_log_likelihood,
     overconfidence,
     predictive_entropy,
+    smooth_calibration_error,
 )
 from bayeslora.analysis.metrics.bootstrap import Interval
 from bayeslora.analysis.plots.study import (
@@ -152,12 +155,27 @@ def area(probs, labels):
     return area_under_risk_coverage(predictive_entropy(probs), probs.argmax(-1) != labels)
 
 
+def generalized_area(probs, labels):
+    return area_under_generalized_risk_coverage(predictive_entropy(probs), probs.argmax(-1) != labels)
+
+
 def test_the_estimate_is_the_difference_of_the_metric():
     rng = np.random.default_rng(0)
     labels = rng.integers(3, size=60)
     ours, theirs = (random_probs(rng, 2, 60) for _ in range(2))
-    scores = (accuracy, negative_log_likelihood, expected_calibration_error, brier_score, area, overconfidence)
-    for metric, score in zip(METRICS, scores, strict=True):
+    scores = {
+        "accuracy": accuracy,
+        "nll": negative_log_likelihood,
+        "ece": expected_calibration_error,
+        "brier": brier_score,
+        "aurc": area,
+        "overconfidence": overconfidence,
+        "smooth_ece": smooth_calibration_error,
+        "classwise_ece": lambda probs, labels: classwise_calibration_error(probs, labels).mean(),
+        "augrc": generalized_area,
+    }
+    assert scores.keys() == METRICS.keys()
+    for metric, score in scores.items():
         expected = np.mean([score(a, labels) - score(b, labels) for a, b in zip(ours, theirs, strict=True)])
         found = paired_difference(ours, theirs, labels, metric=metric, num_resamples=50)
         assert found.estimate == pytest.approx(expected, abs=1e-12)
