@@ -106,6 +106,7 @@ def test_the_report_has_entities_and_intervals_over_sentences(run, tmp_path):
     assert "words, 12 examples" in text
     assert "test words right" in text
     assert "[film]" in text or "[plot]" in text or "[the]" in text
+    assert "onformal" not in text  # words of one sentence are not exchangeable
 
 
 @pytest.mark.parametrize(
@@ -120,6 +121,7 @@ def test_the_report_has_entities_and_intervals_over_sentences(run, tmp_path):
             ["compare", "--model", "{model}", "--task", "things", "--data-dir", "{data}", "--output", "{new}"],
             "is of kind tokens",
         ),
+        (["report", "{run}", "--costs", "{data}/test.conll", "--output", "{new}"], "for one class an example"),
     ],
 )
 def test_what_does_not_fit_is_refused(run, data, model, tmp_path, capsys, command, says):
