@@ -6,6 +6,8 @@ from .decisions.conformal import conformal_sets as conformal_sets
 from .decisions.conformal import conformal_threshold as conformal_threshold
 from .decisions.costs import decide as decide
 from .decisions.costs import deferral_curve as deferral_curve
+from .decisions.shift import ShiftTest as ShiftTest
+from .decisions.shift import shift_tests as shift_tests
 from .draws.elpd import held_out_elpd as held_out_elpd
 from .draws.elpd import leave_one_out as leave_one_out
 from .draws.inference_data import build_inference_data as build_inference_data

@@ -74,6 +74,16 @@ def check_predict(arguments: argparse.Namespace) -> tuple[()]:
     return ()
 
 
+def check_watch(arguments: argparse.Namespace) -> tuple[()]:
+    if arguments.split == "train":
+        raise InputError(
+            "--split train is what it was fitted to, of which it is surer than of anything new: take another split"
+        )
+    if str(arguments.input) != "-" and not arguments.input.exists():
+        raise InputError(f"there is no {arguments.input}: --input is a file, or - for standard input")
+    return ()
+
+
 def check_compare(arguments: argparse.Namespace) -> tuple[Study | tuple[MonteCLoRAConfig, list[Task]]]:
     """The study of the file, or the configuration and the tasks that flags say."""
     if arguments.study:

@@ -129,3 +129,22 @@ def as_flags(message: str, arguments: argparse.Namespace) -> str:
         return " ".join([said, *(value.strip(_QUOTES) for value in values)])
 
     return _ARGUMENT.sub(flag, message)
+
+
+def command(
+    commands: Any, name: str, run: str, summary: str, details: str = "", *, check: str = ""
+) -> argparse.ArgumentParser:
+    """``run``: the function behind it, as ``module:function`` of this folder, and ``check`` that of
+    :mod:`bayeslora.command.checks` which is called before it; what that returns, ``run`` gets after the arguments.
+    """
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog=details,
+        formatter_class=Help,
+    )
+    parser.set_defaults(command=name, default_of=parser.get_default)
+    check = check and f"bayeslora.command.checks:{check}"
+    parser.set_defaults(run=f"bayeslora.command.{run}", check=check)
+    return parser

@@ -170,6 +170,22 @@ def add_prediction_options(
     parser.add_argument("--seed", type=number("seed", SEED), default=0, help="decides the draws")
 
 
+def add_input_columns(parser: Any) -> None:
+    """How the rows of ``--input`` are read."""
+    parser.add_argument(
+        "--input-format",
+        choices=FORMATS,
+        help="where the name of --input does not say it; text: one a line; datasets: whatever that library streams",
+    )
+    parser.add_argument(
+        "--text-columns",
+        type=word,
+        nargs="+",
+        metavar="COLUMN",
+        help="the file's, if called otherwise than the run's",
+    )
+
+
 def add_predicted_options(parser: argparse.ArgumentParser) -> None:
     """What is predicted: texts, a split, or the rows of a file."""
     source = parser.add_mutually_exclusive_group(required=True)
@@ -180,18 +196,7 @@ def add_predicted_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-examples", type=number("max_examples"), help="a random subset of this size of the split")
     group = parser.add_argument_group("files", "The same command again goes on where an interrupted one stopped.")
     group.add_argument("--output", type=path, metavar="FILE", help="a new file: .csv, .jsonl or .parquet")
-    group.add_argument(
-        "--input-format",
-        choices=FORMATS,
-        help="where the name of --input does not say it; text: one a line; datasets: whatever that library streams",
-    )
-    group.add_argument(
-        "--text-columns",
-        type=word,
-        nargs="+",
-        metavar="COLUMN",
-        help="the file's, if called otherwise than the run's",
-    )
+    add_input_columns(group)
     group.add_argument(
         "--coverage",
         type=number("coverage", Range(float, 0, 1, above=True, below=True)),
