@@ -26,6 +26,10 @@ class ShiftTest(NamedTuple):
         difference: Stream less reference; for ``"labels"`` the total variation distance of the shares of the predicted
             labels, in [0, 1].
         p_value: Of a permutation test, after Holm's correction for the number of measures.
+
+    Example:
+        >>> ShiftTest("entropy", reference=0.2, stream=0.5, difference=0.3, p_value=0.001).difference
+        0.3
     """
 
     measure: str

@@ -33,7 +33,7 @@ examples:
   bayeslora compare --model demo --task sentiment --max-train-examples 500 --seeds 0 1 2 --output runs/compare
   bayeslora compare studies/nlu_grid.yaml --output runs/grid
   bayeslora report runs/compare --output report.html
-  bayeslora watch runs/reviews --input today.csv     does it look like what the run was fitted to?
+  bayeslora watch runs/reviews --input today.csv     whether it looks like what the run was fitted to
 
 Your own data: a folder with train.csv and validation.csv (or parquet, json, jsonl) works as
   bayeslora fit --model demo --task reviews --data-dir my_folder --text-columns text --label-column stars ...

@@ -31,8 +31,9 @@ class LikeLengthSampler(LengthGroupedSampler):
     """transformers' sampler, without its use of torch's own random state: that one orders examples anew when a run is
     resumed, and otherwise for a method that draws than for one that does not.
 
-    It sorts within quarters of little data. Where these hold fewer than four batches, that is hardly sorting: eight
-    batches are then sorted together, and come in random order, the one with the longest example first.
+    It sorts within quarters of little data. Where these hold fewer than four batches, that is hardly sorting: each half
+    is then sorted (up to eight batches), so that an epoch's batches still are not those of the last, and the batches
+    come in random order, the one with the longest example first.
 
     Args:
         batch_size: Examples of a step.
@@ -52,7 +53,8 @@ class LikeLengthSampler(LengthGroupedSampler):
         generator, size = torch.Generator().manual_seed(self.seed + self.epoch), self.batch_size
         if len(self.lengths) >= 16 * size:
             return iter(get_length_grouped_indices(self.lengths, size, generator=generator))
-        order = get_length_grouped_indices(self.lengths, size, mega_batch_mult=8, generator=generator)
+        together = min(max(len(self.lengths) // (2 * size), 1), 8)
+        order = get_length_grouped_indices(self.lengths, size, mega_batch_mult=together, generator=generator)
         first, *others = [order[start : start + size] for start in range(0, len(order), size)]
         last = [others.pop()] if others and len(others[-1]) < size else []  # a batch is size examples in a row
         mixed = [others[index] for index in torch.randperm(len(others), generator=generator).tolist()]

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from bayeslora.analysis import calibration_summary
+from bayeslora.analysis.metrics.registry import METRICS
+from bayeslora.analysis.report.columns import REGRESSION
 from bayeslora.analysis.report.page import RunResults, SplitResults, report_html
 from bayeslora.analysis.tables.diagnostics import Diagnostic
 from bayeslora.errors import InputError
@@ -137,7 +139,7 @@ class TestPage:
         row = len(cells) - 1 - cells[::-1].index("same")
         differences = [cell for cell in cells if cell.startswith("+0.0")]
         assert row > 0
-        assert len(differences) == 12  # six metrics on two labelled splits
+        assert len(differences) == 2 * len(METRICS)  # on two labelled splits
         assert set(differences) == {"+0.0+0.0 to +0.0", "+0.000+0.000 to +0.000"}
 
     def test_other_labels_are_not_compared(self):
@@ -183,7 +185,9 @@ class TestPage:
         cells = Reader(report_html([run(splits={"test": part}, label_names=())])).cells
         row = cells.index("test")
         assert cells[row + 3].startswith(f"{np.sqrt(np.mean((mean - labels) ** 2)):.3f}")
-        assert 80 <= float(cells[row + 5].split(".")[0]) <= 100  # of labels in 90 % intervals of the right width
+        columns = [column.title for column in REGRESSION]
+        inside = cells[row + 3 + columns.index("coverage")]
+        assert 80 <= float(inside.split(".")[0]) <= 100  # of labels in 90 % intervals of the right width
 
     def test_refused(self):
         with pytest.raises(InputError, match="at least one run"):

@@ -57,7 +57,7 @@ def test_scores():
     assert scores["nll"] == pytest.approx(-(math.log(0.7) + math.log(0.3)) / 2)
     assert scores["brier"] == pytest.approx((2 * 0.3**2 + 2 * 0.7**2) / 2)
     assert scores["given"] == pytest.approx(2.0)
-    assert NUMBERS.scores(Scorer()) == {"given": 3.0, "labels": 5.0}
+    assert {"given": 3.0, "labels": 5.0}.items() <= NUMBERS.scores(Scorer()).items()
     log_predictive = math.log((0.5 + 0.25) / 2) + math.log(0.25)
     assert TEXTS.scores(Scorer()) == {
         "nats_per_token": pytest.approx(-log_predictive / 5),

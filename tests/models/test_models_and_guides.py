@@ -80,8 +80,8 @@ class TestModel:
         config = transformers.BertConfig(
             vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
         )
-        with pytest.raises(InputError, match="BertForTokenClassification"):
-            MonteCLoRA(transformers.BertForTokenClassification(config), MonteCLoRAConfig(r=2))
+        with pytest.raises(InputError, match="BertForQuestionAnswering"):
+            MonteCLoRA(transformers.BertForQuestionAnswering(config), MonteCLoRAConfig(r=2))
 
     def test_degrees_of_freedom(self):
         model = small_model()

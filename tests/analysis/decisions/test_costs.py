@@ -120,7 +120,7 @@ def test_a_file_is_read_in_the_order_of_the_classes(tmp_path):
     costs, person = read_costs(file, ("bad", "good"))
     assert costs.tolist() == [[0, 5], [1, 0]]
     assert person is None
-    with pytest.raises(InputError, match="of numbers"):
+    with pytest.raises(InputError, match="for one class an example"):
         read_costs(file, ())
     with pytest.raises(InputError, match="cannot read"):
         read_costs(tmp_path / "none.csv", ("bad", "good"))
