@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from bayeslora.command.flags import flag_of
-from bayeslora.command.idle import refuse
+from bayeslora.command.options.idle import refuse
 from bayeslora.config import MonteCLoRAConfig, default_preset
 from bayeslora.errors import InputError
 from bayeslora.options import flags

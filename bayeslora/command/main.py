@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import Any
 
 from bayeslora.command.flags import as_flags
-from bayeslora.command.idle import refuse_idle
+from bayeslora.command.options.idle import refuse_idle
 from bayeslora.command.parser import build_parser
 from bayeslora.command.terminal import READER_LEFT, any_encoding, discard_output
 from bayeslora.errors import InputError, StorageError, TrainingDivergedError

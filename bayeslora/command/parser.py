@@ -6,7 +6,7 @@ from typing import Any
 
 from bayeslora._version import __version__
 from bayeslora.command.flags import Parser, command, number, number_or, path, word
-from bayeslora.command.groups import (
+from bayeslora.command.options.groups import (
     add_data_options,
     add_loading_options,
     add_memory_options,
@@ -14,7 +14,7 @@ from bayeslora.command.groups import (
     add_shared_training_options,
     add_training_options,
 )
-from bayeslora.command.on_runs import add_commands_on_runs
+from bayeslora.command.options.on_runs import add_commands_on_runs
 from bayeslora.options import NOT_NEGATIVE, SEED, Range, ranges
 from bayeslora.training.budget import TrainingBudget
 

@@ -15,8 +15,8 @@ import pytest
 from bayeslora import open_run
 from bayeslora.adapters.quantized import is_quantized
 from bayeslora.command.fit import still_falls
-from bayeslora.command.idle import RULES, refuse_idle
 from bayeslora.command.main import main
+from bayeslora.command.options.idle import RULES, refuse_idle
 from bayeslora.command.parser import build_parser
 from bayeslora.training.fit import FitResult
 from tests.conftest import tiny_network

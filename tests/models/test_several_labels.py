@@ -139,7 +139,7 @@ def test_draws_reach_the_network_and_unknown_labels_change_nothing():
 def test_fitted_saved_and_opened_again_it_predicts_the_same_bits(tmp_path):
     bayes, held_out = tagger(sample_scaler=0.02), sentences(20, 1)
     before = bayes.predict(held_out, num_samples=2, progress=False).nll
-    options = {"epochs": 10, "batch_size": 8, "learning_rate": 2e-2, "progress": False}
+    options = {"epochs": 25, "batch_size": 8, "learning_rate": 2e-2, "progress": False}
     result = fit(bayes, sentences(96), held_out, output_dir=tmp_path / "run", **options)
     found = bayes.predict(held_out, num_samples=4, progress=False)
     assert found.nll < before - 0.3

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from bayeslora.command.flags import command, number, path, word
-from bayeslora.command.groups import (
+from bayeslora.command.options.groups import (
     add_antithetic,
     add_blocks,
     add_input_columns,
