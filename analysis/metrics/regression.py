@@ -23,7 +23,8 @@ def continuous_ranked_probability_score(labels: ArrayLike, means: ArrayLike, sca
         \mathrm{CRPS} = \int (F(t) - [t \ge y])^2 dt
         = \frac1S \sum_s A(y - m_s, \sigma^2) - \frac{1}{2 S^2} \sum_{s, t} A(m_s - m_t, 2 \sigma^2)
 
-    with :math:`A(d, v) = d\,(2 \Phi(d / \sqrt v) - 1) + 2 \sqrt v\, \varphi(d / \sqrt v)`, the mean of |N(d, v)|.
+    with :math:`A(d, v) = d\,(2 \Phi(d / \sqrt v) - 1) + 2 \sqrt v\, \varphi(d / \sqrt v)`,
+    the mean of :math:`|x|` for x of N(d, v).
     Averaged over examples.
 
     Args:
