@@ -68,6 +68,17 @@ def test_out_of_scope(model, tmp_path, capsys):
     assert capsys.readouterr().out.count("mutual information") == 3
 
 
+def test_watch_domains(model, tmp_path, capsys):
+    small = {"seeds": (0,), "train_examples": 32, "reference_examples": 24, "domain_examples": 40, "set_size": 24}
+    budget = {"sets": 2, "num_samples": 2, "max_steps": 2}
+    found = script("studies/watch_domains").main(
+        str(tmp_path), model=model, sets=2, num_samples=2, max_steps=2, **small
+    )
+    assert [*found] == ["test", "amazon", "nytimes", "tweets"]
+    assert all(shares.shape == (1,) and shares[0] in (0, 0.5, 1) for shares in found.values())
+    assert "| tweets |" in capsys.readouterr().out
+
+
 def test_compare_with_nuts(tmp_path, double_precision, capsys):
     path = tmp_path / "figure.png"
     table = script("studies/compare_with_nuts").main(
