@@ -26,6 +26,7 @@ class ShiftTest(NamedTuple):
         difference: Stream less reference; for ``"labels"`` the total variation distance of the shares of the predicted
             labels, in [0, 1].
         p_value: Of a permutation test, after Holm's correction for the number of measures.
+        label: The class that ``reference`` and ``stream`` are the shares of, for ``"labels"``.
 
     Example:
         >>> ShiftTest("entropy", reference=0.2, stream=0.5, difference=0.3, p_value=0.001).difference
@@ -37,6 +38,7 @@ class ShiftTest(NamedTuple):
     stream: float
     difference: float
     p_value: float
+    label: int | None = None
 
 
 def shift_tests(
@@ -98,7 +100,7 @@ def shift_tests(
     result = permutation_test(tuple(numbers), distance, alternative="greater", rng=rng, **options)
     shares = [of.mean(0) for of in predicted]
     most = int(np.abs(shares[1] - shares[0]).argmax())
-    found.append(ShiftTest("labels", shares[0][most], shares[1][most], result.statistic, result.pvalue))
+    found.append(ShiftTest("labels", shares[0][most], shares[1][most], result.statistic, result.pvalue, most))
     return _corrected(found)
 
 
@@ -114,6 +116,6 @@ def _corrected(tests: list[ShiftTest]) -> list[ShiftTest]:
         largest = max(largest, min(1.0, (len(tests) - place) * float(tests[index].p_value)))
         corrected[index] = largest
     return [
-        ShiftTest(test.measure, float(test.reference), float(test.stream), float(test.difference), corrected[index])
+        ShiftTest(test.measure, *map(float, test[1:4]), corrected[index], test.label)
         for index, test in enumerate(tests)
     ]

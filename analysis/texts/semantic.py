@@ -101,7 +101,7 @@ def semantic_entropy(clusters: Sequence[Sequence[int]], log_likelihood: ArrayLik
 
     References:
         Farquhar, Kossen, Kuhn and Gal (2024), *Detecting hallucinations in large language models using semantic
-        entropy*, equations 3 to 5 and 8.
+        entropy*, with likelihoods and discrete.
     """
     shape = (len(clusters), len(clusters[0]) if clusters else 0)
     if 0 in shape or any(len(of_prompt) != shape[1] for of_prompt in clusters):

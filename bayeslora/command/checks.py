@@ -69,9 +69,7 @@ def check_predict(arguments: argparse.Namespace) -> tuple[()]:
         raise InputError("--input needs --output: a new file, .csv, .jsonl or .parquet")
     if arguments.num_samples == "auto":
         raise InputError("--num-samples auto looks at all rows at once, and a file is read in chunks: give a number")
-    if str(arguments.input) != "-" and not arguments.input.exists():
-        raise InputError(f"there is no {arguments.input}: --input is a file, or - for standard input")
-    return ()
+    return _check_input(arguments)
 
 
 def check_watch(arguments: argparse.Namespace) -> tuple[()]:
@@ -79,6 +77,10 @@ def check_watch(arguments: argparse.Namespace) -> tuple[()]:
         raise InputError(
             "--split train is what it was fitted to, of which it is surer than of anything new: take another split"
         )
+    return _check_input(arguments)
+
+
+def _check_input(arguments: argparse.Namespace) -> tuple[()]:
     if str(arguments.input) != "-" and not arguments.input.exists():
         raise InputError(f"there is no {arguments.input}: --input is a file, or - for standard input")
     return ()

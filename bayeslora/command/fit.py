@@ -118,7 +118,7 @@ def _report(result: FitResult, evaluated: int, unit: str, config: MonteCLoRAConf
         before, after = "the LoRA alone", f"with its posterior, {after}"
     rows = [
         (name, result.metrics.get(f"eval_{mean}"), result.metrics.get(f"eval_{PREFIX}{name}"))
-        for name, mean in [("nll", "loss"), *((name, name) for name in METRICS if name != "nll")]
+        for name, mean in [("nll", "loss"), *((n, n) for n, of in METRICS.items() if n != "nll" and of.in_summary)]
     ]
     drawn = any(draw is not None for _, _, draw in rows)
     print(f"  {'validation':12} {before:>16}" + (f"  {after}" if drawn else ""))

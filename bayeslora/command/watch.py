@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
     names = fitted.label_names or tuple(map(str, range(prediction.probs.shape[1])))
     print(f"{'':34} {arguments.split:>12} {'input':>10} {'difference':>12} {'p':>8}")
     for test in tests:
-        print(_line(test, names, prediction.probs, stream[0]))
+        print(_line(test, names))
     print(_verdict(differs, arguments.level))
 
 
@@ -62,11 +62,10 @@ def _of_file(
     return (probs, information if arguments.num_samples else None), len(rows)
 
 
-def _line(test: ShiftTest, names: tuple[str, ...], known: np.ndarray, watched: np.ndarray) -> str:
+def _line(test: ShiftTest, names: tuple[str, ...]) -> str:
     what = {"entropy": "mean entropy (nats)", "mutual_information": "mean mutual information (nats)"}
-    shares = [np.bincount(of.argmax(1), minlength=len(names)) / len(of) for of in (known, watched)]
-    label = what.get(test.measure) or f"predicted {names[int(np.abs(shares[1] - shares[0]).argmax())]!r:.24}"
-    apart = f"{test.difference:12.3f}" if test.measure == "labels" else f"{test.difference:+12.3f}"
+    label = what[test.measure] if test.label is None else f"predicted {names[test.label]!r:.24}"
+    apart = f"{test.difference:+12.3f}" if test.label is None else f"{test.difference:12.3f}"
     return f"{label:34} {test.reference:12.3f} {test.stream:10.3f} {apart} {test.p_value:8.4f}"
 
 

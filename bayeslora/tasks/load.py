@@ -148,10 +148,11 @@ def load_task(
     known = NAMED_TASKS.get(name)
     columns = _text_columns(name, known, data_dir, text_columns)
     splits, origin = arrange(_read(name, known, data_dir, columns)), dict[str, list[int]]()
+    about = {"name": name, "text_columns": columns, "metrics": ("accuracy",), "data_dir": given_path(data_dir)}
     if known is None and are_words(splits, columns):
-        return _with_shifts(_token_task(name, splits, columns, label_column, label_names, data_dir), shift_splits)
+        return _with_shifts(_token_task(splits, label_column, label_names, about), shift_splits)
     if known is None and are_label_lists(splits, label_column or "label"):
-        return _with_shifts(_multi_label_task(name, splits, columns, label_column, label_names, data_dir), shift_splits)
+        return _with_shifts(_multi_label_task(splits, label_column or "label", label_names, about), shift_splits)
     if kind is not None:
         raise InputError(f"task {name!r} was one of kind {kind}, and the columns of its data hold none")
     if label_column is not None and not isinstance(label_column, str):
@@ -182,52 +183,29 @@ def load_task(
 
 
 def _token_task(
-    name: str,
     splits: "dict[str, Dataset]",
-    columns: tuple[str, ...],
     label_column: str | Sequence[str] | None,
     label_names: Sequence[str] | None,
-    data_dir: str | Path | None,
+    about: Mapping[str, Any],
 ) -> TokenTask:
     from datasets import DatasetDict
 
+    name, (column,) = about["name"], about["text_columns"]
     if label_column is not None and not isinstance(label_column, str):
         raise InputError(f"task {name!r}: words have one column of tags, got {', '.join(label_column)}")
-    splits, label_column, names = prepare_words(name, splits, columns[0], label_column, label_names)
-    return TokenTask(
-        name=name,
-        data=DatasetDict(splits),
-        text_columns=columns,
-        label_column=label_column,
-        label_names=names,
-        metrics=("accuracy",),
-        data_dir=given_path(data_dir),
-    )
+    splits, label_column, names = prepare_words(name, splits, column, label_column, label_names)
+    return TokenTask(data=DatasetDict(splits), label_column=label_column, label_names=names, **about)
 
 
 def _multi_label_task(
-    name: str,
-    splits: "dict[str, Dataset]",
-    columns: tuple[str, ...],
-    label_column: str | Sequence[str] | None,
-    label_names: Sequence[str] | None,
-    data_dir: str | Path | None,
+    splits: "dict[str, Dataset]", read: str | Sequence[str], label_names: Sequence[str] | None, about: Mapping[str, Any]
 ) -> MultiLabelTask:
     from datasets import DatasetDict
 
-    check_texts(name, splits, columns)
-    read = label_column or "label"
-    splits, names = prepare_label_lists(name, splits, read, label_names)
-    return MultiLabelTask(
-        name=name,
-        data=DatasetDict(splits),
-        text_columns=columns,
-        label_column=APPLYING,
-        label_names=names,
-        metrics=("accuracy",),
-        data_dir=given_path(data_dir),
-        columns=read if isinstance(read, str) else tuple(read),
-    )
+    check_texts(about["name"], splits, about["text_columns"])
+    splits, names = prepare_label_lists(about["name"], splits, read, label_names)
+    columns = read if isinstance(read, str) else tuple(read)
+    return MultiLabelTask(data=DatasetDict(splits), label_column=APPLYING, label_names=names, columns=columns, **about)
 
 
 def task_class(recipe: Mapping[str, Any]) -> type[Task]:

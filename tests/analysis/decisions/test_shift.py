@@ -51,6 +51,7 @@ def test_numbers_are_those_of_the_sets():
     assert labels.difference == pytest.approx(np.abs(shares[1] - shares[0]).sum() / 2)
     most = np.abs(shares[1] - shares[0]).argmax()
     assert (labels.reference, labels.stream) == pytest.approx((shares[0][most], shares[1][most]))
+    assert (entropy.label, labels.label) == (None, most)
 
 
 def test_equal_sets_do_not_differ():
