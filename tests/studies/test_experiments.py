@@ -70,7 +70,6 @@ def test_out_of_scope(model, tmp_path, capsys):
 
 def test_watch_domains(model, tmp_path, capsys):
     small = {"seeds": (0,), "train_examples": 32, "reference_examples": 24, "domain_examples": 40, "set_size": 24}
-    budget = {"sets": 2, "num_samples": 2, "max_steps": 2}
     found = script("studies/watch_domains").main(
         str(tmp_path), model=model, sets=2, num_samples=2, max_steps=2, **small
     )
