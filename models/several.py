@@ -51,8 +51,7 @@ class PlacesLikelihood(CategoricalLikelihood):
             if labels is None:
                 return pyro.sample("labels", dist.Categorical(logits=outputs.float()).to_event(1))
             labels = labels.long()
-            logits = outputs.float().masked_fill(labels[..., None] == NOT_SCORED, 0.0)
-            losses = nn.functional.cross_entropy(logits.mT, labels, reduction="none", ignore_index=NOT_SCORED)
+            losses = nn.functional.cross_entropy(outputs.float().mT, labels, reduction="none", ignore_index=NOT_SCORED)
             density = -losses.sum(-1)
             if self.reduction == "mean":
                 density = density / self.weights(outputs, labels)
