@@ -122,7 +122,7 @@ def plot_deferral(
         ax.fill_between(100 * GRID, lower, upper, color=colour, alpha=BAND, linewidth=0)
         if person is not None:
             over = int((expected > price).sum())
-            ax.plot(100 * curve.share[over], curve.cost[over], marker=marker, color=colour, markersize=6)
+            ax.plot(100 * curve.share[over], curve.cost[over], marker=marker, color=colour, markersize=6, clip_on=False)
     ax.set_xlim(0, 100)
     ax.set_ylim(bottom=0)
     frame(ax, x="handed to a person  (% of examples)", y=f"mean cost of an example  ({100 * level:g} % band)")
