@@ -87,7 +87,8 @@ def shift_tests(
     found = []
     for name, (own, other) in known.items():
         result = permutation_test((own, other), _difference, rng=np.random.default_rng(seed), **options)
-        found.append(ShiftTest(name, own.mean(), other.mean(), other.mean() - own.mean(), result.pvalue))
+        means = float(own.mean()), float(other.mean())
+        found.append(ShiftTest(name, *means, means[1] - means[0], float(result.pvalue)))
     predicted = [np.eye(of.shape[1])[of.argmax(1)] for of in probs]
     together = np.concatenate(predicted)
 
@@ -100,7 +101,8 @@ def shift_tests(
     result = permutation_test(tuple(numbers), distance, alternative="greater", rng=rng, **options)
     shares = [of.mean(0) for of in predicted]
     most = int(np.abs(shares[1] - shares[0]).argmax())
-    found.append(ShiftTest("labels", shares[0][most], shares[1][most], result.statistic, result.pvalue, most))
+    of_class = [float(of[most]) for of in shares]
+    found.append(ShiftTest("labels", of_class[0], of_class[1], float(result.statistic), float(result.pvalue), most))
     return _corrected(found)
 
 
@@ -109,13 +111,10 @@ def _difference(own: np.ndarray, other: np.ndarray, axis: int = -1) -> np.ndarra
 
 
 def _corrected(tests: list[ShiftTest]) -> list[ShiftTest]:
-    """Holm's p-values, and plain numbers."""
+    """With Holm's p-values."""
     order = sorted(range(len(tests)), key=lambda index: tests[index].p_value)
     corrected, largest = {}, 0.0
     for place, index in enumerate(order):
-        largest = max(largest, min(1.0, (len(tests) - place) * float(tests[index].p_value)))
+        largest = max(largest, min(1.0, (len(tests) - place) * tests[index].p_value))
         corrected[index] = largest
-    return [
-        ShiftTest(test.measure, *map(float, test[1:4]), corrected[index], test.label)
-        for index, test in enumerate(tests)
-    ]
+    return [test._replace(p_value=corrected[index]) for index, test in enumerate(tests)]

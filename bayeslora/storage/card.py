@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
+from torch import nn
 
-from bayeslora.models.network import is_causal
+from bayeslora.adapters.provenance import CLASSIFIERS
+from bayeslora.data.batches import main_input
+from bayeslora.models.network import is_causal, is_seq2seq
 from bayeslora.posterior import Posterior
 from bayeslora.storage.manifest import CARD
 from bayeslora.tasks.load import NAMED_TASKS
@@ -51,17 +54,25 @@ def card_of(bayes: Posterior) -> str:
     data = ModelCardData(
         base_model=base,
         library_name="peft",
-        pipeline_tag="text-generation" if is_causal(bayes.network.get_base_model()) else "text-classification",
+        pipeline_tag=_PIPELINES[auto_class(bayes.network.get_base_model())],
         tags=_TAGS,
         datasets=_dataset(about),
         model_name="adapter" if base is None else f"{base.split('/')[-1]} with a posterior over its LoRA adapter",
-        eval_results=_results(about) or None,
+        eval_results=_results(bayes, about) or None,
     )
     body = f"---\n{data.to_yaml()}\n---\n\n" + "\n".join([*_text(bayes, about, base), ""])
     return body + _seal(body)
 
 
-_OF_TOKENS = "ForTokenClassification"
+# what model hubs call the task of what a class of transformers loads
+_PIPELINES = {
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+    "AutoModelForImageClassification": "image-classification",
+    "AutoModelForAudioClassification": "audio-classification",
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForSeq2SeqLM": "text2text-generation",
+}
 
 
 def _base_name(bayes: Posterior, about: Mapping[str, Any]) -> str | None:
@@ -83,7 +94,7 @@ def _part(about: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return part if isinstance(part, Mapping) else {}
 
 
-def _results(about: Mapping[str, Any]) -> list[EvalResult]:
+def _results(bayes: Posterior, about: Mapping[str, Any]) -> list[EvalResult]:
     """What the evaluation of a training measured: of the draws where there are any, else of the mean."""
     measured, task = _part(about, "metrics"), _part(about, "task")
     drawn = any(name.startswith("eval_predictive_") for name in measured)
@@ -94,7 +105,7 @@ def _results(about: Mapping[str, Any]) -> list[EvalResult]:
         if isinstance(measured.get(name), int | float):
             found.append(
                 EvalResult(
-                    task_type=_task_type(task, measured),
+                    task_type=_PIPELINES[auto_class(bayes.network.get_base_model())],
                     dataset_type=(_dataset(about) or ["local"])[0],
                     dataset_name=str(task.get("name", "unnamed")),
                     dataset_split="validation",
@@ -106,18 +117,9 @@ def _results(about: Mapping[str, Any]) -> list[EvalResult]:
     return found
 
 
-def _task_type(task: Mapping[str, Any], measured: Mapping[str, Any]) -> str:
-    """As model hubs call it."""
-    if task.get("kind") == "tokens":
-        return "token-classification"
-    return "text-classification" if "eval_accuracy" in measured else "text-generation"
-
-
 def _text(bayes: Posterior, about: Mapping[str, Any], base: str | None) -> list[str]:
-    network = bayes.network.get_base_model()
-    causal, kind = is_causal(network), "Token" if type(network).__name__.endswith(_OF_TOKENS) else "Sequence"
-    auto = "AutoModelForCausalLM" if causal else f"AutoModelFor{kind}Classification"
-    outputs = "" if causal else f", num_labels={bayes.config.num_labels}"
+    auto = auto_class(bayes.network.get_base_model())
+    outputs = f", num_labels={bayes.config.num_labels}" if auto.endswith("Classification") else ""
     if getattr(bayes.config, "problem_type", None) == "multi_label_classification":
         outputs += ', problem_type="multi_label_classification"'
     named = f'"{base}"' if base else '"THE_BASE_MODEL"'
@@ -138,7 +140,7 @@ def _text(bayes: Posterior, about: Mapping[str, Any], base: str | None) -> list[
         "from bayeslora import BayesLoRA  # with its posterior",
         "",
         'bayes = BayesLoRA.from_pretrained("THIS_FOLDER", network)',
-        _call(bayes, causal),
+        _call(bayes),
         "",
         "from peft import PeftModel  # or its mean alone, on a network that was loaded anew",
         "",
@@ -155,13 +157,27 @@ def _text(bayes: Posterior, about: Mapping[str, Any], base: str | None) -> list[
     return lines + _facts(bayes, about)
 
 
-def _call(bayes: Posterior, causal: bool) -> str:
+def auto_class(network: nn.Module) -> str:
+    """The class of transformers that loads such a network with its head."""
+    if is_causal(network):
+        return "AutoModelForCausalLM"
+    if is_seq2seq(network):
+        return "AutoModelForSeq2SeqLM"
+    if main_input(network) in ("input_values", "input_features"):  # classes of sounds are called as of texts
+        return "AutoModelForAudioClassification"
+    name = type(network).__name__
+    return "AutoModel" + next((kind for kind in CLASSIFIERS if name.endswith(kind)), CLASSIFIERS[0])
+
+
+def _call(bayes: Posterior) -> str:
     if bayes.model.labelling.evaluates_labels:
         return 'print(bayes.generate("Once", num_samples=8).texts)'
     if bayes.model.labelling.without_labels is not None:
         return 'prediction = open_run("ITS_RUN").predict(["A text."])  # open_run from bayeslora, where its run is too'
-    if causal:
+    if is_causal(bayes.network.get_base_model()):
         return "prediction = bayes.predict(questions, num_samples=16)  # as encode_options makes them"
+    if (read := main_input(bayes.network)) != "input_ids":
+        return f"prediction = bayes.predict(examples, num_samples=16)  # each a mapping with {read}"
     return 'prediction = bayes.predict([dict(bayes.tokenizer("A text."))], num_samples=16)'
 
 
@@ -176,7 +192,7 @@ def _facts(bayes: Posterior, about: Mapping[str, Any]) -> list[str]:
         "" if tuning is None else str(tuning),
     ]
     lines = ["## What is known of it", "", *(f"- {fact}" for fact in facts if fact), ""]
-    results = _results(about)
+    results = _results(bayes, about)
     if results:
         before = "" if tuning is None else " The draws were as fitted, before the width was tuned."
         lines += [

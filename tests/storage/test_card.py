@@ -10,10 +10,10 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftModel
 
-from bayeslora import BayesLoRA, fit
+from bayeslora import BayesLoRA, MonteCLoRAConfig, fit
 from bayeslora.models import Tuning
 from bayeslora.storage import hub
-from bayeslora.storage.card import card_of, is_generated
+from bayeslora.storage.card import auto_class, card_of, is_generated
 from bayeslora.storage.manifest import CARD, FILES, MANIFEST
 from tests.conftest import tiny_dataset, tiny_network
 from tests.modules import fitted
@@ -102,6 +102,44 @@ def test_what_it_says_to_do_works(tmp_path, monkeypatch):
     names["network"] = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
     exec("from peft" + mean, names)
     assert isinstance(names["mean"], PeftModel)
+
+
+@pytest.mark.parametrize(
+    "auto",
+    [
+        "AutoModelForSequenceClassification",
+        "AutoModelForTokenClassification",
+        "AutoModelForImageClassification",
+        "AutoModelForAudioClassification",
+        "AutoModelForCausalLM",
+        "AutoModelForSeq2SeqLM",
+    ],
+)
+def test_the_class_that_loads_the_network_is_named(auto):
+    """Whatever a class of transformers makes, that class is said to load."""
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    sound = {"conv_dim": (8,), "conv_stride": (2,), "conv_kernel": (2,), "num_feat_extract_layers": 1}
+    sound |= {"num_conv_pos_embeddings": 2, "num_conv_pos_embedding_groups": 1}
+    configs = {
+        "Image": transformers.ViTConfig(**small, image_size=8, patch_size=4),
+        "Audio": transformers.Wav2Vec2Config(**small, **sound),
+        "Causal": transformers.LlamaConfig(**small, vocab_size=20),
+        "Seq2Seq": transformers.T5Config(vocab_size=20, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2),
+    }
+    config = next((of for name, of in configs.items() if name in auto), transformers.BertConfig(**small, vocab_size=20))
+    assert auto_class(getattr(transformers, auto).from_config(config)) == auto
+
+
+def test_the_card_of_a_network_that_writes_from_what_it_reads():
+    network = transformers.T5ForConditionalGeneration(
+        transformers.T5Config(
+            vocab_size=20, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0
+        )
+    )
+    card = card_of(BayesLoRA(network, MonteCLoRAConfig(r=2, target_modules=["q"])))
+    assert 'AutoModelForSeq2SeqLM.from_pretrained("THE_BASE_MODEL")' in card
+    assert ModelCard(card).data.pipeline_tag == "text2text-generation"
+    assert "bayes.generate(" in card
 
 
 def test_a_run_writes_one_with_its_numbers(tmp_path):
